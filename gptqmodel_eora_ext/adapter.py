@@ -1,0 +1,83 @@
+"""What an adapter is, apart from any host: its options, and the factors of one module."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+def validate_rank(rank: Any, *, what: str = "EoRA: `rank`", minimum: int = 1) -> int:
+    """Return ``rank`` as an int.
+
+    Raises:
+        ValueError: when it is not an integer or below ``minimum``; the message tells what was found.
+    """
+    if isinstance(rank, bool):
+        raise ValueError(f"{what} must be an integer, got {rank!r}.")
+    try:
+        value = operator.index(rank)
+    except TypeError:
+        raise ValueError(f"{what} must be an integer, got {rank!r} ({type(rank).__name__}).") from None
+    if value < minimum:
+        raise ValueError(f"{what} must be at least {minimum}, got {value}. Usual ranks are 16 to 256.")
+    return value
+
+
+@dataclass(frozen=True)
+class ModuleFactors:
+    """The factors of one module and what they bought.
+
+    Attributes:
+        lora_A: rank × in_features, in the dtype it is stored in.
+        lora_B: out_features × rank.
+        requested_rank: what was asked; ``rank`` is lower where the shape or the tokens did not allow it.
+        tokens: tokens that the second moment stands on.
+        signal: E‖W x‖², mean squared norm of the module's output.
+        error_before: E‖ΔW x‖² without the adapter.
+        error_after: E‖(ΔW − B A) x‖² with the stored factors.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    requested_rank: int
+    tokens: int
+    signal: float
+    error_before: float
+    error_after: float
+
+    @property
+    def rank(self) -> int:
+        """Rank that is stored; 0 for factors of no effect."""
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors as stored."""
+        return self.lora_A.nbytes + self.lora_B.nbytes
+
+    def to(self, device: torch.device | str) -> ModuleFactors:
+        """The same factors on ``device``."""
+        return replace(self, lora_A=self.lora_A.to(device), lora_B=self.lora_B.to(device))
+
+    def report(self) -> dict[str, Any]:
+        """The figures, ready for JSON."""
+        return {
+            "rank": self.rank,
+            "requested_rank": self.requested_rank,
+            "tokens": self.tokens,
+            "bytes": self.nbytes,
+            "signal": self.signal,
+            "error_before": self.error_before,
+            "error_after": self.error_after,
+        }

@@ -1,0 +1,88 @@
+"""Makes `import gptqmodel` alone enough: what the `torch.backends` entry point calls.
+
+`torch` calls it at the end of `import torch`, which may be before `gptqmodel` is imported or in the middle of it.
+So nothing heavy is imported here, nothing raises, and all that is done is to ask for a call once `gptqmodel` has
+finished importing.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+OFF_SWITCH = "GPTQMODEL_EORA_EXT_DISABLE"
+HOST = "gptqmodel"
+
+
+class _NotifyingSpec(importlib.machinery.ModuleSpec):
+    """A module spec that tells when its module has finished importing.
+
+    The import system sets ``spec._initializing = False`` as its last step; an import that is already under way can
+    be followed by no other means.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and value is False and self.name in sys.modules:
+            self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
+            _install()
+
+
+class _HostFinder:
+    """Meta-path finder that lets the other finders find the host, then marks its spec."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != HOST:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is _HostFinder or find is None:
+                continue
+            spec: importlib.machinery.ModuleSpec | None = find(name, path, target)
+            if spec is not None:
+                spec.__class__ = _NotifyingSpec
+                return spec
+        return None
+
+
+def autoload() -> None:
+    """Arrange for the plugin to be installed into GPTQModel. Never raises."""
+    _never_raise(_arrange)
+
+
+def _arrange() -> None:
+    if os.environ.get(OFF_SWITCH, "").lower() not in ("", "0", "false"):
+        return
+    host = sys.modules.get(HOST)
+    if host is None:
+        if _HostFinder not in sys.meta_path:
+            sys.meta_path.insert(0, _HostFinder)  # type: ignore[arg-type]
+    elif getattr(host.__spec__, "_initializing", False):
+        host.__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr]
+    else:
+        _install()
+
+
+def _install() -> None:
+    def install() -> None:
+        from .hosts.gptqmodel.seams import install_or_log
+
+        install_or_log()
+
+    _never_raise(install)
+
+
+def _never_raise(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception as error:  # an exception here would break `import torch` for everybody
+        import warnings
+
+        warnings.warn(f"gptqmodel-eora-ext is not active: {error!r}. {OFF_SWITCH}=1 silences this.", stacklevel=2)

@@ -1,0 +1,116 @@
+"""The second moment of a module's inputs: raw sums of xᵀx and a token count, never a running rescale.
+
+Raw sums make the result independent of batch size and, to float32 rounding, of batch order; a running rescale
+(``S ← S·N/(N+b) + XᵀX/N``) weighs the first batches down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+
+class SecondMoment:
+    """Sum of x xᵀ over tokens, kept per device and merged when read.
+
+    Args:
+        in_features: width of the module's input.
+        name: the module, for messages.
+    """
+
+    def __init__(self, in_features: int, name: str) -> None:
+        self.in_features = in_features
+        self.name = name
+        self.tokens = 0
+        self._sums: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, inputs: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (…, in_features), any floating dtype.
+            keep: attention mask of the leading dimensions (non-zero = a real token); padding is left out.
+
+        Raises:
+            ValueError: when the width is not ``in_features`` or the mask does not fit.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"{self.name}: input has {inputs.shape[-1]} channels, expected {self.in_features}.")
+        if keep is not None:
+            if keep.shape != inputs.shape[:-1]:
+                raise ValueError(
+                    f"{self.name}: attention mask {tuple(keep.shape)} does not fit input {tuple(inputs.shape)}."
+                )
+            inputs = inputs[keep.to(device=inputs.device, dtype=torch.bool)]
+        rows = inputs.detach().reshape(-1, self.in_features).to(torch.float32)
+        if rows.shape[0] == 0:
+            return
+        total = self._sums.get(rows.device)
+        if total is None:
+            self._sums[rows.device] = rows.T @ rows
+        else:
+            total.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def add_sum(self, total: torch.Tensor, tokens: int) -> None:
+        """Add a finished sum of x xᵀ (in × in, float32); ``total`` is kept, not copied."""
+        mine = self._sums.get(total.device)
+        self._sums[total.device] = total if mine is None else mine.add_(total)
+        self.tokens += tokens
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add another accumulator's sums, for instance one gathered on another device or rank."""
+        if other.in_features != self.in_features:
+            raise ValueError(f"{self.name}: cannot merge {other.in_features} channels into {self.in_features}.")
+        for total in other._sums.values():
+            self.add_sum(total.clone(), 0)
+        self.tokens += other.tokens
+
+    def rescaled(self, scales: torch.Tensor, name: str) -> SecondMoment:
+        """The second moment of x / s, for a model that divides this input by ``scales`` (in_features)."""
+        result = SecondMoment(self.in_features, name)
+        for device, total in self._sums.items():
+            inverse = 1 / scales.to(device=device, dtype=total.dtype)
+            result._sums[device] = total * inverse[:, None] * inverse[None, :]
+        result.tokens = self.tokens
+        return result
+
+    def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return C = Σ x xᵀ / tokens, in × in, float32, on ``device``; zeros when no token was seen."""
+        device = torch.device(device)
+        total = torch.zeros(self.in_features, self.in_features, device=device)
+        # A fixed order of devices makes the result independent of which worker finished first.
+        for source in sorted(self._sums, key=str):
+            total.add_(self._sums[source].to(device))
+        return total.div_(max(self.tokens, 1))
+
+    def require_finite(self) -> None:
+        """Raise ValueError when an input held NaN or infinity."""
+        # Every x² stands on the diagonal, so a non-finite input shows there.
+        if not all(torch.isfinite(total.diagonal()).all() for total in self._sums.values()):
+            raise ValueError(
+                f"{self.name}: calibration activations hold NaN or infinity. Check the model in this dtype "
+                f"(float16 overflows where bfloat16 does not) and the calibration data."
+            )
+
+
+def shared_leaders(names: Sequence[str], groups: Iterable[Iterable[str]], widths: Mapping[str, int]) -> dict[str, str]:
+    """Elect one module per group that reads the same input, so that q/k/v and gate/up share one matrix.
+
+    Args:
+        names: modules captured in this pass, in order.
+        groups: sets of modules known to read the same tensor.
+        widths: in_features of each name; members of another width are left alone.
+
+    Returns:
+        ``{follower: leader}``.
+    """
+    leaders: dict[str, str] = {}
+    for group in groups:
+        members = set(group)
+        present = [name for name in names if name in members]
+        for follower in present[1:]:
+            if widths[follower] == widths[present[0]]:
+                leaders[follower] = present[0]
+    return leaders

@@ -1,0 +1,69 @@
+"""Loss of a causal language model on a text, in nats per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DEFAULT_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Mean negative log-likelihood of a text.
+
+    Attributes:
+        nats: mean loss per predicted token.
+        tokens: predicted tokens.
+        windows: windows the text was cut into.
+    """
+
+    nats: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats)
+
+
+def text_loss(
+    model: Any,
+    token_ids: torch.Tensor,
+    *,
+    window: int = DEFAULT_WINDOW,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextLoss:
+    """Return the loss on consecutive, non-overlapping windows; each predicts all but its first token.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: 1-D, the whole text.
+        window: tokens per window, at least 2.
+        max_windows: stop after so many; None takes the whole text.
+        progress: called with (done, total) after each window.
+
+    Raises:
+        ValueError: when the text is shorter than one window.
+    """
+    count = len(token_ids) // window
+    if window < 2 or count == 0:
+        raise ValueError(f"The text has {len(token_ids)} tokens; one window of {window} needs at least as many.")
+    count = min(count, max_windows) if max_windows else count
+    device = next(model.parameters()).device
+    total = 0.0
+    model.eval()
+    with torch.inference_mode():
+        for index in range(count):
+            ids = token_ids[index * window : (index + 1) * window].to(device)[None]
+            logits = model(input_ids=ids).logits[0, :-1].to(torch.float32)
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            if progress is not None:
+                progress(index + 1, count)
+    predicted = count * (window - 1)
+    return TextLoss(total / predicted, predicted, count)

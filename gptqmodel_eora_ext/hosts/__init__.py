@@ -1,0 +1,1 @@
+"""The only modules that import a host library. Each host's folder or file lists the seams it uses."""

@@ -1,0 +1,1 @@
+"""GPTQModel: the `EoRA` adapter type in its quantise, save, load and generate flows. `seams.py` lists what is touched."""

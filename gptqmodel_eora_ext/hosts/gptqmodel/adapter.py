@@ -1,0 +1,102 @@
+"""`EoRA`, the adapter type that GPTQModel's users pass where they passed `Lora`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from gptqmodel.adapter.adapter import Lora
+
+from ...adapter import validate_rank
+from ..peft import AdapterFolder
+
+
+class EoRA(Lora):
+    """Training-free low-rank compensation of the quantisation error.
+
+    Quantising: ``model.quantize(calibration, adapter=EoRA(rank=64))``, or ``QuantizeConfig(adapter=EoRA(rank=64))``.
+    Loading: ``GPTQModel.load(path)`` finds the adapter that the checkpoint names;
+    ``GPTQModel.load(path, adapter=EoRA(path=folder))`` loads another one.
+
+    Args:
+        rank: components per module, at least 1. Needed to quantise or to generate; when loading, the folder tells.
+            A rank above min(out, in) of a module is cut to that, with a warning.
+        path: the adapter's folder. Loading: where to read from. Quantising: where `save()` writes; left out, the
+            folder `eora` of the checkpoint; a relative path counts from the checkpoint.
+        lora_A: in_features × rank; only GPTQModel itself passes factors.
+        lora_B: rank × out_features.
+
+    Raises:
+        ValueError: for a rank that is no positive integer, a path that is no string or path, or a gptqmodel version
+            that the plugin cannot serve.
+    """
+
+    def __init__(
+        self,
+        rank: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        lora_A: torch.Tensor | None = None,
+        lora_B: torch.Tensor | None = None,
+    ) -> None:
+        from .seams import require_installed
+
+        require_installed()
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
+        if path is not None:
+            path = os.path.expanduser(os.fspath(path))
+        if rank is not None:
+            rank = validate_rank(rank)
+        super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"EoRA(rank={self.rank}, path={self.path!r})"
+
+    @classmethod
+    def name(cls) -> str:
+        """Name in serialised configs."""
+        return "eora"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form `QuantizeConfig(adapter=…)` accepts."""
+        source = self._gptqmodel_checkpoint_source
+        return {"name": self.name(), "path": source[1] if source else self.path, "rank": self.rank}
+
+    def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Add (x Aᵀ) Bᵀ to the kernel's output, in place; a module without factors is left as it is."""
+        if self.lora_A is None or self.lora_B is None:
+            return out
+        if self.lora_A.dtype != x.dtype or self.lora_A.device != x.device:
+            self.lora_A = self.lora_A.to(device=x.device, dtype=x.dtype)
+            self.lora_B = self.lora_B.to(device=x.device, dtype=x.dtype)
+        # Some kernels hand over x flattened and out not, others the reverse.
+        return out.add_(((x @ self.lora_A) @ self.lora_B).reshape(out.shape))
+
+    def attach(self, lora_A: torch.Tensor, lora_B: torch.Tensor, device: torch.device) -> None:
+        """Take a module's factors: A rank × in, B out × rank, as PEFT stores them."""
+        self.rank = lora_A.shape[0]
+        # The layouts stock `Lora` multiplies with, so that logits agree to the last bit.
+        self.lora_A = lora_A.to(device).T
+        self.lora_B = lora_B.to(device).T.contiguous()
+
+    def post_init(
+        self,
+        weight_key: str,
+        device: torch.device,
+        lora_A: torch.Tensor | None = None,
+        lora_B: torch.Tensor | None = None,
+    ) -> None:
+        """What a kernel calls once its weights are loaded.
+
+        The loader attaches all factors before this (`checkpoint.attach_adapters`); a kernel that is initialised by
+        another way reads its own here.
+        """
+        if lora_A is not None and lora_B is not None:
+            self.lora_A, self.lora_B = lora_A, lora_B
+        elif self.lora_A is None and self.path:
+            folder = AdapterFolder.open(self.path)
+            for _, factor_a, factor_b in folder.factors([name for name in folder.keys if name == weight_key]):
+                self.attach(factor_a, factor_b, device)
+        elif self.lora_A is not None:
+            self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)

@@ -1,0 +1,164 @@
+"""Saving and loading: a GPTQModel checkpoint that names its adapter, with this plugin or without.
+
+The checkpoint's `quantize_config.json` gets ``"adapter": {"name": "lora", "path": "eora", "rank": r}``: the name is
+`lora` because GPTQModel without the plugin knows no other, and what is in the folder is a plain LoRA. With the plugin,
+a folder that holds `eora.json` is loaded as `EoRA`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+from ...adapter import ModuleFactors
+from ...files import write_json
+from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, save_adapter, uniform_rank
+from .adapter import EoRA
+from .quantize import RUN_ATTRIBUTE
+from .run import CompensationRun
+
+log = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = "eora"
+QUANTIZE_CONFIG = "quantize_config.json"
+
+
+# Saving --------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save by GPTQModel's writer, then the adapter beside it, then its name in `quantize_config.json`."""
+    config = model.quantize_config
+    adapter = config.adapter
+    if not isinstance(adapter, EoRA):
+        return original(model, *args, **kwargs)
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    checkpoint = Path(call.arguments["save_dir"])
+    asked = call.arguments["eora_path"]
+    factors, details = _factors_of(model)
+    call.arguments["eora_path"] = None
+    config.adapter = None
+    try:
+        result = original(*call.args, **call.kwargs)
+    finally:
+        config.adapter = adapter
+    if factors:
+        folder = _folder(asked or _path_to_save(adapter), checkpoint)
+        names = [name for name, _ in model.model.named_modules()]
+        save_adapter(folder, factors, base_model=str(checkpoint), module_names=names, details=details)
+        name_adapter(checkpoint, folder, uniform_rank(factors))
+    return result
+
+
+def _path_to_save(adapter: EoRA) -> str | None:
+    """A loaded adapter is saved into the new checkpoint, not over the folder it came from."""
+    source = adapter._gptqmodel_checkpoint_source
+    if source is not None:
+        return str(source[1])
+    return None if getattr(adapter, "loaded", False) else adapter.path
+
+
+def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
+    return checkpoint / Path(path if path is not None else DEFAULT_FOLDER).expanduser()
+
+
+def name_adapter(checkpoint: Path, folder: Path, rank: int) -> None:
+    """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint."""
+    inside, outside = folder.resolve(), checkpoint.resolve()
+    if not inside.is_relative_to(outside):
+        log.warning("EoRA: the adapter is in `%s`, outside the checkpoint `%s`, which therefore cannot name it. "
+                    "Load it with GPTQModel.load(%r, adapter=EoRA(path=%r)).",
+                    folder, checkpoint, str(checkpoint), str(folder))  # fmt: skip
+        return
+    path = checkpoint / QUANTIZE_CONFIG
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not content:
+        log.warning("EoRA: `%s` has no %s to name the adapter in. Load it with adapter=EoRA(path=%r).",
+                    checkpoint, QUANTIZE_CONFIG, str(folder))  # fmt: skip
+        return
+    content["adapter"] = {"name": Lora.name(), "path": inside.relative_to(outside).as_posix(), "rank": rank}
+    write_json(path, content)
+
+
+def _factors_of(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any]]:
+    """What the quantise run found, or what a loaded model's kernels carry."""
+    run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+    if run is not None:
+        return run.factors, run.details()
+    details: dict[str, Any] = dict(getattr(model.quantize_config.adapter, "details", None) or {})
+    reports = details.pop("modules", {})
+    details.pop("version", None)
+    factors = {}
+    for name, kernel in _adapted_kernels(model.model).items():
+        if kernel.adapter.lora_A is None:
+            continue
+        report = reports.get(name, {})
+        factors[name] = ModuleFactors(
+            lora_A=kernel.adapter.lora_A.T,
+            lora_B=kernel.adapter.lora_B.T,
+            requested_rank=report.get("requested_rank", kernel.adapter.lora_A.shape[1]),
+            tokens=report.get("tokens", 0),
+            signal=report.get("signal", float("nan")),
+            error_before=report.get("error_before", float("nan")),
+            error_after=report.get("error_after", float("nan")),
+        )
+    return factors, details
+
+
+# Loading -------------------------------------------------------------------------------------------------------
+
+
+def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`."""
+    config = original(*args, **kwargs)
+    stock = config.adapter
+    source = getattr(stock, "_gptqmodel_checkpoint_source", None)
+    if type(stock) is Lora and source is not None and Path(source[0], source[1], DETAILS_FILE).is_file():
+        config.adapter = EoRA(rank=stock.rank, path=stock.path)
+        config.adapter._gptqmodel_checkpoint_source = source
+    return config
+
+
+def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels."""
+    kernels = _adapted_kernels(model)
+    if kernels:
+        adapter = next(iter(kernels.values())).adapter
+        if adapter.path:
+            _attach(AdapterFolder.open(adapter.path), kernels)
+    return original(model, *args, **kwargs)
+
+
+def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> None:
+    matched = folder.match(kernels)
+    kernel_names = {module: name for name, module in matched.items()}
+    for module, lora_A, lora_B in folder.factors(list(kernel_names)):
+        kernel = kernels[kernel_names[module]]
+        found, expected = (lora_B.shape[0], lora_A.shape[1]), (kernel.out_features, kernel.in_features)
+        if found != expected:
+            raise AdapterError(
+                f"Adapter: {module} in `{folder.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
+                f"checkpoint's is {expected[0]} × {expected[1]}. The adapter was made for "
+                f"{folder.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+            )
+        kernel.adapter.attach(lora_A, lora_B, kernel.runtime_device())
+    without = len(kernels) - len(matched)
+    log.info("EoRA: %d adapters attached from `%s`%s.", len(matched), folder.path,
+             f", {without} modules have none" if without else "")  # fmt: skip
+
+
+def _adapted_kernels(model: Any) -> dict[str, BaseQuantLinear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseQuantLinear) and isinstance(module.adapter, EoRA)
+    }

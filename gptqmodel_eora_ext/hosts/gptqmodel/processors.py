@@ -1,0 +1,223 @@
+"""Compensation inside GPTQModel's layer loop: right after a module is quantised, before anything reads its output.
+
+`compensated(Processor)` mixes `Compensation` into whatever processor quantises. The module's weight becomes Ŵ + BA
+for the rest of the layer's forwards, so that later modules and layers are calibrated on what the compensated model
+computes; Ŵ alone comes back before packing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from gptqmodel.looper.awq_processor import AWQProcessor
+from gptqmodel.looper.loop_processor import LoopProcessor
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.gptq import GPTQ
+
+from ...adapter import ModuleFactors
+from ...capture import SecondMoment, shared_leaders
+from ...compensate import compensate
+from .run import CompensationRun
+
+log = logging.getLogger(__name__)
+
+# Key in `NamedModule.state` for Ŵ while the weight in use is Ŵ + BA.
+QUANTIZED_WEIGHT = "eora_quantized_weight"
+
+
+@functools.cache
+def compensated(processor: type[LoopProcessor]) -> type[LoopProcessor]:
+    """The processor class with compensation mixed in."""
+    mixin = AWQCompensation if issubclass(processor, AWQProcessor) else Compensation
+    return type(f"Compensated{processor.__name__}", (mixin, processor), {})
+
+
+class Compensation:
+    """Mixin for a `LoopProcessor` that quantises one module per `process()` call."""
+
+    run: CompensationRun
+    tasks: Any
+    qcfg: Any
+    lock: Any
+    _mask_tls: Any
+    current_batch_index: Callable[[], int | None]
+
+    def equip(self, run: CompensationRun) -> None:
+        """Start a run: fresh accumulators."""
+        self.run = run
+        self._moments: dict[str, SecondMoment] = {}
+        self._leaders: dict[str, str] = {}
+        self._widths: dict[str, int] = {}
+        self._full_names: dict[str, str] = {}
+
+    # Capture ---------------------------------------------------------------------------------------------------
+
+    def preprocess(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
+        super().preprocess(module, *args, **kwargs)  # type: ignore[misc]
+        width = module.state.get("in_features")
+        if width:
+            self._widths[module.name] = int(width)
+            self._full_names[module.name] = module.full_name
+
+    def begin_shared_input_capture(
+        self, model: Any, subset_names: list[str], is_lm_head_module: bool = False
+    ) -> dict[str, str]:
+        """Called before hooks are set for a subset: drop the last subset's sums, elect who captures for whom."""
+        host_leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)  # type: ignore[misc]
+        linears = [name for name in subset_names if name in self._widths]
+        self._moments.clear()
+        self._leaders = {} if is_lm_head_module else shared_leaders(linears, _shared_groups(model), self._widths)
+        for name in linears:
+            if name not in self._leaders:
+                self._moments[name] = SecondMoment(self._widths[name], self._full_names[name])
+        return host_leaders
+
+    def _reads_hessian(self, name: str) -> bool:
+        """Whether the quantiser's own Hessian is the second moment wanted. GPTAQ and FOEM keep other sums."""
+        return type(self.tasks.get(name)) is GPTQ and not self.run.own_data
+
+    def pre_process_fwd_hook(self, name: str) -> Callable[..., None]:
+        """The host's capture hook, with the adapter's beside it where the host keeps no usable second moment."""
+        host_hook = super().pre_process_fwd_hook(name)  # type: ignore[misc]
+        moment = None if self._reads_hessian(name) else self._moments.get(name)
+
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            batch = self.current_batch_index()
+            if self.run.for_quantiser(batch):
+                host_hook(module, inputs, output)
+            if moment is not None and self.run.for_adapter(batch):
+                rows = inputs[0]
+                keep = self._keep_mask(rows)
+                with self.lock:
+                    moment.add(rows, keep)
+
+        return hook
+
+    def _keep_mask(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """The batch's attention mask where the host left masking to the processor; otherwise rows are masked."""
+        if not getattr(self, "preserve_batch_keep_mask", False):
+            return None
+        mask = getattr(getattr(self, "_mask_tls", None), "value", None)
+        if torch.is_tensor(mask) and rows.ndim >= 3 and mask.shape == rows.shape[:2]:
+            return mask.reshape(mask.shape + (1,) * (rows.ndim - 3)).expand(rows.shape[:-1])
+        return None
+
+    def _moment(self, name: str) -> SecondMoment:
+        """The second moment of a module's inputs, one object for all modules that read the same input.
+
+        GPTQ damps its Hessian in place while quantising, so its sum is copied first, once per group.
+        """
+        leader = self._leaders.get(name, name)
+        with self.lock:
+            moment = self._moments[leader]
+            if self._reads_hessian(name) and not moment.tokens:
+                task = self.tasks[name]
+                task.materialize_global_hessian()
+                if task.H is not None and task.nsamples:
+                    # GPTQ keeps 2/n · Σ x xᵀ, padded columns last.
+                    total = task.H[: moment.in_features, : moment.in_features] * (task.nsamples / 2)
+                    moment.add_sum(total, int(task.nsamples))
+        # Before the host quantises with these activations, not after.
+        moment.require_finite()
+        return moment
+
+    # Compensation ----------------------------------------------------------------------------------------------
+
+    def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
+        """Quantise by the host's processor, then compensate."""
+        linear = module.module
+        if module.name not in self._widths or not _is_linear(linear):
+            log.warning("%s: EoRA compensates linear layers, not %s; it stays without an adapter.",
+                        module.full_name, type(linear).__name__)  # fmt: skip
+            super().process(module, *args, **kwargs)  # type: ignore[misc]
+            return
+        weight = linear.weight.data
+        moment = self._moment(module.name)
+        super().process(module, *args, **kwargs)  # type: ignore[misc]
+        self._compensate(module, weight, moment)
+
+    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: SecondMoment) -> ModuleFactors:
+        start = time.perf_counter()
+        linear = module.module
+        quantized = linear.weight.data
+        transposed = isinstance(linear, transformers.Conv1D)
+        factors = compensate(
+            weight.T if transposed else weight,
+            quantized.T if transposed else quantized,
+            moment,
+            self.run.rank_for(self.qcfg, module.full_name),
+            name=module.full_name,
+        )
+        update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
+        module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
+        linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
+        self.run.record(module.full_name, factors.to("cpu"), time.perf_counter() - start)
+        return factors
+
+    def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
+        """Put Ŵ back for the packer."""
+        quantized = module.state.pop(QUANTIZED_WEIGHT, None)
+        if quantized is not None:
+            module.module.weight.data = quantized
+        super().submodule_finalize(module, *args, **kwargs)  # type: ignore[misc]
+
+
+class AWQCompensation(Compensation):
+    """AWQ quantises a layer's modules together, after moving scales s between a module's input and its weight.
+
+    The captured inputs are x; the quantised model feeds x / s, and the weight to reproduce is W diag(s) before
+    clipping. So C becomes diag(1/s) C diag(1/s), and W is read between scaling and clipping.
+    """
+
+    def equip(self, run: CompensationRun) -> None:
+        super().equip(run)
+        self._layer_moments: dict[str, SecondMoment] = {}
+        self._scaled_weights: dict[str, torch.Tensor] = {}
+
+    def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
+        if module.name in self._widths:
+            self._layer_moments[module.name] = self._moment(module.name)
+        # The last module's call quantises the whole layer, through `apply_quant`, which compensates.
+        super(Compensation, self).process(module, *args, **kwargs)  # type: ignore[misc]
+
+    def _search_best_clip(self, layer: torch.nn.Module, named_linears: Mapping[str, Any], input_feat: Any) -> Any:
+        for name, linear in named_linears.items():
+            self._scaled_weights[name] = linear.weight.data.clone()
+        return super()._search_best_clip(layer, named_linears, input_feat)  # type: ignore[misc]
+
+    def apply_quant(self, named_linears: dict[str, NamedModule], scales_list: list[Any]) -> None:
+        targets = {
+            name: self._scaled_weights.pop(name, module.module.weight.data) for name, module in named_linears.items()
+        }
+        super().apply_quant(named_linears, scales_list)  # type: ignore[misc]
+        for name, module in named_linears.items():
+            moment = self._layer_moments.pop(name)
+            moment = moment.rescaled(_awq_scales(scales_list, module, moment.in_features), module.full_name)
+            self._compensate(module, targets[name], moment)
+
+
+def _awq_scales(scales_list: list[Any], module: NamedModule, in_features: int) -> torch.Tensor:
+    """Product of the scales that AWQ moved into this module's input columns."""
+    total = torch.ones(in_features)
+    for _previous, layer_names, scales, _loss in scales_list:
+        if module.full_name in layer_names:
+            total *= scales.reshape(-1).to(device="cpu", dtype=torch.float32)
+    return total
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Linear, transformers.Conv1D))
+
+
+def _shared_groups(model: Any) -> list[list[str]]:
+    """Groups of module names that GPTQModel's model definition marks as reading one input."""
+    plan = model.shared_input_plan(
+        model_config=getattr(model.model, "config", None), quantize_config=model.quantize_config
+    )
+    return [list(group.modules) for group in plan.shared_groups if group.explicit] if plan else []

@@ -1,0 +1,162 @@
+"""`model.quantize(calibration, adapter=EoRA(rank=…))`: what happens around GPTQModel's own `quantize`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptqmodel.looper import loop_processor
+from gptqmodel.looper.awq_processor import AWQProcessor
+from gptqmodel.looper.gptq_processor import GPTQProcessor
+from gptqmodel.looper.loop_processor import LoopProcessor
+from gptqmodel.looper.module_looper import ModuleLooper
+from gptqmodel.looper.qqq_processor import QQQProcessor
+from gptqmodel.quantization.config import METHOD, RTNConfig
+
+from .adapter import EoRA
+from .processors import compensated
+from .run import CompensationRun, check_token_ids
+from .weights import CheckpointProcessor, RTNProcessor
+
+log = logging.getLogger(__name__)
+
+# Attribute of GPTQModel's model object: the run under way, and after it the adapter that `save()` writes.
+RUN_ATTRIBUTE = "_eora_run"
+COMPENSATED_PROCESSORS = (GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor)
+SUPPORTED_METHODS = (METHOD.GPTQ, METHOD.AWQ, METHOD.QQQ)
+
+
+def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `original` (GPTQModel's `quantize`) with compensation when the adapter is an `EoRA`.
+
+    The adapter is taken out of the host's sight meanwhile: its own second pass over the data and its `Lora` branches
+    stay off, and `CompensatingLooper` finds the run on the model.
+    """
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    options = call.arguments
+    config = model.quantize_config
+    adapter = options["adapter"] if options["adapter"] is not None else getattr(config, "adapter", None)
+    if not isinstance(adapter, EoRA):
+        return original(*call.args, **call.kwargs)
+    _check_supported(model, options)
+    own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
+    run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), adapter_batches=own_batches)
+    options.update(adapter=None, adapter_calibration_dataset=None)
+    config.adapter = None
+    setattr(model, RUN_ATTRIBUTE, run)
+    try:
+        with logs_out_of_the_way():
+            result = original(*call.args, **call.kwargs)
+    except BaseException:
+        setattr(model, RUN_ATTRIBUTE, None)
+        raise
+    finally:
+        config.adapter = adapter
+    log.info("EoRA: %d adapters in %.1f s.", len(run.factors), run.seconds)
+    return result
+
+
+def _check_supported(model: Any, options: dict[str, Any]) -> None:
+    config = model.quantize_config
+    if not isinstance(config, RTNConfig) and (
+        config.method not in SUPPORTED_METHODS or config.uses_weight_only_lifecycle()
+    ):
+        raise NotImplementedError(
+            f"EoRA: cannot compensate `{config.method.value}`; it can GPTQ (with GPTAQ, FOEM), AWQ, QQQ and RTN. "
+            f"Quantise without an adapter."
+        )
+    if options.get("checkpoint") is not None:
+        raise NotImplementedError(
+            "EoRA: `checkpoint=CheckpointConfig(…)` keeps no adapter state. Quantise without an adapter, then make "
+            "one for the finished checkpoint with `GPTQModel.adapter.generate` or `eora generate`."
+        )
+    if options.get("embed_quant_config") is not None or options.get("embed_quant_mode") is not None:
+        raise NotImplementedError("EoRA: embeddings have no linear input to compensate; pass no adapter.")
+    calibration = options["calibration"]
+    if calibration is None or (hasattr(calibration, "__len__") and len(calibration) == 0):
+        raise ValueError(
+            "EoRA: the calibration dataset is empty. Compensation weighs the error by the inputs of each module, so "
+            "it needs data with every quantisation method, round-to-nearest included: pass texts or token ids."
+        )
+
+
+def _prepare(model: Any, options: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    dataset = options["adapter_calibration_dataset"]
+    if len(dataset) == 0:
+        raise ValueError("EoRA: `adapter_calibration_dataset` is empty. Leave it out to use the calibration data.")
+    prepared: Sequence[dict[str, Any]] = model.prepare_dataset(
+        calibration_dataset=dataset,
+        calibration_dataset_concat_size=options["calibration_concat_size"],
+        calibration_dataset_sort=options["calibration_sort"],
+        batch_size=options["batch_size"],
+        calibration_concat_separator=options["calibration_concat_separator"],
+    )
+    return prepared
+
+
+def quantize_weight_only(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
+    """Run round-to-nearest in the calibrated loop when an EoRA run is under way; else call `original`."""
+    run = getattr(model, RUN_ATTRIBUTE, None)
+    if run is None:
+        return original(model, **kwargs)
+    processor = RTNProcessor(
+        tokenizer=model.tokenizer,
+        qcfg=model.quantize_config,
+        calibration=kwargs["calibration"],
+        prepare_dataset_func=model.prepare_dataset,
+        calibration_concat_size=kwargs["calibration_concat_size"],
+        calibration_sort=kwargs["calibration_sort"],
+        calibration_concat_separator=kwargs["calibration_concat_separator"],
+        batch_size=kwargs["batch_size"],
+    )
+    return CompensatingLooper(model, processors=[processor]).loop(backend=kwargs["backend"])
+
+
+class CompensatingLooper(ModuleLooper):
+    """GPTQModel's layer loop; where a run is under way, the processor that quantises also compensates."""
+
+    def __init__(self, model: Any, processors: list[LoopProcessor], *args: Any, **kwargs: Any) -> None:
+        run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+        if run is not None and not run.factors:
+            equip(processors[-1], run, model)
+        super().__init__(model, processors, *args, **kwargs)
+
+
+def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
+    """Turn a processor into one that compensates, and give it the run's batches.
+
+    Raises:
+        ValueError: when the calibration data does not fit the model.
+        NotImplementedError: for a processor that compensation does not know.
+    """
+    if not isinstance(processor, COMPENSATED_PROCESSORS):
+        raise NotImplementedError(f"EoRA: cannot compensate after {type(processor).__name__}.")
+    own_batches = list(processor.calibration_dataset)
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    check_token_ids([*own_batches, *run.adapter_batches], vocabulary)
+    run.describe_calibration(run.adapter_batches or own_batches)
+    if run.own_data:
+        # One set of forwards serves both: the adapter's batches first, each side's hooks reading only its own.
+        processor.calibration_dataset = [*run.adapter_batches, *own_batches]
+        processor.num_batches = len(processor.calibration_dataset)
+    processor.__class__ = compensated(type(processor))
+    processor.equip(run)
+
+
+@contextlib.contextmanager
+def logs_out_of_the_way() -> Iterator[None]:
+    """Have GPTQModel write its per-processor logs to a temporary folder, not to `./logs` where the user stands."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    previous = loop_processor._PROJECT_LOG_DIR
+    loop_processor._PROJECT_LOG_DIR = Path(tempfile.gettempdir()) / f"gptqmodel_logs_{user}"
+    try:
+        yield
+    finally:
+        loop_processor._PROJECT_LOG_DIR = previous

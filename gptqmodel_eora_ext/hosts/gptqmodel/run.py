@@ -1,0 +1,133 @@
+"""One run of compensation: what is asked, what has been found so far, and what is told about it afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...adapter import ModuleFactors, validate_rank
+from .adapter import EoRA
+
+log = logging.getLogger(__name__)
+
+
+class CompensationRun:
+    """State shared by the processors of one `quantize` or `generate` call.
+
+    Args:
+        adapter: what the user asked for.
+        dynamic: GPTQModel's per-module overrides; `{"adapter": {"rank": …}}` there overrides the rank, 0 for none.
+        method: quantisation method, for the record.
+        adapter_batches: prepared batches of `adapter_calibration_dataset`; empty when the quantiser's are used.
+            They run ahead of the quantiser's in the same forwards.
+
+    Raises:
+        ValueError: when no rank was given, or a rank in `dynamic` is no integer of at least 0.
+    """
+
+    def __init__(
+        self,
+        adapter: EoRA,
+        dynamic: Mapping[str, Any] | None,
+        *,
+        method: str,
+        adapter_batches: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        if adapter.rank is None:
+            raise ValueError("EoRA: `rank` is needed to make an adapter, for instance EoRA(rank=64).")
+        self.adapter = adapter
+        self.rank: int = adapter.rank
+        self.method = method
+        self.adapter_batches = list(adapter_batches)
+        self.factors: dict[str, ModuleFactors] = {}
+        self.seconds = 0.0
+        self.calibration: dict[str, Any] = {}
+        self._ranks = _dynamic_ranks(dynamic)
+        self._lock = threading.Lock()
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the adapter is calibrated on other data than the quantiser."""
+        return bool(self.adapter_batches)
+
+    def rank_for(self, qcfg: Any, full_name: str) -> int:
+        """Rank of a module: the `dynamic` override if there is one, else the adapter's."""
+        if not self._ranks:
+            return self.rank
+        rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=self.rank)
+        return self.rank if rank is None else int(rank)
+
+    def for_quantiser(self, batch: int | None) -> bool:
+        """Whether the quantiser's statistics want this batch."""
+        return batch is None or batch >= len(self.adapter_batches)
+
+    def for_adapter(self, batch: int | None) -> bool:
+        """Whether the adapter's statistics want this batch."""
+        return not self.own_data or (batch is not None and batch < len(self.adapter_batches))
+
+    def record(self, full_name: str, factors: ModuleFactors, seconds: float) -> None:
+        """Keep a module's factors, on the CPU. Called from worker threads."""
+        with self._lock:
+            self.factors[full_name] = factors
+            self.seconds += seconds
+
+    def describe_calibration(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Fingerprint the prepared batches, so that an adapter tells what it was made on."""
+        digest = hashlib.sha256()
+        tokens = 0
+        for batch in batches:
+            ids = torch.as_tensor(batch["input_ids"])
+            digest.update(ids.to(torch.int64).cpu().numpy().tobytes())
+            mask = batch.get("attention_mask")
+            tokens += int(torch.as_tensor(mask).sum()) if mask is not None else ids.numel()
+        self.calibration = {"batches": len(batches), "tokens": tokens, "sha256": digest.hexdigest()}
+
+    def details(self) -> dict[str, Any]:
+        """What goes into `eora.json` beside the per-module report."""
+        hosts = {name: version(name) for name in ("gptqmodel", "torch", "transformers", "peft")}
+        return {
+            "objective": "eora",
+            "rank": self.rank,
+            "method": self.method,
+            "calibration": self.calibration,
+            "seconds": round(self.seconds, 3),
+            "versions": {"gptqmodel-eora-ext": __version__, "python": platform.python_version(), **hosts},
+        }
+
+
+def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:
+    """Refuse calibration of another tokenizer before any layer runs.
+
+    Raises:
+        ValueError: when a token id has no embedding, or there is no batch.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError(
+            "EoRA: the calibration dataset is empty once short samples are left out. Pass texts or token ids "
+            "of at least 10 tokens each; 128 samples of 512 tokens are a good start."
+        )
+    largest = max(int(torch.as_tensor(batch["input_ids"]).max()) for batch in batches)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"EoRA: calibration holds token id {largest}, but the model embeds {vocabulary} ids. The tokenizer does "
+            f"not fit the model; tokenize with the model's own."
+        )
+
+
+def _dynamic_ranks(dynamic: Mapping[str, Any] | None) -> dict[str, int]:
+    ranks = {}
+    for pattern, override in (dynamic or {}).items():
+        options = override.get("adapter") if isinstance(override, Mapping) else None
+        if isinstance(options, Mapping) and options.get("rank") is not None:
+            what = f"QuantizeConfig: `dynamic[{pattern!r}]['adapter']['rank']`"
+            ranks[pattern] = validate_rank(options["rank"], what=what, minimum=0)
+    return ranks

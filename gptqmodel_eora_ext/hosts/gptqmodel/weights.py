@@ -1,0 +1,109 @@
+"""Processors for weights that are known without calibration: a finished checkpoint's, and round-to-nearest.
+
+Both run in GPTQModel's calibrated loop, so that `Compensation` sees the inputs of what is compensated so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from gptqmodel.looper.loop_processor import ExecutionConfig, LoopProcessor
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.looper.weight_only_processor import WeightOnlyProcessor
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.quantization.config import clone_weight_only_config_for_module
+
+
+class _CalibratedProcessor(LoopProcessor):
+    """What a processor without statistics of its own needs to be driven by calibration data."""
+
+    def __init__(self, **calibration: Any) -> None:
+        LoopProcessor.__init__(
+            self,
+            **calibration,
+            execution_config=ExecutionConfig(
+                require_fwd=True, fwd_replay_after_process=True, subset_forward_early_stop=True
+            ),
+        )
+
+    def preprocess(self, module: NamedModule, **kwargs: Any) -> None:
+        """Nothing to prepare per module."""
+
+    def pre_process_fwd_hook(self, name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: None
+
+    def has_captured_input_ids(self, name: str) -> bool:
+        """Every module has its weights, with or without calibration."""
+        return True
+
+    def verify_calibration_dataset(self, processor_index: int) -> bool:
+        return True
+
+
+class CheckpointProcessor(_CalibratedProcessor):
+    """Takes each module's Ŵ from a quantised checkpoint.
+
+    Args:
+        quantized: full module name → the checkpoint's quantised linear.
+        calibration: what `LoopProcessor` takes.
+    """
+
+    def __init__(self, quantized: Mapping[str, BaseQuantLinear], **calibration: Any) -> None:
+        super().__init__(**calibration)
+        self.quantized = quantized
+
+    def is_skipped(self, module: NamedModule) -> bool:
+        """A module that the checkpoint keeps in 16 bits needs no compensation."""
+        return module.full_name not in self.quantized
+
+    def process(self, module: NamedModule, **kwargs: Any) -> None:
+        linear = module.module
+        weight = dequantize(self.quantized[module.full_name])
+        if isinstance(linear, transformers.Conv1D):
+            weight = weight.T
+        linear.weight.data = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
+
+    def submodule_finalize(self, module: NamedModule, model: Any, **kwargs: Any) -> None:
+        """Nothing to pack: the checkpoint stays as it is."""
+
+    @classmethod
+    def name(cls) -> str:
+        return "eora-checkpoint"
+
+
+def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:
+    """Return a quantised linear's weight, out × in, in the kernel's own dtype and rounding.
+
+    A kernel without `dequantize_weight` is asked for its output on one-hot rows, which is exact: every sum has one
+    term.
+    """
+    with torch.inference_mode():
+        if hasattr(kernel, "dequantize_weight"):
+            return kernel.dequantize_weight().T.contiguous()
+        device = kernel.runtime_device()
+        identity = torch.eye(kernel.in_features, dtype=kernel.scales.dtype, device=device)
+        adapter, kernel.adapter = kernel.adapter, None
+        bias, kernel.bias = kernel.bias, None
+        try:
+            return kernel(identity).T.contiguous()
+        finally:
+            kernel.adapter, kernel.bias = adapter, bias
+
+
+class RTNProcessor(_CalibratedProcessor, WeightOnlyProcessor):
+    """GPTQModel's round-to-nearest, driven by calibration data that only the adapter reads."""
+
+    def process(self, module: NamedModule, **kwargs: Any) -> None:
+        self.quantize_module(module, device=None)
+
+    def submodule_finalize(self, module: NamedModule, model: Any, **kwargs: Any) -> None:
+        module.module.weight.data = module.module.weight.data.to(torch.device("cpu"))
+        qcfg = clone_weight_only_config_for_module(self.qcfg, module.full_name)
+        WeightOnlyProcessor.submodule_finalize(self, module, model, qcfg=qcfg)
+
+    @classmethod
+    def name(cls) -> str:
+        return "rtn"

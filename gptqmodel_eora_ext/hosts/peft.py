@@ -1,0 +1,242 @@
+"""Adapters on disk: plain PEFT LoRA folders, with what EoRA adds in a file of its own.
+
+    adapter_config.json         PEFT's LoraConfig; every module's alpha equals its rank, so the scale is 1
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank × in), …lora_B.weight (out × rank)
+    eora.json                   objective, calibration, versions and per-module errors; optional
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..adapter import ModuleFactors
+from ..files import replaced_folder, write_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+DETAILS_FILE = "eora.json"
+DETAILS_VERSION = 1
+KEY_PREFIX = "base_model.model."
+# PEFT saves without the adapter's name in the key; older files carry it as `lora_A.default.weight`.
+KEY_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB])(?:\.[^.]+)?\.weight$")
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be used; the message tells what was found and what would do."""
+
+
+def uniform_rank(factors: Mapping[str, ModuleFactors]) -> int:
+    """The rank most modules have: `r` of the config, so that `rank_pattern` stays short."""
+    return Counter(max(one.rank, 1) for one in factors.values()).most_common(1)[0][0]
+
+
+def save_adapter(
+    folder: Path,
+    factors: Mapping[str, ModuleFactors],
+    *,
+    base_model: str,
+    module_names: Collection[str],
+    details: Mapping[str, Any],
+) -> None:
+    """Write an adapter folder in one step; an older one in its place stays whole until then.
+
+    Args:
+        folder: the adapter's folder.
+        factors: full module name → factors. Rank 0 is written as rank 1 of zeros, since GPTQModel without this
+            plugin cannot load an adapter that leaves out a quantised module.
+        base_model: what `base_model_name_or_path` says.
+        module_names: every module of the model, to tell whether a suffix (`q_proj`) names only modules with factors.
+        details: what goes into `eora.json` beside the per-module report.
+
+    Raises:
+        AdapterError: when there are no factors.
+    """
+    import peft
+
+    if not factors:
+        raise AdapterError(f"Adapter: nothing to save in `{folder}`: no module has factors.")
+    rank = uniform_rank(factors)
+    pattern = {name: max(one.rank, 1) for name, one in factors.items() if max(one.rank, 1) != rank}
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_modules(factors, module_names),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        task_type=peft.TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    tensors: dict[str, torch.Tensor] = {}
+    for name, one in factors.items():
+        lora_A, lora_B = one.lora_A, one.lora_B
+        if one.rank == 0:
+            lora_A, lora_B = lora_A.new_zeros(1, one.in_features), lora_B.new_zeros(one.out_features, 1)
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+    with replaced_folder(folder) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(fresh))
+        report = {"modules": {name: one.report() for name, one in factors.items()}}
+        write_json(fresh / DETAILS_FILE, {"version": DETAILS_VERSION, **details, **report})
+
+
+def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:
+    """Short names (`q_proj`) where every module so named has factors, else full names."""
+    suffixes = {name.rsplit(".", 1)[-1] for name in factors}
+    named_so = {name for name in module_names if name.rsplit(".", 1)[-1] in suffixes}
+    return sorted(suffixes if named_so <= set(factors) else factors)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A PEFT LoRA folder opened for reading. Tensors are read one module at a time."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> AdapterFolder:
+        """Open and check a folder.
+
+        Raises:
+            AdapterError: when a file is missing or broken, or the adapter is of a kind that is not plain LoRA.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise AdapterError(f"Adapter: `{path}` is not a folder. An adapter is a folder with {CONFIG_FILE} "
+                               f"and {WEIGHTS_FILE}.")  # fmt: skip
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (path / name).is_file():
+                found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+                raise AdapterError(f"Adapter: `{path}` has no {name}; found {found}. Save the adapter again.")
+        folder = cls(path, _read_json(path / CONFIG_FILE))
+        folder._check_kind()
+        folder.keys  # noqa: B018  reads the safetensors header, so that a broken file fails here
+        return folder
+
+    def _check_kind(self) -> None:
+        where = f"Adapter: `{self.path / CONFIG_FILE}`"
+        kind = str(self.config.get("peft_type", "LORA")).upper()
+        if kind != "LORA":
+            raise AdapterError(f"{where} says peft_type {kind}; only LORA adapters can be applied.")
+        if self.config.get("use_dora"):
+            raise AdapterError(f"{where} says use_dora; only plain LoRA adapters can be applied.")
+        if not isinstance(self.config.get("r"), int) or self.config["r"] < 1:
+            raise AdapterError(f"{where} says r = {self.config.get('r')!r}; expected a positive integer.")
+
+    @cached_property
+    def keys(self) -> dict[str, dict[str, str]]:
+        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file."""
+        try:
+            with safe_open(self.path / WEIGHTS_FILE, framework="pt") as handle:
+                names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"Adapter: `{self.path / WEIGHTS_FILE}` is truncated or corrupted ({error}). "
+                f"Copy it again, or make the adapter again with `eora generate`."
+            ) from error
+        found: dict[str, dict[str, str]] = {}
+        for key in names:
+            match = KEY_PATTERN.match(key)
+            if match is None:
+                raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` holds `{key}`, which is no LoRA factor.")
+            found.setdefault(match["module"], {})[match["half"]] = key
+        for module, halves in found.items():
+            if len(halves) != 2:
+                raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` has only {next(iter(halves))} of {module}.")
+        if not found:
+            raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` holds no factors.")
+        return found
+
+    @cached_property
+    def details(self) -> Mapping[str, Any] | None:
+        """What `eora.json` says; None for an adapter that another tool made."""
+        path = self.path / DETAILS_FILE
+        return _read_json(path) if path.is_file() else None
+
+    def match(self, names: Collection[str]) -> dict[str, str]:
+        """Pair the model's module names with the file's: ``{model name: file name}``.
+
+        GPTQModel's own writer lower-cases names, and a base loaded by another class may carry one more or one fewer
+        leading `model.`; both are matched where only one module can be meant.
+
+        Raises:
+            AdapterError: when the file holds factors for modules that ``names`` lacks.
+        """
+        by_lower = {name.lower(): name for name in names}
+        matched: dict[str, str] = {}
+        unmatched = []
+        for module in self.keys:
+            candidates = (module, f"model.{module}", module.removeprefix("model."))
+            hit = next((by_lower[c.lower()] for c in candidates if c.lower() in by_lower), None)
+            if hit is None:
+                unmatched.append(module)
+            else:
+                matched[hit] = module
+        if unmatched:
+            shown = ", ".join(unmatched[:3]) + (", …" if len(unmatched) > 3 else "")
+            example = next(iter(names), "none")
+            raise AdapterError(
+                f"Adapter: `{self.path}` holds factors for {len(unmatched)} of {len(self.keys)} modules that are no "
+                f"quantised module of this model ({shown}; the model has for instance {example}). It was made for "
+                f"{self.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+            )
+        return matched
+
+    def factors(self, modules: Collection[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Yield (module, A rank × in, B out × rank) with PEFT's scale folded into B.
+
+        Raises:
+            AdapterError: when ranks inside the file disagree with each other or with the config.
+        """
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as handle:
+            for module in modules:
+                lora_A = handle.get_tensor(self.keys[module]["lora_A"])
+                lora_B = handle.get_tensor(self.keys[module]["lora_B"])
+                rank = self.rank(module)
+                if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+                    raise AdapterError(
+                        f"Adapter: {module} in `{self.path}` has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}, "
+                        f"but {CONFIG_FILE} gives it rank {rank}."
+                    )
+                scale = self._scale(module, rank)
+                yield module, lora_A, lora_B if scale == 1 else lora_B * scale
+
+    def rank(self, module: str) -> int:
+        """Rank of a module by `r` and `rank_pattern`."""
+        return int(_from_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = _from_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+
+def _from_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: a key matches as a regular expression against the end of the module's name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"Adapter: `{path}` cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"Adapter: `{path}` holds a {type(content).__name__}, expected an object.")
+    return content
