@@ -127,6 +127,11 @@ class AdapterFolder:
         folder.keys  # noqa: B018  reads the safetensors header, so that a broken file fails here
         return folder
 
+    @property
+    def weights(self) -> Path:
+        """The safetensors file."""
+        return self.path / WEIGHTS_FILE
+
     def _check_kind(self) -> None:
         where = f"Adapter: `{self.path / CONFIG_FILE}`"
         kind = str(self.config.get("peft_type", "LORA")).upper()
@@ -141,24 +146,24 @@ class AdapterFolder:
     def keys(self) -> dict[str, dict[str, str]]:
         """Module → {"lora_A": key, "lora_B": key}, modules named as in the file."""
         try:
-            with safe_open(self.path / WEIGHTS_FILE, framework="pt") as handle:
+            with safe_open(self.weights, framework="pt") as handle:
                 names = list(handle.keys())
         except (SafetensorError, OSError) as error:
             raise AdapterError(
-                f"Adapter: `{self.path / WEIGHTS_FILE}` is truncated or corrupted ({error}). "
+                f"Adapter: `{self.weights}` is truncated or corrupted ({error}). "
                 f"Copy it again, or make the adapter again with `eora generate`."
             ) from error
         found: dict[str, dict[str, str]] = {}
         for key in names:
             match = KEY_PATTERN.match(key)
             if match is None:
-                raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` holds `{key}`, which is no LoRA factor.")
+                raise AdapterError(f"Adapter: `{self.weights}` holds `{key}`, which is no LoRA factor.")
             found.setdefault(match["module"], {})[match["half"]] = key
         for module, halves in found.items():
             if len(halves) != 2:
-                raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` has only {next(iter(halves))} of {module}.")
+                raise AdapterError(f"Adapter: `{self.weights}` has only {next(iter(halves))} of {module}.")
         if not found:
-            raise AdapterError(f"Adapter: `{self.path / WEIGHTS_FILE}` holds no factors.")
+            raise AdapterError(f"Adapter: `{self.weights}` holds no factors.")
         return found
 
     @cached_property
@@ -202,7 +207,7 @@ class AdapterFolder:
         Raises:
             AdapterError: when ranks inside the file disagree with each other or with the config.
         """
-        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as handle:
+        with safe_open(self.weights, framework="pt") as handle:
             for module in modules:
                 lora_A = handle.get_tensor(self.keys[module]["lora_A"])
                 lora_B = handle.get_tensor(self.keys[module]["lora_B"])

@@ -7,11 +7,12 @@ a folder that holds `eora.json` is loaded as `EoRA`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,20 @@ def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> No
     without = len(kernels) - len(matched)
     log.info("EoRA: %d adapters attached from `%s`%s.", len(matched), folder.path,
              f", {without} modules have none" if without else "")  # fmt: skip
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Have the kernels of a loaded model compute without their adapters."""
+    kernels = _adapted_kernels(model)
+    adapters = {name: kernel.adapter for name, kernel in kernels.items()}
+    for kernel in kernels.values():
+        kernel.adapter = None
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            kernel.adapter = adapters[name]
 
 
 def _adapted_kernels(model: Any) -> dict[str, BaseQuantLinear]:

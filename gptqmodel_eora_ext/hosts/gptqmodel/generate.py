@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gptqmodel.utils.torch import torch_empty_cache
 from ..peft import save_adapter, uniform_rank
 from .adapter import EoRA
 from .checkpoint import DEFAULT_FOLDER, name_adapter
+from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun
 from .weights import CheckpointProcessor
@@ -29,61 +30,98 @@ TORCH_BACKENDS = {METHOD.GPTQ: BACKEND.GPTQ_TORCH, METHOD.AWQ: BACKEND.AWQ_TORCH
 
 
 def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make an EoRA adapter for a finished checkpoint; any other adapter goes to `original`.
+    """GPTQModel's `adapter.generate`: an `EoRA` is made here, any other adapter by `original`.
 
-    The signature is GPTQModel's. `adapter.path` is where to write; a relative path counts from the working directory;
-    left out, the adapter goes into the checkpoint, which then names it.
+    `adapter.path` is where to write; a relative path counts from the working directory; left out, the adapter goes
+    into the checkpoint, which then names it.
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     call.apply_defaults()
     options = call.arguments
-    adapter = options["adapter"]
-    if not isinstance(adapter, EoRA):
+    if not isinstance(options["adapter"], EoRA):
         return original(*args, **kwargs)
-    dataset = options["calibration_dataset"]
-    if dataset is None or len(dataset) == 0:
-        raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
-    checkpoint = Path(options["quantized_model_id_or_path"])
-    folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
-    if not adapter.path and not os.access(checkpoint, os.W_OK):
-        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
-    CompensationRun(adapter, None, method="checked before anything is loaded")
-    with logs_out_of_the_way():
-        return _generate(adapter, checkpoint, folder, options)
-
-
-def _generate(adapter: EoRA, checkpoint: Path, folder: Path, options: dict[str, Any]) -> None:
-    from gptqmodel import GPTQModel
-
     loading = {key: options[key] for key in ("trust_remote_code", "dtype", "device") if options[key] is not None}
-    config, kernels = _load_kernels(checkpoint, loading)
-    log.info("EoRA: loading the full-precision model `%s`.", options["model_id_or_path"])
-    model = GPTQModel.load(options["model_id_or_path"], quantize_config=config, **loading)
-    _check_same_model(model, kernels, checkpoint, options["model_id_or_path"])
-    run = CompensationRun(adapter, config.dynamic, method=str(config.method.value))
-    setattr(model, RUN_ATTRIBUTE, run)
-    processor = CheckpointProcessor(
-        kernels,
-        tokenizer=options["tokenizer"] or model.tokenizer,
-        qcfg=config,
-        calibration=options["calibration_dataset"],
-        prepare_dataset_func=model.prepare_dataset,
+    generate_adapter(
+        options["adapter"],
+        options["model_id_or_path"],
+        Path(options["quantized_model_id_or_path"]),
+        options["calibration_dataset"],
+        batch_size=options["batch_size"],
         calibration_concat_size=options["calibration_dataset_concat_size"],
         calibration_sort=options["calibration_dataset_sort"],
         calibration_concat_separator=options["calibration_concat_separator"],
-        batch_size=options["batch_size"],
+        tokenizer=options["tokenizer"],
+        loading=loading,
     )
-    CompensatingLooper(model, processors=[processor]).loop()
-    save_adapter(
-        folder,
-        run.factors,
-        base_model=str(checkpoint),
-        module_names=[name for name, _ in model.model.named_modules()],
-        details=run.details(),
-    )
+    return None
+
+
+def generate_adapter(
+    adapter: EoRA,
+    base: str,
+    checkpoint: Path,
+    calibration: Sequence[Any],
+    *,
+    batch_size: int = 1,
+    calibration_concat_size: int | None = None,
+    calibration_sort: str | None = None,
+    calibration_concat_separator: str | None = None,
+    tokenizer: Any = None,
+    loading: Mapping[str, Any] | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Make an adapter for a finished checkpoint and return its folder.
+
+    Args:
+        adapter: rank, and where to write.
+        base: the full-precision model that the checkpoint was quantised from.
+        checkpoint: its folder.
+        calibration: what GPTQModel's `quantize` takes.
+        loading: passed to `GPTQModel.load` for both models.
+        report: called with (layers done, layers in all).
+
+    Raises:
+        ValueError: for missing rank or data, a checkpoint of another model, a folder that cannot be written to.
+        NotImplementedError: for a checkpoint that cannot be dequantised here.
+    """
+    if calibration is None or len(calibration) == 0:
+        raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
+    folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
+    if not adapter.path and not os.access(checkpoint, os.W_OK):
+        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    with logs_out_of_the_way():
+        config, kernels = _load_kernels(checkpoint, dict(loading or {}))
+        run = CompensationRun(adapter, config.dynamic, method=str(config.method.value))
+        log.info("EoRA: loading the full-precision model `%s`.", base)
+        model = _load_base(base, config, dict(loading or {}))
+        _check_same_model(model, kernels, checkpoint, base)
+        setattr(model, RUN_ATTRIBUTE, run)
+        if report is not None:
+            watch_layers(model, report)
+        processor = CheckpointProcessor(
+            kernels,
+            tokenizer=tokenizer or model.tokenizer,
+            qcfg=config,
+            calibration=calibration,
+            prepare_dataset_func=model.prepare_dataset,
+            calibration_concat_size=calibration_concat_size,
+            calibration_sort=calibration_sort,
+            calibration_concat_separator=calibration_concat_separator,
+            batch_size=batch_size,
+        )
+        CompensatingLooper(model, processors=[processor]).loop()
+    names = [name for name, _ in model.model.named_modules()]
+    save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
     if folder.resolve().is_relative_to(checkpoint.resolve()):
         name_adapter(checkpoint, folder, uniform_rank(run.factors))
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
+    return folder
+
+
+def _load_base(base: str, config: Any, loading: dict[str, Any]) -> Any:
+    from gptqmodel import GPTQModel
+
+    return GPTQModel.load(base, quantize_config=config, **loading)
 
 
 def _load_kernels(checkpoint: Path, loading: dict[str, Any]) -> tuple[Any, dict[str, BaseQuantLinear]]:

@@ -1,0 +1,310 @@
+"""The command `eora`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+from .adapter import validate_rank
+from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
+from .evaluate.perplexity import DEFAULT_WINDOW
+from .evaluate.size import readable, weight_bytes
+from .hosts.peft import AdapterError, AdapterFolder
+from .summary import AdapterSummary, find_adapter, summarize
+
+app = typer.Typer(
+    name="eora",
+    help="Training-free low-rank adapters that win back what quantisation loses, for GPTQModel.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+# Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
+out = Console()
+err = Console(stderr=True)
+
+QUANTIZED_BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+WORST_MODULES = 10
+
+Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
+Rank = Annotated[int, typer.Option(help="Components per module. 16 to 256 are usual.")]
+Calibration = Annotated[
+    str,
+    typer.Option(help="Text (.txt), JSON lines (.jsonl, column `text`) or a dataset name (`allenai/c4:en`)."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {message}", highlight=False)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Mistakes in the input end with one line; anything else keeps its traceback."""
+    try:
+        yield
+    except (AdapterError, ValueError, NotImplementedError, NotADirectoryError) as error:
+        _fail(str(error))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A bar with an estimate; yields a maker of `report(done, total)` callbacks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err) as progress:
+
+        def start(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield start
+
+
+def _check_model(model: str) -> None:
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        _fail(f"`{model}` has no config.json; it is no model folder.")
+    if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
+        _fail(f"there is no model folder `{model}`. Pass a folder, or a hub name like `Qwen/Qwen3-8B`.")
+
+
+def _check_out(folder: Path, force: bool) -> None:
+    if folder.is_file():
+        _fail(f"`{folder}` is a file; pass a folder to write to.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        _fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
+
+
+def _texts(source: str) -> Any:
+    with _errors():
+        return read_texts(source)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example:  eora quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 --rank 64 --calibration c4.jsonl")
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
+    calibration: Calibration,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
+    rank: Rank = 32,
+    samples: Samples = DEFAULT_SAMPLES,
+    seqlen: SeqLen = DEFAULT_SEQLEN,
+    batch_size: BatchSize = 1,
+    sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
+    desc_act: Annotated[bool, typer.Option(help="Quantise columns in order of activation size.")] = False,
+    mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = 0.0,
+    force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+) -> None:
+    """Quantise a model by GPTQ and compensate each module right after it is quantised."""
+    with _errors():
+        validate_rank(rank, what="--rank")
+    if bits not in QUANTIZED_BITS:
+        _fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
+    if group_size not in GROUP_SIZES:
+        _fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+    _check_model(model)
+    _check_out(output, force)
+    texts = _texts(calibration)
+
+    from .hosts.gptqmodel.output import quiet, watch_layers
+
+    start = time.perf_counter()
+    with _errors(), _progress() as bar, quiet():
+        from gptqmodel import GPTQModel, QuantizeConfig
+        from transformers import AutoTokenizer
+
+        from .hosts.gptqmodel.adapter import EoRA
+
+        data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
+        config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, mse=mse)
+        host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
+        watch_layers(host, bar("quantising layers"))
+        host.quantize(data, batch_size=batch_size, adapter=EoRA(rank=rank))
+        host.save(str(output))
+    _print_summary(summarize(output), time.perf_counter() - start)
+    out.print(f'Load it:  GPTQModel.load("{output}")', highlight=False)
+
+
+@app.command(
+    epilog="Example:  eora generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64"
+)
+def generate(
+    model: Model,
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
+    calibration: Calibration,
+    rank: Rank = 32,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
+    ] = None,
+    samples: Samples = DEFAULT_SAMPLES,
+    seqlen: SeqLen = DEFAULT_SEQLEN,
+    batch_size: BatchSize = 1,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+) -> None:
+    """Make an adapter for a checkpoint that is already quantised."""
+    with _errors():
+        validate_rank(rank, what="--rank")
+    _check_model(model)
+    if not (checkpoint / "config.json").is_file():
+        _fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+    texts = _texts(calibration)
+
+    from .hosts.gptqmodel.output import quiet
+
+    start = time.perf_counter()
+    with _errors(), _progress() as bar, quiet():
+        from transformers import AutoTokenizer
+
+        from .hosts.gptqmodel.adapter import EoRA
+        from .hosts.gptqmodel.generate import generate_adapter
+
+        data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
+        folder = generate_adapter(
+            EoRA(rank=rank, path=output),
+            model,
+            checkpoint,
+            data,
+            batch_size=batch_size,
+            report=bar("compensating layers"),
+            loading={"trust_remote_code": trust_remote_code},
+        )
+    _print_summary(summarize(folder), time.perf_counter() - start)
+
+
+@app.command(epilog="Example:  eora inspect out/qwen3-8b-2bit --modules")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint with an adapter, or an adapter folder.")],
+    modules: Annotated[bool, typer.Option("--modules", help="List every module, not only the worst.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what an adapter is: ranks, bytes, objective, calibration, versions, error before and after per module."""
+    with _errors():
+        summary = summarize(path)
+    if as_json:
+        out.print_json(json.dumps(summary.as_json()))
+        return
+    _print_summary(summary)
+    worst = sorted(summary.modules.items(), key=lambda item: -item[1]["error_after"] / (item[1]["signal"] or 1))
+    if not worst:
+        out.print("No eora.json: another tool made this adapter, so errors are not known.")
+        return
+    shown = worst if modules else worst[:WORST_MODULES]
+    table = Table("module", "rank", "tokens", "error before", "after", "left", title="" if modules else "Largest errors",
+                  caption="error: E‖ΔW x‖² / E‖W x‖², the output's relative error on calibration data")  # fmt: skip
+    for name, report in shown:
+        signal, before = report["signal"] or 1, report["error_before"]
+        left = f"{report['error_after'] / before:.0%}" if before else "-"
+        table.add_row(name, str(report["rank"]), str(report["tokens"]), f"{before / signal:.2%}",
+                      f"{report['error_after'] / signal:.2%}", left)  # fmt: skip
+    out.print(table)
+
+
+@app.command(name="eval", epilog="Example:  eora eval out/qwen3-8b-2bit --text heldout.txt")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A quantised checkpoint.")],
+    text: Annotated[Path, typer.Option(help="Held-out text.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder; by default the one that the checkpoint names.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = DEFAULT_WINDOW,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text, with and without the adapter."""
+    if not text.is_file():
+        _fail(f"there is no file `{text}`.")
+    if not (path / "config.json").is_file():
+        _fail(f"`{path}` has no config.json; it is no checkpoint folder.")
+    with _errors():
+        folder = adapter or find_adapter(path, required=False)
+        if folder is not None:
+            AdapterFolder.open(folder)
+
+    from .evaluate.report import measure_checkpoint
+
+    with _errors(), _progress() as bar:
+        rows = measure_checkpoint(path, folder, text, window=window, max_windows=max_windows, progress=bar)
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("model", "perplexity", "loss (nats)", "tokens", "bytes")
+    for row in rows:
+        table.add_row(row["model"], f"{row['perplexity']:.3f}", f"{row['nats']:.4f}", str(row["tokens"]),
+                      readable(row["bytes"]))  # fmt: skip
+    out.print(table)
+
+
+@app.command(epilog="Example:  eora demo --out demo")
+def demo(
+    output: Annotated[Path, typer.Option("--out", help="Folder for the quantised models.")] = Path("demo"),
+    bits: Annotated[int, typer.Option(help="2, 3 or 4.", min=2, max=4)] = 2,
+    rank: Rank = 32,
+) -> None:
+    """Quantise SmolLM2-135M with an adapter, load it again in a new process, and show what was won back."""
+    with _errors():
+        validate_rank(rank, what="--rank")
+
+    from .evaluate.demo import run_demo
+
+    with _errors(), _progress() as bar:
+        rows, seconds = run_demo(output, bits=bits, rank=rank, progress=bar)
+    table = Table("model", "perplexity", "on disk", "of it adapter", "seconds", title=f"SmolLM2-135M, {bits} bits")
+    for row in rows:
+        table.add_row(row["model"], f"{row['perplexity']:.1f}", readable(row["bytes"]),
+                      readable(row["adapter_bytes"]) if row["adapter_bytes"] else "", f"{row['seconds']:.0f}")  # fmt: skip
+    out.print(table)
+    out.print(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
+              f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")', highlight=False)  # fmt: skip
+
+
+def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:
+    details = summary.details
+    ranks = sorted(set(summary.ranks.values()))
+    table = Table.grid(padding=(0, 2))
+    table.add_row("adapter", str(summary.folder))
+    table.add_row("modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}")
+    table.add_row("bytes", readable(summary.bytes))
+    checkpoint = weight_bytes(summary.folder.parent)
+    if checkpoint:
+        table.add_row("checkpoint", f"{readable(checkpoint)} without the adapter")
+    if details:
+        data = details.get("calibration", {})
+        versions = ", ".join(f"{name} {found}" for name, found in details.get("versions", {}).items())
+        table.add_row("objective", f"{details.get('objective')}, after {details.get('method')}")
+        table.add_row("calibration", f"{data.get('tokens')} tokens, sha256 {str(data.get('sha256'))[:12]}…")
+        table.add_row("error left", f"{summary.error_left():.1%} of the weighted error (geometric mean over modules)")
+        table.add_row("made by", versions)
+    if seconds is not None:
+        table.add_row("seconds", f"{seconds:.0f}")
+    out.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,52 @@
+"""GPTQModel's terminal output, replaced by one progress bar where a command shows its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Only warnings and errors of GPTQModel; no tables, no bars of its own, no prints."""
+    from gptqmodel.utils import logger
+    from logbar import LogBar
+
+    level, suppress = LogBar.shared().level, logger._suppress_live_renderables
+    LogBar.shared().setLevel("ERROR")
+    logger._suppress_live_renderables = lambda: True
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        logger._suppress_live_renderables = suppress
+        LogBar.shared().setLevel(level)
+
+
+class LayerProgress:
+    """GPTQModel's layer callback: tells how many layers are done.
+
+    Args:
+        report: called with (layers done, layers in all).
+        total: layers in all.
+    """
+
+    def __init__(self, report: Callable[[int, int], None], total: int) -> None:
+        self.report = report
+        self.total = total
+        self.done = 0
+
+    def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
+        """Called twice a layer: when it is quantised, and when it is packed."""
+        if not submodule_finalized:
+            self.done += 1
+            self.report(self.done, self.total)
+
+
+def watch_layers(model: Any, report: Callable[[int, int], None]) -> None:
+    """Have ``report`` called after each layer of a GPTQModel model."""
+    total = int(model.model.config.num_hidden_layers) + int(bool(model.quantize_config.lm_head))
+    model.layer_callback = LayerProgress(report, total)
