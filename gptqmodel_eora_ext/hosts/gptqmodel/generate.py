@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
@@ -17,6 +18,7 @@ from gptqmodel.utils.torch import torch_empty_cache
 
 from ..peft import save_adapter, uniform_rank
 from .adapter import EoRA
+from .awq import move_scales
 from .checkpoint import DEFAULT_FOLDER, name_adapter
 from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
@@ -90,11 +92,13 @@ def generate_adapter(
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
     with logs_out_of_the_way():
-        config, kernels = _load_kernels(checkpoint, dict(loading or {}))
+        config, kernels, others = _load_kernels(checkpoint, dict(loading or {}))
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value))
         log.info("EoRA: loading the full-precision model `%s`.", base)
         model = _load_base(base, config, dict(loading or {}))
         _check_same_model(model, kernels, checkpoint, base)
+        if config.export_quant_method() == METHOD.AWQ:
+            move_scales(model, others, kernels)
         setattr(model, RUN_ATTRIBUTE, run)
         if report is not None:
             watch_layers(model, report)
@@ -124,8 +128,10 @@ def _load_base(base: str, config: Any, loading: dict[str, Any]) -> Any:
     return GPTQModel.load(base, quantize_config=config, **loading)
 
 
-def _load_kernels(checkpoint: Path, loading: dict[str, Any]) -> tuple[Any, dict[str, BaseQuantLinear]]:
-    """The checkpoint's config and its quantised linears; the rest of the model is dropped."""
+def _load_kernels(
+    checkpoint: Path, loading: dict[str, Any]
+) -> tuple[Any, dict[str, BaseQuantLinear], dict[str, torch.Tensor]]:
+    """The checkpoint's config, its quantised linears, and its one-dimensional parameters (norms)."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     method = QuantizeConfig.from_pretrained(str(checkpoint)).export_quant_method()
@@ -143,9 +149,12 @@ def _load_kernels(checkpoint: Path, loading: dict[str, Any]) -> tuple[Any, dict[
         raise ValueError(f"EoRA: `{checkpoint}` holds no quantised linear layer. Is it a quantised checkpoint?")
     config = copy.deepcopy(quantized.quantize_config)
     config.adapter = None
+    # AWQ's scales are moved into weights in memory, which a model kept on disk does not have.
+    config.offload_to_disk = config.offload_to_disk and method != METHOD.AWQ
+    norms = {name: tensor.data for name, tensor in quantized.model.named_parameters() if tensor.ndim == 1}
     del quantized
     torch_empty_cache()
-    return config, kernels
+    return config, kernels, norms
 
 
 def _check_same_model(model: Any, kernels: dict[str, BaseQuantLinear], checkpoint: Path, base: str) -> None:
