@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
+
 from gptqmodel_eora_ext import __version__
 from gptqmodel_eora_ext.evaluate.perplexity import text_loss
 from gptqmodel_eora_ext.evaluate.smollm2 import NAME, smollm2
@@ -74,6 +75,7 @@ def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
     """The full-precision architecture with each weight set to Ŵ + BA, as GPTQModel loads them: fast to evaluate."""
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
     from gptqmodel_eora_ext.hosts.gptqmodel.weights import dequantize
 
     quantized = GPTQModel.load(str(checkpoint), adapter=adapter, backend=BACKEND.GPTQ_TORCH)
@@ -113,8 +115,10 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def keep(name: str, result: dict[str, Any], *, as_json: bool) -> None:

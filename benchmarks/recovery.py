@@ -16,6 +16,7 @@ from typing import Any
 import common
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache, Lora
+
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 

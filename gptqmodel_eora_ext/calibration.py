@@ -31,7 +31,9 @@ def read_texts(source: str, *, split: str = "train") -> Iterable[str]:
             return [path.read_text(encoding="utf-8", errors="replace")]
         return _documents(_load("parquet" if path.suffix == ".parquet" else "json", data_files=str(path)), source)
     if path.is_dir() or source.endswith((".txt", *JSON_SUFFIXES, ".parquet")) or source.startswith(("/", ".", "~")):
-        raise ValueError(f"Calibration: there is no file `{source}`. Pass a text or JSON-lines file, or a dataset name.")
+        raise ValueError(
+            f"Calibration: there is no file `{source}`. Pass a text or JSON-lines file, or a dataset name."
+        )
     name, _, configuration = source.partition(":")
     return _documents(_load(name, configuration or None, split=split), source)
 
@@ -73,6 +75,4 @@ def windows(
     count = min(samples, len(tokens) // seqlen)
     if count == 0:
         raise ValueError(f"Calibration: {len(tokens)} tokens do not fill one window of {seqlen}. Pass more text.")
-    return [
-        {"input_ids": tokens[i * seqlen : (i + 1) * seqlen], "attention_mask": [1] * seqlen} for i in range(count)
-    ]
+    return [{"input_ids": tokens[i * seqlen : (i + 1) * seqlen], "attention_mask": [1] * seqlen} for i in range(count)]

@@ -216,7 +216,8 @@ def inspect(
         out.print("No eora.json: another tool made this adapter, so errors are not known.")
         return
     shown = worst if modules else worst[:WORST_MODULES]
-    table = Table("module", "rank", "tokens", "error before", "after", "left", title="" if modules else "Largest errors",
+    table = Table("module", "rank", "tokens", "error before", "after", "left",
+                  title=None if modules else "Largest errors",
                   caption="error: E‖ΔW x‖² / E‖W x‖², the output's relative error on calibration data")  # fmt: skip
     for name, report in shown:
         signal, before = report["signal"] or 1, report["error_before"]
@@ -278,7 +279,8 @@ def demo(
     table = Table("model", "perplexity", "on disk", "of it adapter", "seconds", title=f"SmolLM2-135M, {bits} bits")
     for row in rows:
         table.add_row(row["model"], f"{row['perplexity']:.1f}", readable(row["bytes"]),
-                      readable(row["adapter_bytes"]) if row["adapter_bytes"] else "", f"{row['seconds']:.0f}")  # fmt: skip
+                      readable(row["adapter_bytes"]) if row["adapter_bytes"] else "",
+                      f"{row['seconds']:.0f}")  # fmt: skip
     out.print(table)
     out.print(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
               f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")', highlight=False)  # fmt: skip
@@ -289,7 +291,9 @@ def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> Non
     ranks = sorted(set(summary.ranks.values()))
     table = Table.grid(padding=(0, 2))
     table.add_row("adapter", str(summary.folder))
-    table.add_row("modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}")
+    table.add_row(
+        "modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
+    )
     table.add_row("bytes", readable(summary.bytes))
     checkpoint = weight_bytes(summary.folder.parent)
     if checkpoint:

@@ -22,7 +22,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,7 +47,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             _carry_over(target, fresh)
             _exchange(fresh, target)
         else:
-            os.rename(fresh, target)
+            fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -71,6 +71,6 @@ def _exchange(fresh: Path, target: Path) -> None:
         if done == 0:
             return
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    os.rename(target, old)
-    os.rename(fresh, target)
-    os.rename(old, fresh)
+    target.rename(old)
+    fresh.rename(target)
+    old.rename(fresh)

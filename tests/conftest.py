@@ -41,9 +41,7 @@ def token_ids(tokenizer: Any) -> list[int]:
 @pytest.fixture(scope="session")
 def calibration(token_ids: list[int]) -> list[dict[str, list[int]]]:
     """Sixteen windows of real text."""
-    return [
-        {"input_ids": token_ids[i * SEQLEN : (i + 1) * SEQLEN], "attention_mask": [1] * SEQLEN} for i in range(16)
-    ]
+    return [{"input_ids": token_ids[i * SEQLEN : (i + 1) * SEQLEN], "attention_mask": [1] * SEQLEN} for i in range(16)]
 
 
 @pytest.fixture(scope="session")

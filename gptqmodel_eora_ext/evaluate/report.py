@@ -51,7 +51,9 @@ def measure_checkpoint(
         with adapters_off(model):
             rows = [_row("quantised", measure("without adapter"), weight_bytes(checkpoint), 0)]
         if adapter is not None:
-            rows.append(_row("quantised + EoRA", measure("with adapter"), weight_bytes(checkpoint), weight_bytes(adapter)))
+            rows.append(
+                _row("quantised + EoRA", measure("with adapter"), weight_bytes(checkpoint), weight_bytes(adapter))
+            )
     return rows
 
 

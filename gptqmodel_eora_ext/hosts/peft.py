@@ -1,8 +1,8 @@
 """Adapters on disk: plain PEFT LoRA folders, with what EoRA adds in a file of its own.
 
-    adapter_config.json         PEFT's LoraConfig; every module's alpha equals its rank, so the scale is 1
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank × in), …lora_B.weight (out × rank)
-    eora.json                   objective, calibration, versions and per-module errors; optional
+adapter_config.json         PEFT's LoraConfig; every module's alpha equals its rank, so the scale is 1
+adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank × in), …lora_B.weight (out × rank)
+eora.json                   objective, calibration, versions and per-module errors; optional
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from gptqmodel_eora_ext.capture import SecondMoment, shared_leaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gptqmodel_eora_ext.capture import SecondMoment, shared_leaders
 
 
 def exact(rows: torch.Tensor) -> torch.Tensor:
@@ -29,7 +32,7 @@ def test_equals_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_batching_and_order_do_not_matter(cuts: list[int], seed: int) -> None:
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
     edges = [0, *sorted(set(cuts)), 40]
-    batches = [rows[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    batches = [rows[a:b] for a, b in pairwise(edges)]
     forward, backward = SecondMoment(6, "x"), SecondMoment(6, "x")
     for batch in batches:
         forward.add(batch)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from gptqmodel_eora_ext.adapter import ModuleFactors
 from gptqmodel_eora_ext.files import replaced_folder
 from gptqmodel_eora_ext.hosts.peft import (
@@ -21,7 +23,6 @@ from gptqmodel_eora_ext.hosts.peft import (
     save_adapter,
 )
 from gptqmodel_eora_ext.summary import summarize
-from safetensors.torch import load_file, save_file
 
 NAMES = ["model.layers.0.self_attn.Wqkv", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 

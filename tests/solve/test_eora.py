@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gptqmodel_eora_ext.solve import balance, eora, round_to, weighted_energy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gptqmodel_eora_ext.solve import balance, eora, round_to, weighted_energy
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (13, 31), (31, 13), (64, 48), (96, 17)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class EoRA(Lora):
             that the plugin cannot serve.
     """
 
+    lora_A: torch.Tensor | None
+    lora_B: torch.Tensor | None
+
     def __init__(
         self,
         rank: int | None = None,
@@ -45,7 +49,7 @@ class EoRA(Lora):
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:
-            path = os.path.expanduser(os.fspath(path))
+            path = str(Path(path).expanduser())
         if rank is not None:
             rank = validate_rank(rank)
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
@@ -98,5 +102,5 @@ class EoRA(Lora):
             folder = AdapterFolder.open(self.path)
             for _, factor_a, factor_b in folder.factors([name for name in folder.keys if name == weight_key]):
                 self.attach(factor_a, factor_b, device)
-        elif self.lora_A is not None:
+        elif self.lora_A is not None and self.lora_B is not None:
             self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)

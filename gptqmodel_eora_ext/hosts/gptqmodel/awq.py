@@ -81,15 +81,10 @@ def _ratio(native: torch.Tensor, checkpoint: torch.Tensor) -> torch.Tensor:
 def _fit(
     layer: torch.nn.Module, layer_name: str, readers: list[str], kernels: Mapping[str, BaseQuantLinear]
 ) -> torch.Tensor:
-    projected: torch.Tensor | float = 0.0
-    energy: torch.Tensor | float = 0.0
-    for name in readers:
-        native = layer.get_submodule(name).weight.data.to(torch.float32)
-        quantized = dequantize(kernels[f"{layer_name}.{name}"]).to(native.device, torch.float32)
-        projected = projected + (native * quantized).sum(0)
-        energy = energy + native.square().sum(0)
-    assert isinstance(projected, torch.Tensor) and isinstance(energy, torch.Tensor)
-    fitted = projected / energy
+    # Weights that read the same input have the same columns, so all readers count as one tall weight.
+    native = torch.cat([layer.get_parameter(f"{name}.weight").data.to(torch.float32) for name in readers])
+    quantized = torch.cat([dequantize(kernels[f"{layer_name}.{name}"]) for name in readers])
+    fitted = (native * quantized.to(native.device, torch.float32)).sum(0) / native.square().sum(0)
     return torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, torch.ones_like(fitted))
 
 

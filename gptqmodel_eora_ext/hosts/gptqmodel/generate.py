@@ -142,9 +142,7 @@ def _load_kernels(
         )
     log.info("EoRA: loading the quantised checkpoint `%s`.", checkpoint)
     quantized = GPTQModel.load(str(checkpoint), backend=TORCH_BACKENDS[method], **loading)
-    kernels = {
-        name: module for name, module in quantized.model.named_modules() if isinstance(module, BaseQuantLinear)
-    }
+    kernels = {name: module for name, module in quantized.model.named_modules() if isinstance(module, BaseQuantLinear)}
     if not kernels:
         raise ValueError(f"EoRA: `{checkpoint}` holds no quantised linear layer. Is it a quantised checkpoint?")
     config = copy.deepcopy(quantized.quantize_config)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from gptqmodel.looper.awq_processor import AWQProcessor
-from gptqmodel.looper.loop_processor import LoopProcessor
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
@@ -32,7 +31,7 @@ QUANTIZED_WEIGHT = "eora_quantized_weight"
 
 
 @functools.cache
-def compensated(processor: type[LoopProcessor]) -> type[LoopProcessor]:
+def compensated(processor: Any) -> Any:
     """The processor class with compensation mixed in."""
     mixin = AWQCompensation if issubclass(processor, AWQProcessor) else Compensation
     return type(f"Compensated{processor.__name__}", (mixin, processor), {})

@@ -171,9 +171,7 @@ def list_seams() -> list[Seam]:
         )
 
     def plain(function: Callable[..., Any]) -> Callable[[Any], Any]:
-        return lambda original: functools.wraps(original)(
-            lambda *args, **kwargs: function(original, *args, **kwargs)
-        )
+        return lambda original: functools.wraps(original)(lambda *args, **kwargs: function(original, *args, **kwargs))
 
     def class_method(function: Callable[..., Any]) -> Callable[[Any], Any]:
         def make(original: Any) -> Any:
@@ -227,8 +225,8 @@ def _register_adapter() -> None:
             _undo.append(functools.partial(accepted.remove, EoRA))
 
 
-def _subclasses(cls: type) -> list[Any]:
-    found = []
+def _subclasses(cls: Any) -> list[Any]:
+    found: list[Any] = []
     for subclass in cls.__subclasses__():
         found += [subclass, *_subclasses(subclass)]
     return found
