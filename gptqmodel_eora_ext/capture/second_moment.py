@@ -87,12 +87,20 @@ class SecondMoment:
 
     def require_finite(self) -> None:
         """Raise ValueError when an input held NaN or infinity."""
-        # Every x² stands on the diagonal, so a non-finite input shows there.
-        if not all(torch.isfinite(total.diagonal()).all() for total in self._sums.values()):
-            raise ValueError(
-                f"{self.name}: calibration activations hold NaN or infinity. Check the model in this dtype "
-                f"(float16 overflows where bfloat16 does not) and the calibration data."
-            )
+        for total in self._sums.values():
+            require_finite(total.diagonal(), self.name)
+
+
+def require_finite(energies: torch.Tensor, name: str) -> None:
+    """Raise ValueError when a second moment's diagonal shows that an input held NaN or infinity.
+
+    Every x² stands on the diagonal, so it is enough to look there.
+    """
+    if not torch.isfinite(energies).all():
+        raise ValueError(
+            f"{name}: calibration activations hold NaN or infinity. Check the model in this dtype (float16 overflows "
+            f"where bfloat16 does not) and the calibration data."
+        )
 
 
 def shared_leaders(names: Sequence[str], groups: Iterable[Iterable[str]], widths: Mapping[str, int]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
 from ...adapter import ModuleFactors
-from ...capture import SecondMoment, shared_leaders
+from ...capture import SecondMoment, require_finite, shared_leaders
 from ...compensate import compensate
 from .run import CompensationRun
 
@@ -77,6 +77,23 @@ class Compensation:
                 self._moments[name] = SecondMoment(self._widths[name], self._full_names[name])
         return host_leaders
 
+    def end_shared_input_capture(self, subset_names: list[str]) -> Any:
+        """Called once the subset's forwards are done: refuse broken activations before the host quantises with them.
+
+        It runs on the main thread, where an error reaches the caller; one in a worker thread ends the process.
+        """
+        telemetry = super().end_shared_input_capture(subset_names)  # type: ignore[misc]
+        for name in subset_names:
+            if name not in self._widths:
+                continue
+            if self._reads_hessian(name):
+                task = self.tasks[name]
+                task.materialize_global_hessian()
+                require_finite(task.H.diagonal(), self._full_names[name])
+            elif name in self._moments:
+                self._moments[name].require_finite()
+        return telemetry
+
     def _reads_hessian(self, name: str) -> bool:
         """Whether the quantiser's own Hessian is the second moment wanted. GPTAQ and FOEM keep other sums."""
         return type(self.tasks.get(name)) is GPTQ and not self.run.own_data
@@ -117,14 +134,11 @@ class Compensation:
             moment = self._moments[leader]
             if self._reads_hessian(name) and not moment.tokens:
                 task = self.tasks[name]
-                task.materialize_global_hessian()
-                if task.H is not None and task.nsamples:
+                if task.nsamples:
                     # GPTQ keeps 2/n · Σ x xᵀ, padded columns last.
                     total = task.H[: moment.in_features, : moment.in_features] * (task.nsamples / 2)
                     moment.add_sum(total, int(task.nsamples))
-        # Before the host quantises with these activations, not after.
-        moment.require_finite()
-        return moment
+            return moment
 
     # Compensation ----------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
         # One set of forwards serves both: the adapter's batches first, each side's hooks reading only its own.
         processor.calibration_dataset = [*run.adapter_batches, *own_batches]
         processor.num_batches = len(processor.calibration_dataset)
-    processor.__class__ = compensated(processor.__class__)
+    processor.__class__ = compensated(processor.__class__)  # type: ignore[arg-type]
     processor.equip(run)
 
 

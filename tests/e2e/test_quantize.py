@@ -1,0 +1,260 @@
+"""The quantise loop on real weights: every configuration, and that the reported errors are the real ones."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gptqmodel import AWQConfig, GPTAQConfig, GPTQModel, QQQConfig, QuantizeConfig, RTNConfig
+from gptqmodel.nn_modules.hooked_linear import HookedLinear
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+
+from .helpers import Batches, kernels, load, measured_errors, quantize
+
+pytestmark = pytest.mark.e2e
+
+# The loop computes with weights Ŵ + BA rounded to bfloat16, the kernel with Ŵ, B and A apart: activations, and with
+# them the measured errors, agree to a few roundings.
+SAME_ERROR = 0.05
+
+
+def gptq(**options: Any) -> QuantizeConfig:
+    return QuantizeConfig(**{"bits": 3, "group_size": 64, **options})
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        pytest.param(gptq(bits=2), {}, id="2-bit"),
+        pytest.param(gptq(sym=False, desc_act=True, act_group_aware=False), {}, id="asymmetric-desc_act"),
+        pytest.param(gptq(true_sequential=False), {}, id="not-sequential"),
+        pytest.param(gptq(), {"dtype": torch.float16}, id="float16"),
+        pytest.param(gptq(), {"dtype": torch.float32}, id="float32"),
+        pytest.param(gptq(gptaq=GPTAQConfig()), {}, id="gptaq"),
+        pytest.param(RTNConfig(bits=3, group_size=64), {}, id="rtn"),
+    ],
+)
+def test_reported_errors_are_what_the_loaded_model_has(
+    config: Any, options: dict[str, Any], two_layers: Path, calibration: Batches, tmp_path: Path
+) -> None:
+    made = quantize(two_layers, tmp_path, config, calibration, **options)
+    assert len(made.factors) == 14
+    tokens = sum(len(batch["input_ids"]) for batch in calibration)
+    found = measured_errors(two_layers, load(tmp_path), calibration)
+    for name, factors in made.factors.items():
+        assert factors.rank == 16 and factors.tokens == tokens
+        assert factors.error_after < factors.error_before
+        # Without true sequential order the modules of a layer are captured before any of them is compensated.
+        if getattr(config, "true_sequential", True):
+            assert found[name] == pytest.approx(factors.error_after, rel=SAME_ERROR), name
+
+
+def test_no_extra_forward_pass(
+    two_layers: Path, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the quantiser's own data, compensation runs not one forward more than quantising alone."""
+    original = HookedLinear.forward
+    calls = 0
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HookedLinear, "forward", counted)
+    counts = []
+    for adapter in (None, EoRA(rank=8)):
+        calls = 0
+        with quiet():
+            host = GPTQModel.load(str(two_layers), gptq())
+            host.quantize(calibration, batch_size=4, adapter=adapter)
+        counts.append(calls)
+    assert counts[0] == counts[1] > 0
+
+
+def test_adapter_calibration_dataset(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    """The adapter's statistics come from its own data alone, the quantiser's weights from its own alone."""
+    mine, theirs = calibration[:5], calibration[5:]
+    made = quantize(two_layers, tmp_path / "own", gptq(), theirs, adapter_calibration_dataset=mine)
+    assert {factors.tokens for factors in made.factors.values()} == {5 * 64}
+    found = measured_errors(two_layers, load(tmp_path / "own"), mine)
+    for name, factors in made.factors.items():
+        assert found[name] == pytest.approx(factors.error_after, rel=SAME_ERROR), name
+    plain = quantize(two_layers, tmp_path / "same", gptq(), theirs)
+    first = "model.layers.0.self_attn.q_proj"
+    ours, same = kernels(load(made.folder))[first], kernels(load(plain.folder))[first]
+    assert torch.equal(ours.qweight, same.qweight)
+    assert made.host._eora_run.details()["calibration"]["tokens"] == 5 * 64
+
+
+def test_padding_does_not_count(two_layers: Path, token_ids: list[int], tmp_path: Path) -> None:
+    """Rows of unlike length are padded in one batch; the padding enters neither tokens nor moments."""
+    lengths = [64, 40, 25, 12]
+    ragged = [{"input_ids": token_ids[:n], "attention_mask": [1] * n} for n in lengths]
+    batched = quantize(two_layers, tmp_path / "batched", gptq(), ragged, batch_size=4)
+    single = quantize(two_layers, tmp_path / "single", gptq(), ragged, batch_size=1)
+    for name, factors in batched.factors.items():
+        assert factors.tokens == sum(lengths) == single.factors[name].tokens
+    # The first modules read the same inputs in both runs; later ones follow a quantiser that rounds differently.
+    for name in ("q_proj", "k_proj", "v_proj"):
+        ours, theirs = (made.factors[f"model.layers.0.self_attn.{name}"].signal for made in (batched, single))
+        assert ours == pytest.approx(theirs, rel=1e-3), name
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_awq(own: bool, two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    options = {"adapter_calibration_dataset": calibration[:6]} if own else {}
+    made = quantize(two_layers, tmp_path, AWQConfig(bits=4, group_size=64), calibration, **options)
+    assert len(made.factors) == 14
+    for name, factors in made.factors.items():
+        # 4 bits leave about a percent; scales left out of the comparison would leave hundreds of percent.
+        assert factors.error_after < factors.error_before < 0.05 * factors.signal, name
+
+
+def test_skipped_modules_and_ranks_by_dynamic(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    dynamic = {
+        r"-:.*layers\.0\..*o_proj": {},
+        r"+:.*down_proj": {"adapter": {"rank": 4}},
+        r"+:.*k_proj": {"adapter": {"rank": 0}},
+    }
+    made = quantize(two_layers, tmp_path, gptq(dynamic=dynamic), calibration)
+    assert "model.layers.0.self_attn.o_proj" not in made.factors
+    ranks = {name.rsplit(".", 1)[-1]: factors.rank for name, factors in made.factors.items()}
+    assert ranks["down_proj"] == 4 and ranks["k_proj"] == 0 and ranks["q_proj"] == 16
+    found = measured_errors(two_layers, load(tmp_path), calibration)
+    assert found["model.layers.1.mlp.down_proj"] == pytest.approx(
+        made.factors["model.layers.1.mlp.down_proj"].error_after, rel=SAME_ERROR
+    )
+
+
+def test_rank_above_the_shape_is_cut_with_a_warning(
+    two_layers: Path, calibration: Batches, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        made = quantize(two_layers, tmp_path, gptq(), calibration, adapter=EoRA(rank=300))
+    assert made.factors["model.layers.0.self_attn.k_proj"].rank == 192
+    assert made.factors["model.layers.0.self_attn.q_proj"].rank == 300
+    assert "layers.0.self_attn.k_proj: rank 300 is above min(out, in) = 192" in caplog.text
+    model = load(tmp_path)
+    assert kernels(model)["model.layers.0.self_attn.k_proj"].adapter.lora_A.shape == (576, 192)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A small random model with biases and an lm_head of its own."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("qwen2")
+    config = Qwen2Config(
+        vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=256,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_lm_head_and_biases(qwen2: Path, calibration: Batches, tmp_path: Path) -> None:
+    # GPTQModel gives lm_head 8 bits unless told; there the rounding of stored scales outweighs what is left.
+    dynamic = {"lm_head": {"bits": 3, "group_size": 64}}
+    made = quantize(qwen2, tmp_path, gptq(lm_head=True, dynamic=dynamic), calibration)
+    assert made.factors["lm_head"].rank == 16
+    model = load(tmp_path)
+    assert kernels(model)["model.layers.0.self_attn.q_proj"].bias is not None
+    found = measured_errors(qwen2, model, calibration)
+    for name, factors in made.factors.items():
+        assert found[name] == pytest.approx(factors.error_after, rel=SAME_ERROR), name
+
+
+def test_qqq(qwen2: Path, calibration: Batches, tmp_path: Path) -> None:
+    made = quantize(qwen2, tmp_path, QQQConfig(bits=4, group_size=128), calibration)
+    assert len(made.factors) == 7
+    assert all(factors.error_after < factors.error_before for factors in made.factors.values())
+
+
+def test_experts_that_saw_few_or_no_tokens(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=2,
+        decoder_sparse_step=1, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    twelve = [{"input_ids": list(range(100, 112)), "attention_mask": [1] * 12}]
+    with caplog.at_level(logging.WARNING):
+        made = quantize(tmp_path / "base", tmp_path / "out", gptq(bits=4, group_size=32), twelve, adapter=EoRA(rank=8))
+    experts = {name: factors for name, factors in made.factors.items() if ".experts." in name}
+    assert any(factors.tokens == 0 for factors in experts.values())
+    for name, factors in experts.items():
+        assert factors.rank == min(8, factors.tokens), name
+        assert torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()
+        if factors.tokens < 8:
+            assert f"{name}: saw {factors.tokens} calibration tokens, too few for rank 8" in caplog.text
+    with torch.inference_mode():
+        assert torch.isfinite(load(tmp_path / "out")(torch.arange(100, 130)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "error", "message"),
+    [
+        (gptq(), {"adapter": EoRA()}, ValueError, "`rank` is needed"),
+        (gptq(), {"calibration": []}, ValueError, "calibration dataset is empty"),
+        (RTNConfig(bits=4, group_size=64), {"calibration": None}, ValueError, "needs data with every quantisation"),
+        (gptq(), {"adapter_calibration_dataset": []}, ValueError, "`adapter_calibration_dataset` is empty"),
+        (
+            gptq(),
+            {"calibration": [{"input_ids": [60000] * 64, "attention_mask": [1] * 64}]},
+            ValueError,
+            "token id 60000, but the model embeds 49152 ids. The tokenizer does not fit",
+        ),
+        (
+            gptq(dynamic={"+:.*q_proj": {"adapter": {"rank": -1}}}),
+            {},
+            ValueError,
+            r"`dynamic\['\+:\.\*q_proj'\]\['adapter'\]\['rank'\]` must be at least 0, got -1",
+        ),
+    ],
+)
+def test_bad_input_fails_before_any_work(
+    config: Any, options: dict[str, Any], error: type[Exception], message: str, two_layers: Path, calibration: Batches
+) -> None:
+    call = {"calibration": calibration, "adapter": EoRA(rank=8), **options}
+    with quiet():
+        host = GPTQModel.load(str(two_layers), config)
+        with pytest.raises(error, match=message):
+            host.quantize(**call)
+    assert isinstance(host.model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
+    assert host.quantize_config.adapter is None or isinstance(host.quantize_config.adapter, EoRA)
+
+
+def test_nan_activations_name_the_module(smollm2: Path, two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(two_layers, dtype="auto")
+    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(two_layers).save_pretrained(tmp_path)
+    with quiet():
+        host = GPTQModel.load(str(tmp_path), gptq())
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\..*NaN or infinity"):
+            host.quantize(calibration, batch_size=4, adapter=EoRA(rank=8))
+
+
+def test_logs_are_not_left_in_the_working_directory(
+    two_layers: Path, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantize(two_layers, tmp_path / "out", gptq(), calibration[:4], adapter=EoRA(rank=4))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
