@@ -90,7 +90,7 @@ def save_adapter(
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(fresh))
         report = {"modules": {name: one.report() for name, one in factors.items()}}
-        write_json(fresh / DETAILS_FILE, {"version": DETAILS_VERSION, **details, **report})
+        write_json(fresh / DETAILS_FILE, {**details, **report, "version": DETAILS_VERSION})
 
 
 def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:

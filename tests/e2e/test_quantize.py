@@ -181,9 +181,7 @@ def test_qqq(qwen2: Path, calibration: Batches, tmp_path: Path) -> None:
     assert all(factors.error_after < factors.error_before for factors in made.factors.values())
 
 
-def test_experts_that_saw_few_or_no_tokens(
-    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_experts_that_saw_few_or_no_tokens(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,

@@ -45,7 +45,7 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     call.apply_defaults()
     checkpoint = Path(call.arguments["save_dir"])
     asked = call.arguments["eora_path"]
-    factors, details = _factors_of(model)
+    factors, details, path = _to_save(model)
     call.arguments["eora_path"] = None
     config.adapter = None
     try:
@@ -53,19 +53,11 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     finally:
         config.adapter = adapter
     if factors:
-        folder = _folder(asked or _path_to_save(adapter), checkpoint)
+        folder = _folder(asked or path, checkpoint)
         names = [name for name, _ in model.model.named_modules()]
         save_adapter(folder, factors, base_model=str(checkpoint), module_names=names, details=details)
         name_adapter(checkpoint, folder, uniform_rank(factors))
     return result
-
-
-def _path_to_save(adapter: EoRA) -> str | None:
-    """A loaded adapter is saved into the new checkpoint, not over the folder it came from."""
-    source = adapter._gptqmodel_checkpoint_source
-    if source is not None:
-        return str(source[1])
-    return None if getattr(adapter, "loaded", False) else adapter.path
 
 
 def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
@@ -90,14 +82,16 @@ def name_adapter(checkpoint: Path, folder: Path, rank: int) -> None:
     write_json(path, content)
 
 
-def _factors_of(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any]]:
-    """What the quantise run found, or what a loaded model's kernels carry."""
+def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], str | None]:
+    """Factors, details and the adapter's place: of the quantise run, or of what a loaded model's kernels carry."""
+    adapter = model.quantize_config.adapter
     run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
     if run is not None:
-        return run.factors, run.details()
-    details: dict[str, Any] = dict(getattr(model.quantize_config.adapter, "details", None) or {})
+        return run.factors, run.details(), adapter.path
+    # A loaded adapter goes into the new checkpoint, never over the folder it came from.
+    source = adapter._gptqmodel_checkpoint_source
+    details = _details(Path(*source) if source else Path(adapter.path))
     reports = details.pop("modules", {})
-    details.pop("version", None)
     factors = {}
     for name, kernel in _adapted_kernels(model.model).items():
         if kernel.adapter.lora_A is None:
@@ -108,11 +102,17 @@ def _factors_of(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any]
             lora_B=kernel.adapter.lora_B.T,
             requested_rank=report.get("requested_rank", kernel.adapter.lora_A.shape[1]),
             tokens=report.get("tokens", 0),
-            signal=report.get("signal", float("nan")),
-            error_before=report.get("error_before", float("nan")),
-            error_after=report.get("error_after", float("nan")),
+            signal=report.get("signal", 0.0),
+            error_before=report.get("error_before", 0.0),
+            error_after=report.get("error_after", 0.0),
         )
-    return factors, details
+    return factors, details, source[1] if source else None
+
+
+def _details(folder: Path) -> dict[str, Any]:
+    """What `eora.json` of a loaded adapter says; nothing where it was removed since."""
+    path = folder / DETAILS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # Loading -------------------------------------------------------------------------------------------------------

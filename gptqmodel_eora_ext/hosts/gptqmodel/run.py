@@ -41,10 +41,7 @@ class CompensationRun:
         method: str,
         adapter_batches: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        if adapter.rank is None:
-            raise ValueError("EoRA: `rank` is needed to make an adapter, for instance EoRA(rank=64).")
-        self.adapter = adapter
-        self.rank: int = adapter.rank
+        self.rank = require_rank(adapter)
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.factors: dict[str, ModuleFactors] = {}
@@ -101,6 +98,17 @@ class CompensationRun:
             "seconds": round(self.seconds, 3),
             "versions": {"gptqmodel-eora-ext": __version__, "python": platform.python_version(), **hosts},
         }
+
+
+def require_rank(adapter: EoRA) -> int:
+    """Return the rank to make an adapter of.
+
+    Raises:
+        ValueError: when none was given, which only loading can do without.
+    """
+    if adapter.rank is None:
+        raise ValueError("EoRA: `rank` is needed to make an adapter, for instance EoRA(rank=64).")
+    return int(adapter.rank)
 
 
 def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:
