@@ -71,6 +71,22 @@ def base_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16)
 
 
+def first_layers(folder: Path, layers: int) -> Path:
+    """The model cut to its first layers, in ``folder``; 0 layers for the whole model as it is."""
+    from transformers import AutoModelForCausalLM
+
+    base = smollm2()
+    if layers == 0:
+        return base
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
     """The full-precision architecture with each weight set to Ŵ + BA, as GPTQModel loads them: fast to evaluate."""
     from gptqmodel import BACKEND, GPTQModel

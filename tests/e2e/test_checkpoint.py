@@ -237,7 +237,7 @@ def test_generate_refuses_another_base(
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path)
-    with quiet(), pytest.raises(ValueError, match="is not the model that .* was quantised from"):
+    with quiet(), pytest.raises(ValueError, match=r"is not the model that .* was quantised from"):
         GPTQModel.adapter.generate(
             adapter=EoRA(rank=4, path=tmp_path / "adapter"),
             model_id_or_path=str(tmp_path),
