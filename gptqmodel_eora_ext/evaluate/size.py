@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def weight_bytes(folder: str | Path, *, adapters: bool = False) -> int:
-    """Bytes of the safetensors files of a model's folder.
-
-    Args:
-        folder: the model.
-        adapters: count the files in folders below it too.
-    """
-    pattern = "**/*.safetensors" if adapters else "*.safetensors"
-    return sum(path.stat().st_size for path in Path(folder).glob(pattern))
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes of the safetensors files of a model's or an adapter's folder, folders below it left out."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def readable(count: int) -> str:
