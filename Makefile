@@ -31,6 +31,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/stability.py
+	$(BIN)/python benchmarks/autoload.py
+	$(BIN)/python benchmarks/picture.py
 
 clean:
 	rm -rf $(VENV) demo

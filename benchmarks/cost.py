@@ -8,7 +8,6 @@ Times come from one process, kinds interleaved; peak memory from a process each,
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,6 @@ from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 RANK = 32
 SAMPLES, SEQLEN = 64, 256
 KINDS = ("plain", "ours", "stock")
-# ru_maxrss counts kilobytes on Linux.
-KILOBYTE = 1024
 
 
 def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> float:
@@ -38,6 +35,12 @@ def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> 
         start = time.perf_counter()
         model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
         return time.perf_counter() - start
+
+
+def high_water_mark() -> int:
+    """Largest resident set of this process in bytes. `ru_maxrss` would count the parent's before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def peak_memory(base: Path, kind: str) -> int:
@@ -58,7 +61,7 @@ def main() -> None:
     calibration = common.calibration(SAMPLES, SEQLEN)
     if options.one:
         quantize(options.base, options.one, calibration)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE, file=sys.__stdout__)
+        print(high_water_mark(), file=sys.__stdout__)
         return
 
     with common.scratch() as folder:

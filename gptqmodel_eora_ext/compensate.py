@@ -8,7 +8,7 @@ import torch
 
 from .adapter import ModuleFactors
 from .capture import SecondMoment
-from .solve import balance, eora, round_to, weighted_energy
+from .solve import balance, energy_left, eora_with_energy, round_to, weighted_energy
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +60,17 @@ def compensate(
     rank = effective_rank(rank, delta.shape, moment.tokens, name)
     if rank == 0:
         lora_A, lora_B = delta.new_zeros(0, delta.shape[1]), delta.new_zeros(delta.shape[0], 0)
+        before = weighted_energy(delta, second_moment)
     else:
-        lora_A, lora_B = balance(*eora(delta, second_moment, rank))
+        lora_A, lora_B, before = eora_with_energy(delta, second_moment, rank)
+        lora_A, lora_B = balance(lora_A, lora_B)
     lora_A, lora_B = round_to(lora_A, lora_B, dtype)
-    residual = delta - lora_B.to(torch.float32) @ lora_A.to(torch.float32)
     return ModuleFactors(
         lora_A=lora_A,
         lora_B=lora_B,
         requested_rank=asked,
         tokens=moment.tokens,
         signal=weighted_energy(original, second_moment),
-        error_before=weighted_energy(delta, second_moment),
-        error_after=weighted_energy(residual, second_moment),
+        error_before=before,
+        error_after=energy_left(delta, second_moment, lora_A, lora_B, before),
     )

@@ -59,14 +59,6 @@ class SecondMoment:
         self._sums[total.device] = total if mine is None else mine.add_(total)
         self.tokens += tokens
 
-    def merge(self, other: SecondMoment) -> None:
-        """Add another accumulator's sums, for instance one gathered on another device or rank."""
-        if other.in_features != self.in_features:
-            raise ValueError(f"{self.name}: cannot merge {other.in_features} channels into {self.in_features}.")
-        for total in other._sums.values():
-            self.add_sum(total.clone(), 0)
-        self.tokens += other.tokens
-
     def rescaled(self, scales: torch.Tensor, name: str) -> SecondMoment:
         """The second moment of x / s, for a model that divides this input by ``scales`` (in_features)."""
         result = SecondMoment(self.in_features, name)

@@ -103,5 +103,5 @@ def _measure_in_new_process(folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr.strip()[-2000:]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("[\n") :])
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows

@@ -34,3 +34,24 @@ def weighted_energy(matrix: torch.Tensor, second_moment: torch.Tensor) -> float:
     """
     product = matrix @ second_moment.to(matrix.dtype)
     return max(float((product * matrix).sum(dtype=torch.float64)), 0.0)
+
+
+def energy_left(
+    delta: torch.Tensor, second_moment: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, energy: float
+) -> float:
+    """Return ‖(ΔW − B A) C^½‖² from ‖ΔW C^½‖², without another product of out × in with in × in.
+
+    Expanded: energy − 2⟨Bᵀ ΔW, A C⟩ + ⟨Bᵀ B, A C Aᵀ⟩, in float64 since it cancels.
+
+    Args:
+        delta: ΔW, out × in.
+        second_moment: C, in × in.
+        lora_A: rank × in, any dtype.
+        lora_B: out × rank.
+        energy: ‖ΔW C^½‖².
+    """
+    wide_A, wide_B = lora_A.to(torch.float64), lora_B.to(torch.float64)
+    weighted = times_second_moment(wide_A, second_moment)
+    cross = (wide_B.T @ delta.to(torch.float64) * weighted).sum()
+    square = (wide_B.T @ wide_B * (weighted @ wide_A.T)).sum()
+    return max(energy - 2 * float(cross) + float(square), 0.0)

@@ -52,15 +52,25 @@ def test_padding_is_left_out() -> None:
     assert padded.tokens == 6
 
 
-def test_merge() -> None:
+def test_sums_of_several_devices_are_merged() -> None:
+    """One CPU under two names stands for two devices."""
     rows = torch.randn(9, 4)
-    left, right, whole = (SecondMoment(4, "x") for _ in range(3))
-    left.add(rows[:2])
-    right.add(rows[2:])
+    parts, whole = SecondMoment(4, "x"), SecondMoment(4, "x")
+    parts.add(rows[:2])
+    parts._sums[torch.device("cpu:0")] = rows[2:].T @ rows[2:]
+    parts.tokens += 7
     whole.add(rows)
-    left.merge(right)
-    torch.testing.assert_close(left.mean(), whole.mean())
-    assert left.tokens == 9 and right.tokens == 7
+    torch.testing.assert_close(parts.mean(), whole.mean())
+
+
+def test_finished_sums_are_added() -> None:
+    rows = torch.randn(9, 4)
+    parts, whole = SecondMoment(4, "x"), SecondMoment(4, "x")
+    parts.add_sum(rows[:4].T @ rows[:4], 4)
+    parts.add_sum(rows[4:].T @ rows[4:], 5)
+    whole.add(rows)
+    torch.testing.assert_close(parts.mean(), whole.mean())
+    assert parts.tokens == 9
 
 
 def test_rescaled_is_the_moment_of_divided_inputs() -> None:
@@ -93,8 +103,6 @@ def test_wrong_shapes_are_named() -> None:
         moment.add(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"attention mask \(2, 2\) does not fit input \(2, 5, 3\)"):
         moment.add(torch.zeros(2, 5, 3), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="cannot merge 4 channels into 3"):
-        moment.merge(SecondMoment(4, "k_proj"))
 
 
 def test_shared_leaders() -> None:

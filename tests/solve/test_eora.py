@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptqmodel_eora_ext.solve import balance, eora, round_to, weighted_energy
+from gptqmodel_eora_ext.solve import (
+    balance,
+    energy_left,
+    eora,
+    eora_with_energy,
+    round_to,
+    weighted_energy,
+)
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (13, 31), (31, 13), (64, 48), (96, 17)]
 
@@ -59,6 +66,30 @@ def test_outlier_channels_do_not_hide_the_rest(shape: tuple[int, int]) -> None:
     second_moment = outliers[:, None] * second_moment * outliers[None, :]
     found = left(delta, second_moment, eora(delta, second_moment, rank=10))
     assert found <= 1.001 * optimum(delta, second_moment, 10)
+
+
+@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (400, 400)])
+@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize("flat", [False, True])
+def test_iterated_solution_is_within_a_thousandth(shape: tuple[int, int], rank: int, flat: bool) -> None:
+    """Sides large beside the rank are iterated; a flat spectrum is the hard case."""
+    delta, second_moment = problem(*shape, tokens=1000)
+    if flat:
+        second_moment = torch.eye(shape[1], dtype=torch.float64)
+    factors = eora(delta, second_moment, rank)
+    assert left(delta, second_moment, factors) <= 1.001 * optimum(delta, second_moment, rank)
+    again = eora(delta, second_moment, rank)
+    assert torch.equal(factors[0], again[0]) and torch.equal(factors[1], again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_energy_left_equals_the_direct_product(dtype: torch.dtype) -> None:
+    delta, second_moment = problem(30, 20, tokens=100)
+    lora_A, lora_B, energy = eora_with_energy(delta, second_moment, 5)
+    assert energy == pytest.approx(weighted_energy(delta, second_moment), rel=1e-12)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    direct = weighted_energy(delta - lora_B.double() @ lora_A.double(), second_moment)
+    assert energy_left(delta, second_moment, lora_A, lora_B, energy) == pytest.approx(direct, rel=1e-9)
 
 
 def test_components_come_in_order_of_energy() -> None:

@@ -11,19 +11,23 @@ from typing import Any
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only warnings and errors of GPTQModel; no tables, no bars of its own, no prints."""
-    from gptqmodel.utils import logger
+    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints."""
     from logbar import LogBar
 
-    level, suppress = LogBar.shared().level, logger._suppress_live_renderables
-    LogBar.shared().setLevel("ERROR")
-    logger._suppress_live_renderables = lambda: True
-    try:
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+    shared = LogBar.shared()
+    level = shared.level
+    # Before GPTQModel is imported, which prints a banner.
+    shared.setLevel("ERROR")
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        from gptqmodel.utils import logger
+
+        suppress = logger._suppress_live_renderables
+        logger._suppress_live_renderables = lambda: True
+        try:
             yield
-    finally:
-        logger._suppress_live_renderables = suppress
-        LogBar.shared().setLevel(level)
+        finally:
+            logger._suppress_live_renderables = suppress
+            shared.setLevel(level)
 
 
 class LayerProgress:

@@ -19,7 +19,6 @@ from gptqmodel.looper.awq_processor import AWQProcessor
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
-from ...adapter import ModuleFactors
 from ...capture import SecondMoment, require_finite, shared_leaders
 from ...compensate import compensate
 from .run import CompensationRun
@@ -155,7 +154,7 @@ class Compensation:
         super().process(module, *args, **kwargs)  # type: ignore[misc]
         self._compensate(module, weight, moment)
 
-    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: SecondMoment) -> ModuleFactors:
+    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: SecondMoment) -> None:
         start = time.perf_counter()
         linear = module.module
         quantized = linear.weight.data
@@ -171,7 +170,6 @@ class Compensation:
         module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
         linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
         self.run.record(module.full_name, factors.to("cpu"), time.perf_counter() - start)
-        return factors
 
     def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         """Put Ŵ back for the packer."""
