@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+CONTENDERS = (("stock share", "GPTQModel's Lora", "0.6"), ("our share", "EoRA (this plugin)", "C0"))
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def eora_with_energy(
 
 
 def _root(second_moment: torch.Tensor) -> torch.Tensor:
-    """Any L with L Lᵀ = C: Cholesky's where C is definite, a tenth of the time of the eigenvectors' that always does."""
+    """Any L with L Lᵀ = C: Cholesky's where C is definite, in a tenth of the time, else the eigenvectors'."""
     lower, failed = torch.linalg.cholesky_ex(second_moment)
     if not failed:
         return lower
