@@ -21,6 +21,7 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
 from ...adapter import ModuleFactors
 from ...files import write_json
+from ...summary import QUANTIZE_CONFIG
 from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, save_adapter, uniform_rank
 from .adapter import EoRA
 from .quantize import RUN_ATTRIBUTE
@@ -29,7 +30,6 @@ from .run import CompensationRun
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = "eora"
-QUANTIZE_CONFIG = "quantize_config.json"
 
 
 # Saving --------------------------------------------------------------------------------------------------------

@@ -92,11 +92,14 @@ def generate_adapter(
     folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    from gptqmodel import GPTQModel
+
+    loading = loading or {}
     with logs_out_of_the_way():
-        config, kernels, others = _load_kernels(checkpoint, dict(loading or {}))
+        config, kernels, others = _load_kernels(checkpoint, loading)
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value))
         log.info("EoRA: loading the full-precision model `%s`.", base)
-        model = _load_base(base, config, dict(loading or {}))
+        model = GPTQModel.load(base, quantize_config=config, **loading)
         _check_same_model(model, kernels, checkpoint, base)
         if config.export_quant_method() == METHOD.AWQ:
             move_scales(model, others, kernels)
@@ -123,14 +126,8 @@ def generate_adapter(
     return folder
 
 
-def _load_base(base: str, config: Any, loading: dict[str, Any]) -> Any:
-    from gptqmodel import GPTQModel
-
-    return GPTQModel.load(base, quantize_config=config, **loading)
-
-
 def _load_kernels(
-    checkpoint: Path, loading: dict[str, Any]
+    checkpoint: Path, loading: Mapping[str, Any]
 ) -> tuple[Any, dict[str, BaseQuantLinear], dict[str, torch.Tensor]]:
     """The checkpoint's config, its quantised linears, and its one-dimensional parameters (norms)."""
     from gptqmodel import GPTQModel, QuantizeConfig
