@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from .solve import QuantizedFactor
+
+OBJECTIVES = ("eora", "svd", "diagonal", "output")
+FACTOR_BITS = (16, 8, 4)
 
 
 def validate_rank(rank: Any, *, what: str = "EoRA: `rank`", minimum: int = 1) -> int:
@@ -26,18 +32,31 @@ def validate_rank(rank: Any, *, what: str = "EoRA: `rank`", minimum: int = 1) ->
     return value
 
 
+def validate_choice(value: Any, choices: Iterable[Any], *, what: str) -> Any:
+    """Return ``value``.
+
+    Raises:
+        ValueError: when it is none of ``choices``; the message lists them.
+    """
+    choices = tuple(choices)
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+    return value
+
+
 @dataclass(frozen=True)
 class ModuleFactors:
     """The factors of one module and what they bought.
 
     Attributes:
-        lora_A: rank × in_features, in the dtype it is stored in.
+        lora_A: rank × in_features, as it is applied.
         lora_B: out_features × rank.
         requested_rank: what was asked; ``rank`` is lower where the shape or the tokens did not allow it.
         tokens: tokens that the second moment stands on.
         signal: E‖W x‖², mean squared norm of the module's output.
         error_before: E‖ΔW x‖² without the adapter.
         error_after: E‖(ΔW − B A) x‖² with the stored factors.
+        packed: A and Bᵀ in integers, where they are stored so; ``lora_A`` and ``lora_B`` are their values.
     """
 
     lora_A: torch.Tensor
@@ -47,6 +66,7 @@ class ModuleFactors:
     signal: float
     error_before: float
     error_after: float
+    packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
 
     @property
     def rank(self) -> int:
@@ -63,12 +83,13 @@ class ModuleFactors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both factors as stored."""
-        return self.lora_A.nbytes + self.lora_B.nbytes
+        """Bytes of both factors as stored, scales included."""
+        return sum(factor.nbytes for factor in self.packed or (self.lora_A, self.lora_B))
 
     def to(self, device: torch.device | str) -> ModuleFactors:
         """The same factors on ``device``."""
-        return replace(self, lora_A=self.lora_A.to(device), lora_B=self.lora_B.to(device))
+        packed = (self.packed[0].to(device), self.packed[1].to(device)) if self.packed else None
+        return replace(self, lora_A=self.lora_A.to(device), lora_B=self.lora_B.to(device), packed=packed)
 
     def report(self) -> dict[str, Any]:
         """The figures, ready for JSON."""

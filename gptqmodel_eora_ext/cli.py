@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .adapter import validate_rank
+from .adapter import FACTOR_BITS, OBJECTIVES, validate_choice, validate_rank
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
-from .hosts.peft import AdapterError, AdapterFolder
+from .hosts.peft import AdapterError, AdapterFolder, export_peft
 from .summary import AdapterSummary, find_adapter, summarize
 
 app = typer.Typer(
@@ -47,6 +47,8 @@ Calibration = Annotated[
 Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
+Objective = Annotated[str, typer.Option(help="What the factors minimise: eora, output, diagonal or svd.")]
+FactorBits = Annotated[int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -76,6 +78,13 @@ def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield start
+
+
+def _check_adapter_options(rank: int, objective: str, factor_bits: int) -> None:
+    with _errors():
+        validate_rank(rank, what="--rank")
+        validate_choice(objective, OBJECTIVES, what="--objective")
+        validate_choice(factor_bits, FACTOR_BITS, what="--factor-bits")
 
 
 def _check_model(model: str) -> None:
@@ -113,6 +122,8 @@ def quantize(
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
     group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
     rank: Rank = 32,
+    objective: Objective = OBJECTIVES[0],
+    factor_bits: FactorBits = FACTOR_BITS[0],
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
@@ -123,8 +134,7 @@ def quantize(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Quantise a model by GPTQ and compensate each module right after it is quantised."""
-    with _errors():
-        validate_rank(rank, what="--rank")
+    _check_adapter_options(rank, objective, factor_bits)
     if bits not in QUANTIZED_BITS:
         _fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     if group_size not in GROUP_SIZES:
@@ -146,7 +156,8 @@ def quantize(
         config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, mse=mse)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
         watch_layers(host, bar("quantising layers"))
-        host.quantize(data, batch_size=batch_size, adapter=EoRA(rank=rank))
+        adapter = EoRA(rank=rank, objective=objective, factor_bits=factor_bits)
+        host.quantize(data, batch_size=batch_size, adapter=adapter)
         host.save(str(output))
     _print_summary(summarize(output), time.perf_counter() - start)
     out.print(f'Load it:  GPTQModel.load("{output}")', highlight=False)
@@ -160,6 +171,8 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
     calibration: Calibration,
     rank: Rank = 32,
+    objective: Objective = OBJECTIVES[0],
+    factor_bits: FactorBits = FACTOR_BITS[0],
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
     ] = None,
@@ -169,8 +182,7 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
-    with _errors():
-        validate_rank(rank, what="--rank")
+    _check_adapter_options(rank, objective, factor_bits)
     _check_model(model)
     if not (checkpoint / "config.json").is_file():
         _fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -187,7 +199,7 @@ def generate(
 
         data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
         folder = generate_adapter(
-            EoRA(rank=rank, path=output),
+            EoRA(rank=rank, path=output, objective=objective, factor_bits=factor_bits),
             model,
             checkpoint,
             data,
@@ -225,6 +237,21 @@ def inspect(
         table.add_row(name, str(report["rank"]), str(report["tokens"]), f"{before / signal:.2%}",
                       f"{report['error_after'] / signal:.2%}", left)  # fmt: skip
     out.print(table)
+
+
+@app.command(epilog="Example:  eora export out/qwen3-8b-2bit --peft adapters/plain")
+def export(
+    path: Annotated[Path, typer.Argument(help="A checkpoint with an adapter, or an adapter folder.")],
+    peft: Annotated[Path, typer.Option("--peft", help="Folder for a plain PEFT copy with 16-bit factors.")],
+    force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
+) -> None:
+    """Write a copy of an adapter that PEFT, vLLM and GPTQModel open without this plugin."""
+    _check_out(peft, force)
+    with _errors():
+        folder = find_adapter(path)
+        assert folder is not None
+        export_peft(AdapterFolder.open(folder), peft)
+    _print_summary(summarize(peft))
 
 
 @app.command(name="eval", epilog="Example:  eora eval out/qwen3-8b-2bit --text heldout.txt")
@@ -294,7 +321,7 @@ def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> Non
     table.add_row(
         "modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
     )
-    table.add_row("bytes", readable(summary.bytes))
+    table.add_row("bytes", f"{readable(summary.bytes)}, factors in {summary.factor_bits} bits")
     checkpoint = weight_bytes(summary.folder.parent)
     if checkpoint:
         table.add_row("checkpoint", f"{readable(checkpoint)} without the adapter")

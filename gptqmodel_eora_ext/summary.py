@@ -22,6 +22,7 @@ class AdapterSummary:
         folder: where it is.
         ranks: module → rank.
         bytes: of the weights file.
+        factor_bits: 16 for a plain PEFT adapter, 8 or 4 for packed factors.
         details: `eora.json` without the modules; empty for an adapter that another tool made.
         modules: module → report (rank, tokens, signal, error_before, error_after, bytes).
     """
@@ -29,6 +30,7 @@ class AdapterSummary:
     folder: Path
     ranks: Mapping[str, int]
     bytes: int
+    factor_bits: int
     details: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, Any]]
 
@@ -43,6 +45,7 @@ class AdapterSummary:
         return {
             "folder": str(self.folder),
             "bytes": self.bytes,
+            "factor_bits": self.factor_bits,
             "ranks": dict(self.ranks),
             **self.details,
             "modules": dict(self.modules),
@@ -86,6 +89,7 @@ def summarize(path: str | Path) -> AdapterSummary:
         folder=folder.path,
         ranks={module: folder.rank(module) for module in folder.keys},
         bytes=folder.weights.stat().st_size,
+        factor_bits=folder.factor_bits,
         details=details,
         modules=modules,
     )

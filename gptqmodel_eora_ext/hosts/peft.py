@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..adapter import ModuleFactors
+from ..adapter import FACTOR_BITS, ModuleFactors
 from ..files import replaced_folder, write_json
+from ..solve import GROUP_SIZE, QuantizedFactor
+from .packed import FEATURES, PACKED_TYPE, features_metadata, packed_config, packed_tensors, read_packed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,6 +33,7 @@ DETAILS_VERSION = 1
 KEY_PREFIX = "base_model.model."
 # PEFT saves without the adapter's name in the key; older files carry it as `lora_A.default.weight`.
 KEY_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB])(?:\.[^.]+)?\.weight$")
+PACKED_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB]\.(?:qweight|scales))$")
 
 
 class AdapterError(ValueError):
@@ -54,8 +57,9 @@ def save_adapter(
 
     Args:
         folder: the adapter's folder.
-        factors: full module name → factors. Rank 0 is written as rank 1 of zeros, since GPTQModel without this
-            plugin cannot load an adapter that leaves out a quantised module.
+        factors: full module name → factors, all packed or none. Rank 0 is written as rank 1 of zeros, since GPTQModel
+            without this plugin cannot load an adapter that leaves out a quantised module; a packed adapter, which
+            needs the plugin, leaves it out.
         base_model: what `base_model_name_or_path` says.
         module_names: every module of the model, to tell whether a suffix (`q_proj`) names only modules with factors.
         details: what goes into `eora.json` beside the per-module report.
@@ -79,18 +83,68 @@ def save_adapter(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
+    packed = {name: one.packed for name, one in factors.items() if one.packed}
     tensors: dict[str, torch.Tensor] = {}
+    metadata = {"format": "pt"}
+    if packed:
+        metadata[FEATURES] = features_metadata(packed)
     for name, one in factors.items():
-        lora_A, lora_B = one.lora_A, one.lora_B
-        if one.rank == 0:
-            lora_A, lora_B = lora_A.new_zeros(1, one.in_features), lora_B.new_zeros(one.out_features, 1)
-        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
-        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+        if one.packed:
+            tensors |= packed_tensors(f"{KEY_PREFIX}{name}", one.packed)
+        elif not packed:
+            lora_A, lora_B = one.lora_A, one.lora_B
+            if one.rank == 0:
+                lora_A, lora_B = lora_A.new_zeros(1, one.in_features), lora_B.new_zeros(one.out_features, 1)
+            tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
+            tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+    with replaced_folder(folder) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
+        config.save_pretrained(str(fresh))
+        if packed:
+            content = _read_json(fresh / CONFIG_FILE)
+            write_json(fresh / CONFIG_FILE, packed_config(content, next(iter(packed.values()))[0].bits))
+        report = {"modules": {name: one.report() for name, one in factors.items()}}
+        write_json(fresh / DETAILS_FILE, {**details, **report, "version": DETAILS_VERSION})
+
+
+def export_peft(source: AdapterFolder, folder: Path) -> None:
+    """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
+
+    Args:
+        source: any adapter folder.
+        folder: where to; an older one in its place stays whole until the copy is complete.
+
+    Raises:
+        AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
+    """
+    import peft
+
+    if folder.resolve() == source.path.resolve():
+        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
+    tensors = {}
+    for name, factors in source.factors(list(source.keys)):
+        dtype = torch.float16 if factors.packed else factors.lora_A.dtype
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = factors.lora_A.to(dtype)
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = factors.lora_B.to(dtype)
+    ranks = {name: source.rank(name) for name in source.keys}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: found for name, found in ranks.items() if found != rank}
+    config = peft.LoraConfig(
+        r=rank,
+        # PEFT's scale is folded into B.
+        lora_alpha=rank,
+        target_modules=source.config.get("target_modules"),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        task_type=source.config.get("task_type"),
+        base_model_name_or_path=source.config.get("base_model_name_or_path"),
+        inference_mode=True,
+    )
     with replaced_folder(folder) as fresh:
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(fresh))
-        report = {"modules": {name: one.report() for name, one in factors.items()}}
-        write_json(fresh / DETAILS_FILE, {**details, **report, "version": DETAILS_VERSION})
+        if source.details is not None:
+            write_json(fresh / DETAILS_FILE, {**source.details, "factor_bits": FACTOR_BITS[0]})
 
 
 def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:
@@ -101,8 +155,20 @@ def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collecti
 
 
 @dataclass(frozen=True)
+class ReadFactors:
+    """Factors of one module as read: A rank × in, B out × rank, PEFT's scale folded into B.
+
+    ``packed`` holds A and Bᵀ in integers where they are stored so; A and B are their values then, float32.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
+
+
+@dataclass(frozen=True)
 class AdapterFolder:
-    """A PEFT LoRA folder opened for reading. Tensors are read one module at a time."""
+    """A PEFT LoRA folder, or one of packed factors, opened for reading. Tensors are read one module at a time."""
 
     path: Path
     config: Mapping[str, Any]
@@ -135,16 +201,49 @@ class AdapterFolder:
     def _check_kind(self) -> None:
         where = f"Adapter: `{self.path / CONFIG_FILE}`"
         kind = str(self.config.get("peft_type", "LORA")).upper()
-        if kind != "LORA":
-            raise AdapterError(f"{where} says peft_type {kind}; only LORA adapters can be applied.")
+        if kind not in ("LORA", PACKED_TYPE):
+            raise AdapterError(f"{where} says peft_type {kind}; only LORA and {PACKED_TYPE} adapters can be applied.")
+        layout = (self.config.get("factor_bits"), self.config.get("factor_group_size"))
+        if kind == PACKED_TYPE and (layout[0] not in FACTOR_BITS[1:] or layout[1] != GROUP_SIZE):
+            raise AdapterError(
+                f"{where} says factor_bits {layout[0]}, factor_group_size {layout[1]}; this version reads 8 and 4 bits "
+                f"in groups of {GROUP_SIZE}. A newer gptqmodel-eora-ext may have written it."
+            )
         if self.config.get("use_dora"):
             raise AdapterError(f"{where} says use_dora; only plain LoRA adapters can be applied.")
         if not isinstance(self.config.get("r"), int) or self.config["r"] < 1:
             raise AdapterError(f"{where} says r = {self.config.get('r')!r}; expected a positive integer.")
 
+    @property
+    def factor_bits(self) -> int:
+        """Bits of a stored value: 16 (or 32) in a PEFT folder, 8 or 4 where packed."""
+        return int(self.config.get("factor_bits", FACTOR_BITS[0]))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether factors are stored as integers."""
+        return str(self.config.get("peft_type")).upper() == PACKED_TYPE
+
+    @cached_property
+    def features(self) -> dict[str, tuple[int, int]]:
+        """Module → (in, out) of a packed folder.
+
+        Raises:
+            AdapterError: when the file does not tell.
+        """
+        with safe_open(self.weights, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+        try:
+            return {name: (int(wide), int(tall)) for name, (wide, tall) in json.loads(metadata[FEATURES]).items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise AdapterError(
+                f"Adapter: `{self.weights}` does not tell the widths of its packed factors (metadata `{FEATURES}`). "
+                f"Copy it again, or make the adapter again with `eora generate`."
+            ) from error
+
     @cached_property
     def keys(self) -> dict[str, dict[str, str]]:
-        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file."""
+        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file; four keys where factors are packed."""
         try:
             with safe_open(self.weights, framework="pt") as handle:
                 names = list(handle.keys())
@@ -154,14 +253,15 @@ class AdapterFolder:
                 f"Copy it again, or make the adapter again with `eora generate`."
             ) from error
         found: dict[str, dict[str, str]] = {}
+        pattern, parts = (PACKED_PATTERN, 4) if self.is_packed else (KEY_PATTERN, 2)
         for key in names:
-            match = KEY_PATTERN.match(key)
+            match = pattern.match(key)
             if match is None:
                 raise AdapterError(f"Adapter: `{self.weights}` holds `{key}`, which is no LoRA factor.")
             found.setdefault(match["module"], {})[match["half"]] = key
         for module, halves in found.items():
-            if len(halves) != 2:
-                raise AdapterError(f"Adapter: `{self.weights}` has only {next(iter(halves))} of {module}.")
+            if len(halves) != parts:
+                raise AdapterError(f"Adapter: `{self.weights}` has only {', '.join(sorted(halves))} of {module}.")
         if not found:
             raise AdapterError(f"Adapter: `{self.weights}` holds no factors.")
         return found
@@ -201,24 +301,33 @@ class AdapterFolder:
             )
         return matched
 
-    def factors(self, modules: Collection[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield (module, A rank × in, B out × rank) with PEFT's scale folded into B.
+    def factors(self, modules: Collection[str]) -> Iterator[tuple[str, ReadFactors]]:
+        """Yield (module, factors).
 
         Raises:
             AdapterError: when ranks inside the file disagree with each other or with the config.
         """
         with safe_open(self.weights, framework="pt") as handle:
             for module in modules:
-                lora_A = handle.get_tensor(self.keys[module]["lora_A"])
-                lora_B = handle.get_tensor(self.keys[module]["lora_B"])
+                found = self._read(handle, module)
                 rank = self.rank(module)
-                if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+                if found.lora_A.shape[0] != rank or found.lora_B.shape[1] != rank:
                     raise AdapterError(
-                        f"Adapter: {module} in `{self.path}` has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}, "
-                        f"but {CONFIG_FILE} gives it rank {rank}."
+                        f"Adapter: {module} in `{self.path}` has A {tuple(found.lora_A.shape)} and B "
+                        f"{tuple(found.lora_B.shape)}, but {CONFIG_FILE} gives it rank {rank}."
                     )
-                scale = self._scale(module, rank)
-                yield module, lora_A, lora_B if scale == 1 else lora_B * scale
+                yield module, found
+
+    def _read(self, handle: safe_open, module: str) -> ReadFactors:
+        keys = self.keys[module]
+        if not self.is_packed:
+            scale = self._scale(module, self.rank(module))
+            lora_B = handle.get_tensor(keys["lora_B"])
+            return ReadFactors(handle.get_tensor(keys["lora_A"]), lora_B if scale == 1 else lora_B * scale)
+        if module not in self.features:
+            raise AdapterError(f"Adapter: `{self.weights}` does not tell the widths of {module}.")
+        packed = read_packed(handle, keys, self.features[module], self.factor_bits)
+        return ReadFactors(packed[0].dequantize(), packed[1].dequantize().T.contiguous(), packed)
 
     def rank(self, module: str) -> int:
         """Rank of a module by `r` and `rank_pattern`."""

@@ -1,8 +1,13 @@
-"""What is done to factors before they are stored: balance, then rounding."""
+"""What is done to factors before they are stored: balance, rounding, and the re-solve that absorbs a rounding."""
 
 from __future__ import annotations
 
 import torch
+
+from .error import WeightedError, times
+
+# Eigenvalues below this share of the largest are directions the other factor does not reach; float64 ends at 1e-16.
+REFIT_CUTOFF = 1e-13
 
 
 def balance(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,15 +26,52 @@ def balance(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, t
     return lora_A * scale[:, None], lora_B / scale[None, :]
 
 
-def round_to(lora_A: torch.Tensor, lora_B: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return contiguous copies in ``dtype``.
+def refit_A(delta: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+    """The A that is best beside a given B: (Bᵀ B)⁺ Bᵀ ΔW. It is the same under every second moment.
+
+    Args:
+        delta: ΔW, out × in.
+        lora_B: out × rank, for instance as rounded for storage.
+
+    Returns:
+        rank × in, float64.
+    """
+    wide = lora_B.to(torch.float64)
+    return _solve_symmetric(wide.T @ wide, times(wide.T, delta))
+
+
+def refit_B(delta: torch.Tensor, second_moment: torch.Tensor | None, lora_A: torch.Tensor) -> torch.Tensor:
+    """The B that is best beside a given A under C: ΔW C Aᵀ (A C Aᵀ)⁺.
+
+    Args:
+        delta: ΔW, out × in.
+        second_moment: C, in × in, its diagonal, or None for the identity.
+        lora_A: rank × in, for instance as rounded for storage.
+
+    Returns:
+        out × rank, float64.
+    """
+    wide = lora_A.to(torch.float64)
+    weighted = WeightedError(delta, second_moment).weigh(wide)
+    return _solve_symmetric(weighted @ wide.T, times(weighted, delta.T)).T
+
+
+def _solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``matrix⁺ right`` for a small positive semidefinite matrix, float64."""
+    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale[None, :])
+    inverse = torch.where(values > REFIT_CUTOFF * values[-1].clamp_min(0), 1 / values, torch.zeros_like(values))
+    return scale[:, None] * (vectors @ (inverse[:, None] * (vectors.T @ (scale[:, None] * right))))
+
+
+def round_to(factor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Return a contiguous copy in ``dtype``.
 
     Raises:
         ValueError: when a value does not fit the dtype (float16 ends at 65504).
     """
     limit = torch.finfo(dtype).max
-    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        largest = float(factor.abs().max()) if factor.numel() else 0.0
-        if largest > limit:
-            raise ValueError(f"{name} reaches {largest:.3g}, above the largest {dtype} ({limit:.3g}).")
-    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    if largest > limit:
+        raise ValueError(f"{name} reaches {largest:.3g}, above the largest {dtype} ({limit:.3g}).")
+    return factor.to(dtype).contiguous()

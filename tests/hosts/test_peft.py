@@ -54,8 +54,8 @@ def test_round_trip_keeps_case_and_ranks(tmp_path: Path) -> None:
     made = write(tmp_path / "a")
     folder = AdapterFolder.open(tmp_path / "a")
     assert set(folder.keys) == set(NAMES)
-    for name, lora_A, lora_B in folder.factors(NAMES):
-        assert torch.equal(lora_A, made[name].lora_A) and torch.equal(lora_B, made[name].lora_B)
+    for name, found in folder.factors(NAMES):
+        assert torch.equal(found.lora_A, made[name].lora_A) and torch.equal(found.lora_B, made[name].lora_B)
     assert folder.details is not None and folder.details["objective"] == "eora"
 
 
@@ -83,8 +83,8 @@ def test_suffixes_name_only_modules_with_factors(tmp_path: Path) -> None:
 def test_scale_is_folded_in(tmp_path: Path, alpha: int, rslora: bool, scale: float) -> None:
     made = write(tmp_path, ranks=(4, 4, 4))
     edit_config(tmp_path, lora_alpha=alpha, use_rslora=rslora)
-    _, _, lora_B = next(AdapterFolder.open(tmp_path).factors(NAMES[:1]))
-    torch.testing.assert_close(lora_B, made[NAMES[0]].lora_B * scale)
+    _, found = next(AdapterFolder.open(tmp_path).factors(NAMES[:1]))
+    torch.testing.assert_close(found.lora_B, made[NAMES[0]].lora_B * scale)
 
 
 def test_lower_case_names_of_stock_match(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_saving_again_keeps_what_a_user_put_there(tmp_path: Path) -> None:
     made = write(folder, ranks=(2, 2, 2))
     assert (folder / "README.md").read_text() == "mine"
     assert (folder / "notes" / "one.txt").read_text() == "kept"
-    assert torch.equal(next(AdapterFolder.open(folder).factors(NAMES[:1]))[1], made[NAMES[0]].lora_A)
+    assert torch.equal(next(AdapterFolder.open(folder).factors(NAMES[:1]))[1].lora_A, made[NAMES[0]].lora_A)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
 
 
@@ -160,7 +160,7 @@ def test_failed_save_leaves_the_old_adapter(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk full"), replaced_folder(tmp_path / "a") as fresh:
         (fresh / WEIGHTS_FILE).write_bytes(b"half")
         raise RuntimeError("disk full")
-    assert torch.equal(next(AdapterFolder.open(tmp_path / "a").factors(NAMES[:1]))[1], made[NAMES[0]].lora_A)
+    assert torch.equal(next(AdapterFolder.open(tmp_path / "a").factors(NAMES[:1]))[1].lora_A, made[NAMES[0]].lora_A)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
 
 
@@ -179,7 +179,7 @@ write(Path({str(tmp_path / "a")!r}), ranks=(1, 1, 1))
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
     assert done.returncode == -9
     folder = AdapterFolder.open(tmp_path / "a")
-    assert torch.equal(next(folder.factors(NAMES[:1]))[1], made[NAMES[0]].lora_A)
+    assert torch.equal(next(folder.factors(NAMES[:1]))[1].lora_A, made[NAMES[0]].lora_A)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

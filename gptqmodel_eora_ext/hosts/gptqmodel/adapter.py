@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from gptqmodel.adapter.adapter import Lora
 
-from ...adapter import validate_rank
-from ..peft import AdapterFolder
+from ...adapter import FACTOR_BITS, OBJECTIVES, validate_choice, validate_rank
+from ...solve import QuantizedFactor
+from ..peft import AdapterFolder, ReadFactors
 
 
 class EoRA(Lora):
@@ -25,16 +26,20 @@ class EoRA(Lora):
             A rank above min(out, in) of a module is cut to that, with a warning.
         path: the adapter's folder. Loading: where to read from. Quantising: where `save()` writes; left out, the
             folder `eora` of the checkpoint; a relative path counts from the checkpoint.
+        objective: what the factors minimise: "eora" (the error of the output, inputs as they occur), "output" (also
+            what earlier layers did to the inputs), "diagonal" (channels by their size), "svd" (the weights alone).
+        factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load.
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
     Raises:
-        ValueError: for a rank that is no positive integer, a path that is no string or path, or a gptqmodel version
-            that the plugin cannot serve.
+        ValueError: for a rank that is no positive integer, a path that is no string or path, an unknown objective or
+            number of bits, or a gptqmodel version that the plugin cannot serve.
     """
 
     lora_A: torch.Tensor | None
     lora_B: torch.Tensor | None
+    packed: tuple[QuantizedFactor, QuantizedFactor] | None
 
     def __init__(
         self,
@@ -42,6 +47,8 @@ class EoRA(Lora):
         path: str | os.PathLike[str] | None = None,
         lora_A: torch.Tensor | None = None,
         lora_B: torch.Tensor | None = None,
+        objective: str = "eora",
+        factor_bits: int = 16,
     ) -> None:
         from .seams import require_installed
 
@@ -52,10 +59,15 @@ class EoRA(Lora):
             path = str(Path(path).expanduser())
         if rank is not None:
             rank = validate_rank(rank)
+        self.objective: str = validate_choice(objective, OBJECTIVES, what="EoRA: `objective`")
+        self.factor_bits: int = validate_choice(factor_bits, FACTOR_BITS, what="EoRA: `factor_bits`")
+        self.packed = None
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        return f"EoRA(rank={self.rank}, path={self.path!r})"
+        return (
+            f"EoRA(rank={self.rank}, path={self.path!r}, objective={self.objective!r}, factor_bits={self.factor_bits})"
+        )
 
     @classmethod
     def name(cls) -> str:
@@ -65,7 +77,13 @@ class EoRA(Lora):
     def to_dict(self) -> dict[str, Any]:
         """The form `QuantizeConfig(adapter=…)` accepts."""
         source = self._gptqmodel_checkpoint_source
-        return {"name": self.name(), "path": source[1] if source else self.path, "rank": self.rank}
+        return {
+            "name": self.name(),
+            "path": source[1] if source else self.path,
+            "rank": self.rank,
+            "objective": self.objective,
+            "factor_bits": self.factor_bits,
+        }
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Add (x Aᵀ) Bᵀ to the kernel's output, in place; a module without factors is left as it is."""
@@ -77,12 +95,14 @@ class EoRA(Lora):
         # Some kernels hand over x flattened and out not, others the reverse.
         return out.add_(((x @ self.lora_A) @ self.lora_B).reshape(out.shape))
 
-    def attach(self, lora_A: torch.Tensor, lora_B: torch.Tensor, device: torch.device) -> None:
-        """Take a module's factors: A rank × in, B out × rank, as PEFT stores them."""
-        self.rank = lora_A.shape[0]
+    def attach(self, factors: ReadFactors, device: torch.device) -> None:
+        """Take a module's factors."""
+        self.rank = factors.lora_A.shape[0]
         # The layouts stock `Lora` multiplies with, so that logits agree to the last bit.
-        self.lora_A = lora_A.to(device).T
-        self.lora_B = lora_B.to(device).T.contiguous()
+        self.lora_A = factors.lora_A.to(device).T
+        self.lora_B = factors.lora_B.to(device).T.contiguous()
+        # Kept as they were stored, so that saving again changes nothing.
+        self.packed = factors.packed
 
     def post_init(
         self,
@@ -100,7 +120,7 @@ class EoRA(Lora):
             self.lora_A, self.lora_B = lora_A, lora_B
         elif self.lora_A is None and self.path:
             folder = AdapterFolder.open(self.path)
-            for _, factor_a, factor_b in folder.factors([name for name in folder.keys if name == weight_key]):
-                self.attach(factor_a, factor_b, device)
+            for _, factors in folder.factors([name for name in folder.keys if name == weight_key]):
+                self.attach(factors, device)
         elif self.lora_A is not None and self.lora_B is not None:
             self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)

@@ -56,7 +56,7 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
         folder = _folder(asked or path, checkpoint)
         names = [name for name, _ in model.model.named_modules()]
         save_adapter(folder, factors, base_model=str(checkpoint), module_names=names, details=details)
-        name_adapter(checkpoint, folder, uniform_rank(factors))
+        name_adapter(checkpoint, folder, factors)
     return result
 
 
@@ -64,8 +64,11 @@ def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
     return checkpoint / Path(path if path is not None else DEFAULT_FOLDER).expanduser()
 
 
-def name_adapter(checkpoint: Path, folder: Path, rank: int) -> None:
-    """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint."""
+def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFactors]) -> None:
+    """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint.
+
+    Packed factors are named `eora`, which GPTQModel without the plugin refuses instead of misreading.
+    """
     inside, outside = folder.resolve(), checkpoint.resolve()
     if not inside.is_relative_to(outside):
         log.warning("EoRA: the adapter is in `%s`, outside the checkpoint `%s`, which therefore cannot name it. "
@@ -78,7 +81,9 @@ def name_adapter(checkpoint: Path, folder: Path, rank: int) -> None:
         log.warning("EoRA: `%s` has no %s to name the adapter in. Load it with adapter=EoRA(path=%r).",
                     checkpoint, QUANTIZE_CONFIG, str(folder))  # fmt: skip
         return
-    content["adapter"] = {"name": Lora.name(), "path": inside.relative_to(outside).as_posix(), "rank": rank}
+    kind = EoRA if any(one.packed for one in factors.values()) else Lora
+    place = inside.relative_to(outside).as_posix()
+    content["adapter"] = {"name": kind.name(), "path": place, "rank": uniform_rank(factors)}
     write_json(path, content)
 
 
@@ -105,6 +110,7 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
             signal=report.get("signal", 0.0),
             error_before=report.get("error_before", 0.0),
             error_after=report.get("error_after", 0.0),
+            packed=kernel.adapter.packed,
         )
     return factors, details, source[1] if source else None
 
@@ -142,16 +148,17 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
 def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> None:
     matched = folder.match(kernels)
     kernel_names = {module: name for name, module in matched.items()}
-    for module, lora_A, lora_B in folder.factors(list(kernel_names)):
+    for module, factors in folder.factors(list(kernel_names)):
         kernel = kernels[kernel_names[module]]
-        found, expected = (lora_B.shape[0], lora_A.shape[1]), (kernel.out_features, kernel.in_features)
+        found = (factors.lora_B.shape[0], factors.lora_A.shape[1])
+        expected = (kernel.out_features, kernel.in_features)
         if found != expected:
             raise AdapterError(
                 f"Adapter: {module} in `{folder.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
                 f"checkpoint's is {expected[0]} × {expected[1]}. The adapter was made for "
                 f"{folder.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
             )
-        kernel.adapter.attach(lora_A, lora_B, kernel.runtime_device())
+        kernel.adapter.attach(factors, kernel.runtime_device())
     without = len(kernels) - len(matched)
     log.info("EoRA: %d adapters attached from `%s`%s.", len(matched), folder.path,
              f", {without} modules have none" if without else "")  # fmt: skip

@@ -16,7 +16,7 @@ from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.torch import torch_empty_cache
 
-from ..peft import save_adapter, uniform_rank
+from ..peft import save_adapter
 from .adapter import EoRA
 from .awq import move_scales
 from .checkpoint import DEFAULT_FOLDER, name_adapter
@@ -121,7 +121,7 @@ def generate_adapter(
     names = [name for name, _ in model.model.named_modules()]
     save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
     if folder.resolve().is_relative_to(checkpoint.resolve()):
-        name_adapter(checkpoint, folder, uniform_rank(run.factors))
+        name_adapter(checkpoint, folder, run.factors)
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     return folder
 

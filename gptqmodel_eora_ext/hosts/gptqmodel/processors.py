@@ -19,11 +19,15 @@ from gptqmodel.looper.awq_processor import AWQProcessor
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
-from ...capture import SecondMoment, require_finite, shared_leaders
+from ...capture import CrossMoment, OutputErrorMoment, SecondMoment, require_finite, shared_leaders
 from ...compensate import compensate
+from ...memory import release_free_memory
 from .run import CompensationRun
+from .weights import CheckpointProcessor
 
 log = logging.getLogger(__name__)
+
+Moment = SecondMoment | OutputErrorMoment
 
 # Key in `NamedModule.state` for Ŵ while the weight in use is Ŵ + BA.
 QUANTIZED_WEIGHT = "eora_quantized_weight"
@@ -32,7 +36,8 @@ QUANTIZED_WEIGHT = "eora_quantized_weight"
 @functools.cache
 def compensated(processor: Any) -> Any:
     """The processor class with compensation mixed in."""
-    mixin = AWQCompensation if issubclass(processor, AWQProcessor) else Compensation
+    mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
+    mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
     return type(f"Compensated{processor.__name__}", (mixin, processor), {})
 
 
@@ -49,32 +54,40 @@ class Compensation:
     def equip(self, run: CompensationRun) -> None:
         """Start a run: fresh accumulators."""
         self.run = run
-        self._moments: dict[str, SecondMoment] = {}
+        self._moments: dict[str, Moment] = {}
+        self._cross_moments: dict[str, CrossMoment] = {}
         self._leaders: dict[str, str] = {}
-        self._widths: dict[str, int] = {}
-        self._full_names: dict[str, str] = {}
+        self._modules: dict[str, NamedModule] = {}
 
     # Capture ---------------------------------------------------------------------------------------------------
 
     def preprocess(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         super().preprocess(module, *args, **kwargs)  # type: ignore[misc]
-        width = module.state.get("in_features")
-        if width:
-            self._widths[module.name] = int(width)
-            self._full_names[module.name] = module.full_name
+        if module.state.get("in_features"):
+            self._modules[module.name] = module
 
     def begin_shared_input_capture(
         self, model: Any, subset_names: list[str], is_lm_head_module: bool = False
     ) -> dict[str, str]:
         """Called before hooks are set for a subset: drop the last subset's sums, elect who captures for whom."""
         host_leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)  # type: ignore[misc]
-        linears = [name for name in subset_names if name in self._widths]
+        release_free_memory()
+        widths = {name: _width(self._modules[name]) for name in subset_names if name in self._modules}
         self._moments.clear()
-        self._leaders = {} if is_lm_head_module else shared_leaders(linears, _shared_groups(model), self._widths)
-        for name in linears:
-            if name not in self._leaders:
-                self._moments[name] = SecondMoment(self._widths[name], self._full_names[name])
+        self._cross_moments.clear()
+        self._leaders = {} if is_lm_head_module else shared_leaders(list(widths), _shared_groups(model), widths)
+        alone = set(widths) - set(self._leaders) - set(self._leaders.values())
+        for name, width in widths.items():
+            if name in self._leaders:
+                continue
+            self._moments[name] = self._new_moment(self._modules[name], alone=name in alone)
+            if self.run.native_inputs is not None and not is_lm_head_module:
+                self._cross_moments[name] = CrossMoment(width, self._modules[name].full_name)
         return host_leaders
+
+    def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
+        """An empty sum for a module's inputs, which it shares with others unless ``alone``."""
+        return SecondMoment(_width(module), module.full_name)
 
     def end_shared_input_capture(self, subset_names: list[str]) -> Any:
         """Called once the subset's forwards are done: refuse broken activations before the host quantises with them.
@@ -83,12 +96,12 @@ class Compensation:
         """
         telemetry = super().end_shared_input_capture(subset_names)  # type: ignore[misc]
         for name in subset_names:
-            if name not in self._widths:
+            if name not in self._modules:
                 continue
             if self._reads_hessian(name):
                 task = self.tasks[name]
                 task.materialize_global_hessian()
-                require_finite(task.H.diagonal(), self._full_names[name])
+                require_finite(task.H.diagonal(), self._modules[name].full_name)
             elif name in self._moments:
                 self._moments[name].require_finite()
         return telemetry
@@ -106,13 +119,30 @@ class Compensation:
             batch = self.current_batch_index()
             if self.run.for_quantiser(batch):
                 host_hook(module, inputs, output)
-            if moment is not None and self.run.for_adapter(batch):
-                rows = inputs[0]
-                keep = self._keep_mask(rows)
-                with self.lock:
+            if not self.run.for_adapter(batch):
+                return
+            rows = inputs[0]
+            keep = self._keep_mask(rows)
+            with self.lock:
+                if isinstance(moment, OutputErrorMoment):
+                    bias = getattr(module, "bias", None)
+                    moment.add(rows, output if bias is None else output - bias, keep)
+                elif moment is not None:
                     moment.add(rows, keep)
+                self._add_cross(name, batch, rows, keep)
 
         return hook
+
+    def _add_cross(self, name: str, batch: int | None, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Pair the inputs with the full-precision model's. An expert may get other tokens now; it has no such pairs."""
+        native_inputs = self.run.native_inputs
+        if native_inputs is None or name not in self._cross_moments:
+            return
+        original = native_inputs.of(name, batch)
+        if original is None or original.shape != rows.shape:
+            del self._cross_moments[name]
+        else:
+            self._cross_moments[name].add(original, rows, keep)
 
     def _keep_mask(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The batch's attention mask where the host left masking to the processor; otherwise rows are masked."""
@@ -123,7 +153,7 @@ class Compensation:
             return mask.reshape(mask.shape + (1,) * (rows.ndim - 3)).expand(rows.shape[:-1])
         return None
 
-    def _moment(self, name: str) -> SecondMoment:
+    def _moment(self, name: str) -> Moment:
         """The second moment of a module's inputs, one object for all modules that read the same input.
 
         GPTQ damps its Hessian in place while quantising, so its sum is copied first, once per group.
@@ -131,7 +161,7 @@ class Compensation:
         leader = self._leaders.get(name, name)
         with self.lock:
             moment = self._moments[leader]
-            if self._reads_hessian(name) and not moment.tokens:
+            if isinstance(moment, SecondMoment) and self._reads_hessian(name) and not moment.tokens:
                 task = self.tasks[name]
                 if task.nsamples:
                     # GPTQ keeps 2/n · Σ x xᵀ, padded columns last.
@@ -144,7 +174,7 @@ class Compensation:
     def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         """Quantise by the host's processor, then compensate."""
         linear = module.module
-        if module.name not in self._widths or not _is_linear(linear):
+        if module.name not in self._modules or not _is_linear(linear):
             log.warning("%s: EoRA compensates linear layers, not %s; it stays without an adapter.",
                         module.full_name, type(linear).__name__)  # fmt: skip
             super().process(module, *args, **kwargs)  # type: ignore[misc]
@@ -154,7 +184,7 @@ class Compensation:
         super().process(module, *args, **kwargs)  # type: ignore[misc]
         self._compensate(module, weight, moment)
 
-    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: SecondMoment) -> None:
+    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: Moment) -> None:
         start = time.perf_counter()
         linear = module.module
         quantized = linear.weight.data
@@ -163,8 +193,9 @@ class Compensation:
             weight.T if transposed else weight,
             quantized.T if transposed else quantized,
             moment,
-            self.run.rank_for(self.qcfg, module.full_name),
+            self.run.recipe_for(self.qcfg, module.full_name),
             name=module.full_name,
+            cross_moment=self._cross_moments.get(self._leaders.get(module.name, module.name)),
         )
         update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
         module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
@@ -192,8 +223,10 @@ class AWQCompensation(Compensation):
         self._scaled_weights: dict[str, torch.Tensor] = {}
 
     def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
-        if module.name in self._widths:
-            self._layer_moments[module.name] = self._moment(module.name)
+        if module.name in self._modules:
+            moment = self._moment(module.name)
+            assert isinstance(moment, SecondMoment)
+            self._layer_moments[module.name] = moment
         # The last module's call quantises the whole layer, through `apply_quant`, which compensates.
         super(Compensation, self).process(module, *args, **kwargs)  # type: ignore[misc]
 
@@ -220,6 +253,26 @@ def _awq_scales(scales_list: list[Any], module: NamedModule, in_features: int) -
         if module.full_name in layer_names:
             total *= scales.reshape(-1).to(device="cpu", dtype=torch.float32)
     return total
+
+
+class CheckpointCompensation(Compensation):
+    """A finished checkpoint's Ŵ is known before the data is seen, so the moment of the output error can be summed."""
+
+    quantized_weight: Callable[[NamedModule], torch.Tensor]
+
+    def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
+        weight = module.module.weight.data
+        recipe = self.run.recipe_for(self.qcfg, module.full_name)
+        plain = recipe.objective == "eora" and recipe.factor_bits == 16
+        if not (alone and plain and isinstance(module.module, torch.nn.Linear)):
+            return super()._new_moment(module, alone=alone)
+        if self.is_skipped(module) or not OutputErrorMoment.is_cheaper(*weight.shape):  # type: ignore[attr-defined]
+            return super()._new_moment(module, alone=alone)
+        return OutputErrorMoment(weight, self.quantized_weight(module), module.full_name)
+
+
+def _width(module: NamedModule) -> int:
+    return int(module.state["in_features"])
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -20,6 +20,7 @@ from gptqmodel.looper.qqq_processor import QQQProcessor
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from .adapter import EoRA
+from .native import NativeInputs
 from .processors import compensated
 from .run import CompensationRun, check_token_ids
 from .weights import CheckpointProcessor, RTNProcessor
@@ -45,7 +46,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     adapter = options["adapter"] if options["adapter"] is not None else getattr(config, "adapter", None)
     if not isinstance(adapter, EoRA):
         return original(*call.args, **call.kwargs)
-    _check_supported(model, options)
+    _check_supported(model, adapter, options)
     own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
     run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), adapter_batches=own_batches)
     options.update(adapter=None, adapter_calibration_dataset=None)
@@ -63,7 +64,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     return result
 
 
-def _check_supported(model: Any, options: dict[str, Any]) -> None:
+def _check_supported(model: Any, adapter: EoRA, options: dict[str, Any]) -> None:
     config = model.quantize_config
     if not isinstance(config, RTNConfig) and (
         config.method not in SUPPORTED_METHODS or config.uses_weight_only_lifecycle()
@@ -71,6 +72,11 @@ def _check_supported(model: Any, options: dict[str, Any]) -> None:
         raise NotImplementedError(
             f"EoRA: cannot compensate `{config.method.value}`; it can GPTQ (with GPTAQ, FOEM), AWQ, QQQ and RTN. "
             f"Quantise without an adapter."
+        )
+    if adapter.objective == "output" and config.method not in (METHOD.GPTQ,):
+        raise NotImplementedError(
+            f'EoRA: objective "output" pairs the inputs of the full-precision and the quantised model, which '
+            f'`{config.method.value}` rescales. Use objective "eora".'
         )
     if options.get("checkpoint") is not None:
         raise NotImplementedError(
@@ -126,6 +132,9 @@ class CompensatingLooper(ModuleLooper):
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
+            if run.objective == "output":
+                run.native_inputs = NativeInputs(processors[-1])
+                processors = [run.native_inputs, *processors]
         super().__init__(model, processors, *args, **kwargs)
 
 

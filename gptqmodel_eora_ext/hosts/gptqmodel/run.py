@@ -14,7 +14,9 @@ import torch
 
 from ... import __version__
 from ...adapter import ModuleFactors, validate_rank
+from ...compensate import Recipe
 from .adapter import EoRA
+from .native import NativeInputs
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,11 @@ class CompensationRun:
         adapter_batches: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.rank = require_rank(adapter)
+        self.objective = adapter.objective
+        self.factor_bits = adapter.factor_bits
         self.method = method
         self.adapter_batches = list(adapter_batches)
+        self.native_inputs: NativeInputs | None = None
         self.factors: dict[str, ModuleFactors] = {}
         self.seconds = 0.0
         self.calibration: dict[str, Any] = {}
@@ -55,12 +60,12 @@ class CompensationRun:
         """Whether the adapter is calibrated on other data than the quantiser."""
         return bool(self.adapter_batches)
 
-    def rank_for(self, qcfg: Any, full_name: str) -> int:
-        """Rank of a module: the `dynamic` override if there is one, else the adapter's."""
-        if not self._ranks:
-            return self.rank
-        rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=self.rank)
-        return self.rank if rank is None else int(rank)
+    def recipe_for(self, qcfg: Any, full_name: str) -> Recipe:
+        """What a module's factors should be: of the rank that `dynamic` names for it, if any, else the adapter's."""
+        rank = None
+        if self._ranks:
+            rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=None)
+        return Recipe(self.rank if rank is None else int(rank), self.objective, self.factor_bits)
 
     def for_quantiser(self, batch: int | None) -> bool:
         """Whether the quantiser's statistics want this batch."""
@@ -91,7 +96,8 @@ class CompensationRun:
         """What goes into `eora.json` beside the per-module report."""
         hosts = {name: version(name) for name in ("gptqmodel", "torch", "transformers", "peft")}
         return {
-            "objective": "eora",
+            "objective": self.objective,
+            "factor_bits": self.factor_bits,
             "rank": self.rank,
             "method": self.method,
             "calibration": self.calibration,

@@ -59,9 +59,13 @@ class CheckpointProcessor(_CalibratedProcessor):
         """A module that the checkpoint keeps in 16 bits needs no compensation."""
         return module.full_name not in self.quantized
 
+    def quantized_weight(self, module: NamedModule) -> torch.Tensor:
+        """Ŵ, out × in, in the kernel's dtype."""
+        return dequantize(self.quantized[module.full_name])
+
     def process(self, module: NamedModule, **kwargs: Any) -> None:
         linear = module.module
-        weight = dequantize(self.quantized[module.full_name])
+        weight = self.quantized_weight(module)
         if isinstance(linear, transformers.Conv1D):
             weight = weight.T
         linear.weight.data = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)

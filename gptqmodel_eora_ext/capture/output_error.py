@@ -1,0 +1,75 @@
+"""The second moment of a module's output error, for weights whose error is known before the data is seen.
+
+With z = ΔW x, G = E[z zᵀ] = ΔW C ΔWᵀ is all that EoRA needs: out × out instead of in × in, which for a module that
+narrows (`down_proj`, the key and value projections of grouped attention) is the smaller and cheaper sum.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .second_moment import SecondMoment, kept_rows, require_finite
+
+
+class OutputErrorMoment:
+    """Sums of z zᵀ, of x² per channel, and of ‖W x‖².
+
+    Args:
+        weight: W, out × in.
+        quantized: Ŵ, out × in.
+        name: the module, for messages.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantized: torch.Tensor, name: str) -> None:
+        self.delta = weight.to(torch.float32) - quantized.to(torch.float32)
+        self.name = name
+        self._errors = SecondMoment(weight.shape[0], name)
+        self._energies: dict[torch.device, torch.Tensor] = {}
+        self._signal = 0.0
+
+    @staticmethod
+    def is_cheaper(out_features: int, in_features: int) -> bool:
+        """Whether z and z zᵀ take fewer operations a token than x xᵀ, of which half is computed."""
+        return out_features * in_features + out_features**2 // 2 < in_features**2 // 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._errors.tokens
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: x, (…, in_features), any floating dtype.
+            outputs: W x without bias, (…, out_features).
+            keep: attention mask of the leading dimensions; see `SecondMoment.add`.
+        """
+        rows = kept_rows(inputs, keep, self.delta.shape[1], self.name)
+        delta = self.delta.to(rows.device)
+        self._errors.add(rows @ delta.T)
+        energies = rows.square().sum(0)
+        mine = self._energies.get(rows.device)
+        self._energies[rows.device] = energies if mine is None else mine.add_(energies)
+        self._signal += float(kept_rows(outputs, keep, delta.shape[0], self.name).square().sum())
+
+    def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return G = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
+        return self._errors.mean(device)
+
+    def energies(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """E[x²] per channel, of length in, float32: the diagonal of C."""
+        total = torch.zeros(self.delta.shape[1], device=device)
+        for source in sorted(self._energies, key=str):
+            total.add_(self._energies[source].to(device))
+        return total.div_(max(self.tokens, 1))
+
+    @property
+    def signal(self) -> float:
+        """E‖W x‖²."""
+        return self._signal / max(self.tokens, 1)
+
+    def require_finite(self) -> None:
+        """Raise ValueError when an input held NaN or infinity."""
+        for total in self._energies.values():
+            require_finite(total, self.name)

@@ -1,0 +1,17 @@
+"""Giving memory back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+
+def release_free_memory() -> None:
+    """Have glibc return free pages to the system; nothing on other systems.
+
+    Compensation keeps small factors between large temporaries. Left alone, glibc's heaps grow by a layer's weights for
+    every layer, all of it free but unreturned: 17 % of peak memory on SmolLM2.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,169 @@
+"""The dominant subspace of S = ΔW C ΔWᵀ.
+
+Large problems: block Krylov iteration with Rayleigh-Ritz on the whole Krylov space (Musco and Musco, arXiv 1504.05477),
+restarted from Ritz vectors, in products of S with a thin block. Products with S cost the same from either side of ΔW,
+so iteration is on the output side, which needs no root of C. Small problems: a full eigendecomposition on the smaller
+side. The oracle: an SVD of ΔW L, L Lᵀ = C, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .error import OutputError, WeightedError
+
+# A product that gains this share of what the one before gained says that the iteration has hardly begun.
+SLOWEST_RATIO = 0.99
+# Blocks are half as wide as the rank: the same error takes 1.4 to 2 times fewer columns than blocks wider than the
+# rank, since the Krylov space has polynomials of a higher degree. Narrower ones multiply too slowly.
+LEAST_BLOCK = 16
+# Random vectors that estimate the energy left, to within a tenth; the convergence test needs no better.
+PROBES = 8
+# Blocks that the Krylov space may hold before it is cut back to its best Ritz vectors.
+MOST_BLOCKS = 20
+# Sides of fewer ranks and blocks than this are as fast by a full eigendecomposition.
+DENSE_BELOW = 2
+# Products of S with a block. Errors of quantised layers take 5 to 10; past this many a full eigendecomposition,
+# which cannot fail, takes over.
+MOST_PRODUCTS = 80
+# Where the best correction leaves less than this share of the energy (outlier channels), float32 sums of all of it are
+# too coarse a ruler for the rest, and the iteration runs in float64.
+FLOAT32_RANGE = 1e-2
+# The same ruler's end for float64.
+FLOAT64_RANGE = 1e-12
+
+
+def dominant_subspace(
+    error: WeightedError | OutputError, rank: int, *, tolerance: float, seed: int, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal vectors U whose projection of ΔW keeps the most weighted energy, in order of energy.
+
+    Args:
+        error: ΔW (out × in) and C, or what they make.
+        rank: number of vectors, at most min(out, in).
+        tolerance: the iteration stops when the weighted error is predicted to be within this share of the least.
+        seed: of the starting block.
+        exact: skip iteration.
+
+    Returns:
+        Uᵀ (rank × out) and Uᵀ ΔW (rank × in; Uᵀ again for an `OutputError`); float64 where the work was done in it.
+    """
+    if exact:
+        found = torch.linalg.svd(error.root(), full_matrices=False).U[:, :rank].T
+        return found, error.project(found)
+    if min(error.shape) > DENSE_BELOW * (rank + _block(rank)):
+        for dtype in (torch.float32, torch.float64):
+            if error.dtype in (dtype, torch.float32):
+                converged = _block_krylov(error, rank, dtype, tolerance, seed)
+                if converged is not None:
+                    return converged
+    found = _dense(error, rank)
+    return found, error.project(found)
+
+
+def _dense(error: WeightedError | OutputError, rank: int) -> torch.Tensor:
+    """By a full eigendecomposition of the Gram matrix on the smaller side, in float64."""
+    if isinstance(error, OutputError):
+        return _top_eigenvectors(error.moment.to(torch.float64), rank)
+    out_features, in_features = error.shape
+    if out_features <= in_features:
+        delta = error.delta.to(torch.float64)
+        return _top_eigenvectors(error.weigh(delta) @ delta.T, rank)
+    image = error.root()
+    # The Gram matrix squares the condition number; QR of the image restores orthonormal columns, and fills
+    # directions of no energy (C of lower rank than asked) with arbitrary ones that A then weighs by Uᵀ ΔW.
+    return torch.linalg.qr(image @ _top_eigenvectors(image.T @ image, rank).T).Q.T
+
+
+def _top_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """As rows, largest eigenvalue first."""
+    return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1).T
+
+
+def _block_krylov(
+    error: WeightedError | OutputError, rank: int, dtype: torch.dtype, tolerance: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Iterate until the weighted error stops falling; None where ``dtype`` is too coarse or it does not stop.
+
+    The test is on the quantity that counts, not on the vectors, which for close eigenvalues never settle and need not.
+    The error left is estimated on random probes with the found subspace projected out: the difference of the whole
+    energy and the captured one would need the trace of S, which costs more than all of the iteration.
+    """
+    out_features, in_features = error.shape
+    block = _block(rank)
+    widest = min(MOST_BLOCKS * block, min(error.shape) - block)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(block, in_features, generator=generator, dtype=dtype).to(error.device)
+    probes = torch.randn(PROBES, out_features, generator=generator, dtype=dtype).to(error.device)
+    energies = error.energies(probes)
+    total = float(energies.mean())
+
+    fresh = _orthonormal(error.sketch(start))
+    basis = image = fresh[:0]
+    projected = start[:0]
+    captured, gains = 0.0, []
+    for _ in range(MOST_PRODUCTS):
+        fresh_projected = error.project(fresh)
+        fresh_image = error.image(fresh_projected)
+        basis, image = torch.cat([basis, fresh]), torch.cat([image, fresh_image])
+        projected = torch.cat([projected, fresh_projected])
+        fresh = _orthonormal(fresh_image, basis)
+        if len(basis) < rank + block:
+            continue
+        values, rotation = _ritz(basis @ image.T)
+        gains.append(float(values[:rank].sum()) - captured)
+        captured += gains[-1]
+        top = rotation[:rank]
+        vectors = top @ basis
+        left = _energy_outside(probes, energies, vectors, top @ image)
+        if dtype is torch.float32 and left < FLOAT32_RANGE * total:
+            return None
+        if _still_to_gain(gains) <= max(tolerance * left, FLOAT64_RANGE * total):
+            return vectors, top @ projected
+        if len(basis) + block > widest:
+            kept = rotation[: rank + block]
+            basis, image, projected = kept @ basis, kept @ image, kept @ projected
+    return None
+
+
+def _block(rank: int) -> int:
+    return max(LEAST_BLOCK, -(-rank // 2))
+
+
+def _still_to_gain(gains: list[float]) -> float:
+    """Energy that further products would add. Gains fall geometrically, g, g q, g q², …: g q / (1 - q) follow the last.
+
+    The first entry is what the first block captured, no gain, and the next has no predecessor to tell its q.
+    """
+    if len(gains) < 3:
+        return gains[-1] if len(gains) == 2 else math.inf
+    before, last = gains[-2:]
+    ratio = min(max(last / before, 0.0), SLOWEST_RATIO) if before > 0 else 0.0
+    return last * ratio / (1 - ratio)
+
+
+def _ritz(small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (float64) and eigenvectors, as rows, of a small symmetric matrix, largest first."""
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    return values.flip(0).to(torch.float64), vectors.flip(1).T
+
+
+def _energy_outside(
+    probes: torch.Tensor, energies: torch.Tensor, vectors: torch.Tensor, images: torch.Tensor
+) -> float:
+    """Mean of z P S P zᵀ over the probes z, P = I − U Uᵀ, from z S zᵀ, U and U S: an estimate of tr(P S P)."""
+    inside = probes @ vectors.T
+    cross = (inside * (probes @ images.T)).sum(1)
+    square = (inside @ (vectors @ images.T) * inside).sum(1)
+    return max(float((energies - 2 * cross + square).mean()), 0.0)
+
+
+def _orthonormal(block: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    """Orthonormal rows that span the block's part outside ``basis``; two passes, for the rounding of the first."""
+    if basis is None:
+        return torch.linalg.qr(block.T).Q.T
+    for _ in range(2):
+        block = torch.linalg.qr((block - block @ basis.T @ basis).T).Q.T
+    return block

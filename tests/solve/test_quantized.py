@@ -1,0 +1,65 @@
+"""Factors in integers: the packing, the grid, and the choice of scales."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptqmodel_eora_ext.solve.quantized import GROUP_SIZE, pack, quantize_factor, unpack
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 5), features=st.integers(1, 150), bits=st.sampled_from([8, 4]), seed=st.integers(0, 999))
+def test_property_packing_loses_nothing(rows: int, features: int, bits: int, seed: int) -> None:
+    low = -(1 << (bits - 1))
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, -low, (rows, features), generator=generator, dtype=torch.int8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-features * bits // 8))
+    assert torch.equal(unpack(packed, bits, features), codes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(features=st.integers(1, 150), bits=st.sampled_from([8, 4]), seed=st.integers(0, 999))
+def test_property_error_is_bounded_by_the_grid(features: int, bits: int, seed: int) -> None:
+    values = torch.randn(3, features, generator=torch.Generator().manual_seed(seed))
+    factor = quantize_factor(values, bits)
+    back = factor.dequantize()
+    assert back.shape == values.shape
+    assert factor.nbytes == 3 * (-(-features * bits // 8) + 2 * -(-features // GROUP_SIZE))
+    # A grid of 2^bits steps between -m and m, clipped at its upper end: half a step in the mean of squares.
+    step = 2 * values.abs().max() / 2**bits
+    assert (back - values).square().mean().sqrt() <= step
+
+
+def test_values_on_the_grid_are_kept() -> None:
+    codes = torch.arange(-8, 8).repeat(2, 4).float()
+    factor = quantize_factor(codes * 0.5, 4)
+    assert torch.equal(factor.dequantize(), codes * 0.5)
+
+
+def test_zero_rows_stay_zero() -> None:
+    values = torch.zeros(2, 70)
+    values[1] = torch.linspace(-1, 1, 70)
+    assert not quantize_factor(values, 4).dequantize()[0].any()
+
+
+def test_importance_moves_the_error() -> None:
+    values = torch.randn(1, GROUP_SIZE, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = 4.0
+    importance = torch.ones(GROUP_SIZE)
+    importance[0] = 0
+    plain, weighted = quantize_factor(values, 4), quantize_factor(values, 4, importance)
+    rest = slice(1, None)
+
+    def error(factor: torch.Tensor) -> float:
+        return float((factor - values)[0, rest].square().sum())
+
+    assert error(weighted.dequantize()) < error(plain.dequantize())
+
+
+def test_too_large_for_float16_scales() -> None:
+    with pytest.raises(ValueError, match="too large for float16 scales"):
+        quantize_factor(torch.full((1, 4), 1e9), 4)
