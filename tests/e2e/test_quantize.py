@@ -38,6 +38,11 @@ def gptq(**options: Any) -> QuantizeConfig:
         pytest.param(gptq(), {"dtype": torch.float32}, id="float32"),
         pytest.param(gptq(gptaq=GPTAQConfig()), {}, id="gptaq"),
         pytest.param(RTNConfig(bits=3, group_size=64), {}, id="rtn"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, factor_bits=4)}, id="4-bit-factors"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, factor_bits=8)}, id="8-bit-factors"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="svd")}, id="svd"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="diagonal", factor_bits=4)}, id="diagonal"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="output")}, id="output"),
     ],
 )
 def test_reported_errors_are_what_the_loaded_model_has(
@@ -91,6 +96,19 @@ def test_adapter_calibration_dataset(two_layers: Path, calibration: Batches, tmp
     ours, same = kernels(load(made.folder))[first], kernels(load(plain.folder))[first]
     assert torch.equal(ours.qweight, same.qweight)
     assert made.host._eora_run.details()["calibration"]["tokens"] == 5 * 64
+
+
+def test_output_follows_the_full_precision_model(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    """It trades error on the inputs as they are for what earlier modules did to them; the cross moment must be there."""
+    found = {
+        objective: quantize(two_layers, tmp_path / objective, gptq(bits=2), calibration,
+                            adapter=EoRA(rank=16, objective=objective)).factors
+        for objective in ("eora", "output")
+    }  # fmt: skip
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    # Before anything is quantised both models have the same inputs, and so the same factors up to their rounding.
+    assert found["output"][first].error_after == pytest.approx(found["eora"][first].error_after, rel=0.01)
+    assert found["output"][last].error_after > found["eora"][last].error_after * 1.01
 
 
 def test_padding_does_not_count(two_layers: Path, token_ids: list[int], tmp_path: Path) -> None:
