@@ -105,17 +105,19 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
 def packed_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
     """One row a text and width of factors, at the same bytes: recovered share, and its ratio to 16 bits."""
     found = {cell_of(run): run for run in runs}
-    plain = found["none", PACKED_BITS, 0, 16]["loss"]
+    packed = [(bits, rank_of_same_bytes(bits)) for bits in (8, 4)]
     reference = found.get(("ours", PACKED_BITS, PACKED_AGAINST_RANK, 16))
+    if reference is None:
+        return []
+    plain = found["none", PACKED_BITS, 0, 16]["loss"]
     rows = []
-    for factor_bits in (16, 8, 4):
-        run = found.get(("ours", PACKED_BITS, rank_of_same_bytes(factor_bits) if factor_bits < 16
-                         else PACKED_AGAINST_RANK, factor_bits))  # fmt: skip
-        for text in plain if run and reference else ():
+    for factor_bits, rank in [(16, PACKED_AGAINST_RANK), *packed]:
+        run = found.get(("ours", PACKED_BITS, rank, factor_bits))
+        for text in plain if run else ():
             rows.append(
                 {
                     "factor_bits": factor_bits,
-                    "rank": run["rank"],
+                    "rank": rank,
                     "adapter bytes": run.get("adapter bytes"),
                     "text": text,
                     "share": (plain[text] - run["loss"][text]) / (plain[text] - full[text]),

@@ -1,0 +1,131 @@
+"""What does `GPTQModel.adapter.generate` cost for a finished checkpoint, with EoRA and with GPTQModel's own `Lora`?
+
+A process a run, so that peak memory is the run's own. Part of `python benchmarks/solver.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import common
+from cost import high_water_mark
+from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.looper import eora_processor
+from gptqmodel.looper.module_looper import ModuleLooper
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.capture import OutputErrorMoment, SecondMoment
+from gptqmodel_eora_ext.hosts.gptqmodel import processors
+from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+
+RANK = 32
+BITS = 3
+SAMPLES, SEQLEN = 64, 256
+REPEATS = 2
+KINDS = ("ours", "stock")
+
+
+class Stopwatch:
+    """Seconds spent in functions, by a name; threads add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.running = threading.local()
+
+    def watch(self, owner: Any, attribute: str, name: str) -> None:
+        """Replace a function by one that is timed."""
+        original = getattr(owner, attribute)
+
+        @functools.wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # One watched function may call another of the same name.
+            if getattr(self.running, name, False):
+                return original(*args, **kwargs)
+            setattr(self.running, name, True)
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+                setattr(self.running, name, False)
+
+        setattr(owner, attribute, timed)
+
+
+def one(kind: str, base: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Generate once in this process."""
+    watch = Stopwatch()
+    watch.watch(GPTQModel, "load", "loading both models")
+    watch.watch(ModuleLooper, "loop", "layer loop, of it:")
+    watch.watch(SecondMoment, "add", "  second moments")
+    watch.watch(OutputErrorMoment, "add", "  second moments")
+    watch.watch(processors, "compensate", "  solving")
+    watch.watch(eora_processor, "eora_process_input", "  second moments")
+    watch.watch(eora_processor, "eora_compute_lora", "  solving")
+    adapter = EoRA(rank=RANK, path=folder) if kind == "ours" else Lora(rank=RANK, path=str(folder))
+    start = time.perf_counter()
+    with quiet():
+        GPTQModel.adapter.generate(
+            adapter=adapter,
+            model_id_or_path=str(base),
+            quantized_model_id_or_path=str(checkpoint),
+            calibration_dataset=common.calibration(SAMPLES, SEQLEN),
+            batch_size=common.BATCH_SIZE,
+        )
+    total = time.perf_counter() - start
+    return {"seconds": total, "parts": dict(watch.seconds), "peak bytes": high_water_mark()}
+
+
+def measure() -> dict[str, Any]:
+    """Both contenders, interleaved, on one checkpoint."""
+    base = common.smollm2()
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    with common.scratch() as folder:
+        with quiet():
+            model = GPTQModel.load(str(base), QuantizeConfig(bits=BITS, group_size=64))
+            model.quantize(common.calibration(8, SEQLEN), batch_size=common.BATCH_SIZE)
+            model.save(str(folder / "model"))
+        del model
+        for repeat in range(REPEATS):
+            for kind in KINDS:
+                command = [sys.executable, __file__, kind, str(base), str(folder / "model")]
+                done = subprocess.run(
+                    [*command, str(folder / f"{kind}-{repeat}")], capture_output=True, text=True, check=True
+                )
+                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    seconds = {kind: statistics.median(run["seconds"] for run in runs[kind]) for kind in KINDS}
+    memory = {kind: max(run["peak bytes"] for run in runs[kind]) for kind in KINDS}
+    return {
+        "setup": {"rank": RANK, "bits": BITS, "samples": SAMPLES, "seqlen": SEQLEN},
+        "runs": runs,
+        "seconds": seconds,
+        "times faster": seconds["stock"] / seconds["ours"],
+        "peak bytes": memory,
+        "memory ratio": memory["ours"] / memory["stock"],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print where the time goes."""
+    names = list(dict.fromkeys(name for kind in KINDS for name in result["runs"][kind][0]["parts"]))
+    rows: list[list[Any]] = [
+        [name, *(result["runs"][kind][0]["parts"].get(name, 0.0) for kind in KINDS)] for name in names
+    ]
+    rows.append(["all", *(result["seconds"][kind] for kind in KINDS)])
+    rows.append(["peak GB", *(result["peak bytes"][kind] / 1e9 for kind in KINDS)])
+    common.table(("seconds (threads added up)", *KINDS), rows)
+    print(f"{result['times faster']:.2f} times faster, {result['memory ratio']:.2f} of the memory")
+
+
+if __name__ == "__main__":
+    print(json.dumps(one(sys.argv[1], *map(Path, sys.argv[2:]))), file=sys.__stdout__)
