@@ -157,22 +157,17 @@ def _by_outputs(
     its energy needs only the diagonal.
     """
     error_moment = moment.mean(delta.device)
-    if rank == 0:
-        lora_A, lora_B = _without_effect(delta, dtype)
-    else:
-        lora_A, lora_B = _round(*eora_from_outputs(delta, error_moment, rank), delta, dtype)
-    wide_B = lora_B.to(torch.float64)
-    basis = torch.linalg.qr(wide_B).Q
     wide_moment = error_moment.to(torch.float64)
     before = float(wide_moment.diagonal().sum())
+    made = partial(made, signal=moment.signal, error_before=before)
+    if rank == 0:
+        lora_A, lora_B = _without_effect(delta, dtype)
+        return made(lora_A=lora_A, lora_B=lora_B, error_after=before)
+    lora_A, lora_B = _round(*eora_from_outputs(delta, error_moment, rank), delta, dtype)
+    wide_B = lora_B.to(torch.float64)
+    basis = torch.linalg.qr(wide_B).Q
     outside = before - float((basis * (wide_moment @ basis)).sum())
     rounding = lora_A.to(torch.float64) - refit_A(delta, lora_B)
     energies = moment.energies(delta.device).to(torch.float64)
     rounded = float((wide_B.T @ wide_B * ((rounding * energies) @ rounding.T)).sum())
-    return made(
-        lora_A=lora_A,
-        lora_B=lora_B,
-        signal=moment.signal,
-        error_before=before,
-        error_after=max(outside, 0.0) + rounded,
-    )
+    return made(lora_A=lora_A, lora_B=lora_B, error_after=max(outside, 0.0) + rounded)

@@ -16,8 +16,9 @@ from .error import OutputError, WeightedError
 
 # A product that gains this share of what the one before gained says that the iteration has hardly begun.
 SLOWEST_RATIO = 0.99
-# Blocks are half as wide as the rank: the same error takes 1.4 to 2 times fewer columns than blocks wider than the
-# rank, since the Krylov space has polynomials of a higher degree. Narrower ones multiply too slowly.
+# Width of a block over the rank. The same error takes 1.4 to 2 times fewer columns than with blocks wider than the
+# rank, since the Krylov space has polynomials of a higher degree; narrower ones multiply too slowly.
+BLOCK_SHARE = 0.625
 LEAST_BLOCK = 16
 # Random vectors that estimate the energy left, to within a tenth; the convergence test needs no better.
 PROBES = 8
@@ -129,7 +130,7 @@ def _block_krylov(
 
 
 def _block(rank: int) -> int:
-    return max(LEAST_BLOCK, -(-rank // 2))
+    return max(LEAST_BLOCK, math.ceil(BLOCK_SHARE * rank))
 
 
 def _still_to_gain(gains: list[float]) -> float:
@@ -150,9 +151,7 @@ def _ritz(small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).to(torch.float64), vectors.flip(1).T
 
 
-def _energy_outside(
-    probes: torch.Tensor, energies: torch.Tensor, vectors: torch.Tensor, images: torch.Tensor
-) -> float:
+def _energy_outside(probes: torch.Tensor, energies: torch.Tensor, vectors: torch.Tensor, images: torch.Tensor) -> float:
     """Mean of z P S P zᵀ over the probes z, P = I − U Uᵀ, from z S zᵀ, U and U S: an estimate of tr(P S P)."""
     inside = probes @ vectors.T
     cross = (inside * (probes @ images.T)).sum(1)

@@ -99,7 +99,7 @@ def test_adapter_calibration_dataset(two_layers: Path, calibration: Batches, tmp
 
 
 def test_output_follows_the_full_precision_model(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
-    """It trades error on the inputs as they are for what earlier modules did to them; the cross moment must be there."""
+    """It trades error on the inputs as they are for what earlier modules did to them; the cross moment shows."""
     found = {
         objective: quantize(two_layers, tmp_path / objective, gptq(bits=2), calibration,
                             adapter=EoRA(rank=16, objective=objective)).factors

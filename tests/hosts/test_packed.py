@@ -105,7 +105,7 @@ def test_missing_widths_and_missing_scales(tmp_path: Path) -> None:
         list(AdapterFolder.open(tmp_path).factors(NAMES))
     del tensors[f"base_model.model.{NAMES[0]}.lora_A.scales"]
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match="has only lora_A.qweight, lora_B.qweight, lora_B.scales"):
+    with pytest.raises(AdapterError, match=r"has only lora_A\.qweight, lora_B\.qweight, lora_B\.scales"):
         AdapterFolder.open(tmp_path)
 
 

@@ -117,7 +117,9 @@ def generate_adapter(
             calibration_concat_separator=calibration_concat_separator,
             batch_size=batch_size,
         )
-        CompensatingLooper(model, processors=[processor]).loop()
+        # GPTQModel's torch kernel compiles its unpacking anew for every shape, for more time than it then saves.
+        with torch.compiler.set_stance("force_eager"):
+            CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
     save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
     if folder.resolve().is_relative_to(checkpoint.resolve()):

@@ -1,13 +1,12 @@
 """Compensation inside GPTQModel's layer loop: right after a module is quantised, before anything reads its output.
 
-`compensated(Processor)` mixes `Compensation` into whatever processor quantises. The module's weight becomes Ŵ + BA
+`Compensation` is mixed into whatever processor quantises. The module's weight becomes Ŵ + BA
 for the rest of the layer's forwards, so that later modules and layers are calibrated on what the compensated model
 computes; Ŵ alone comes back before packing.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from gptqmodel.looper.awq_processor import AWQProcessor
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
@@ -23,7 +21,6 @@ from ...capture import CrossMoment, OutputErrorMoment, SecondMoment, require_fin
 from ...compensate import compensate
 from ...memory import release_free_memory
 from .run import CompensationRun
-from .weights import CheckpointProcessor
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +28,6 @@ Moment = SecondMoment | OutputErrorMoment
 
 # Key in `NamedModule.state` for Ŵ while the weight in use is Ŵ + BA.
 QUANTIZED_WEIGHT = "eora_quantized_weight"
-
-
-@functools.cache
-def compensated(processor: Any) -> Any:
-    """The processor class with compensation mixed in."""
-    mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
-    mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
-    return type(f"Compensated{processor.__name__}", (mixin, processor), {})
 
 
 class Compensation:
@@ -124,10 +113,7 @@ class Compensation:
             rows = inputs[0]
             keep = self._keep_mask(rows)
             with self.lock:
-                if isinstance(moment, OutputErrorMoment):
-                    bias = getattr(module, "bias", None)
-                    moment.add(rows, output if bias is None else output - bias, keep)
-                elif moment is not None:
+                if moment is not None:
                     moment.add(rows, keep)
                 self._add_cross(name, batch, rows, keep)
 
@@ -253,22 +239,6 @@ def _awq_scales(scales_list: list[Any], module: NamedModule, in_features: int) -
         if module.full_name in layer_names:
             total *= scales.reshape(-1).to(device="cpu", dtype=torch.float32)
     return total
-
-
-class CheckpointCompensation(Compensation):
-    """A finished checkpoint's Ŵ is known before the data is seen, so the moment of the output error can be summed."""
-
-    quantized_weight: Callable[[NamedModule], torch.Tensor]
-
-    def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
-        weight = module.module.weight.data
-        recipe = self.run.recipe_for(self.qcfg, module.full_name)
-        plain = recipe.objective == "eora" and recipe.factor_bits == 16
-        if not (alone and plain and isinstance(module.module, torch.nn.Linear)):
-            return super()._new_moment(module, alone=alone)
-        if self.is_skipped(module) or not OutputErrorMoment.is_cheaper(*weight.shape):  # type: ignore[attr-defined]
-            return super()._new_moment(module, alone=alone)
-        return OutputErrorMoment(weight, self.quantized_weight(module), module.full_name)
 
 
 def _width(module: NamedModule) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -20,8 +21,9 @@ from gptqmodel.looper.qqq_processor import QQQProcessor
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from .adapter import EoRA
+from .finished import CheckpointCompensation
 from .native import NativeInputs
-from .processors import compensated
+from .processors import AWQCompensation, Compensation
 from .run import CompensationRun, check_token_ids
 from .weights import CheckpointProcessor, RTNProcessor
 
@@ -123,6 +125,14 @@ def quantize_weight_only(original: Callable[..., Any], model: Any, **kwargs: Any
         batch_size=kwargs["batch_size"],
     )
     return CompensatingLooper(model, processors=[processor]).loop(backend=kwargs["backend"])
+
+
+@functools.cache
+def compensated(processor: Any) -> Any:
+    """The processor class with compensation mixed in."""
+    mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
+    mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
+    return type(f"Compensated{processor.__name__}", (mixin, processor), {})
 
 
 class CompensatingLooper(ModuleLooper):

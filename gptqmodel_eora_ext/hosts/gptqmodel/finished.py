@@ -1,0 +1,140 @@
+"""Compensating a finished checkpoint, whose Ŵ is known before the data is seen: less to sum, less to compute.
+
+GPTQModel runs a layer once for every subset of modules (q/k/v, then o, gate/up, down), and once more for its outputs.
+Here a subset's forward stops before the module whose input it is there for, and a part of the layer that has no module
+left to compensate (the attention block, once `o_proj` is done) computes each batch once and then gives what it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
+
+from ...capture import OutputErrorMoment
+from .processors import Compensation, Moment
+
+
+class CheckpointCompensation(Compensation):
+    """Mixin for `CheckpointProcessor`."""
+
+    quantized: Any
+    quantized_weight: Callable[[NamedModule], torch.Tensor]
+    is_skipped: Callable[[NamedModule], bool]
+
+    def equip(self, run: Any) -> None:
+        super().equip(run)
+        self._stop: torch.utils.hooks.RemovableHandle | None = None
+        self._stopping: str | None = None
+        self._done: set[str] = set()
+        self._layer: str | None = None
+        self._reused: dict[str, _ReusedBlock] = {}
+
+    def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
+        weight = module.module.weight.data
+        recipe = self.run.recipe_for(self.qcfg, module.full_name)
+        plain = recipe.objective == "eora" and recipe.factor_bits == 16
+        if not (alone and plain and isinstance(module.module, torch.nn.Linear)) or self.is_skipped(module):
+            return super()._new_moment(module, alone=alone)
+        if not OutputErrorMoment.is_cheaper(*weight.shape):
+            return super()._new_moment(module, alone=alone)
+        return OutputErrorMoment(weight, self.quantized_weight(module), module.full_name)
+
+    # Less to compute -------------------------------------------------------------------------------------------
+
+    def begin_shared_input_capture(
+        self, model: Any, subset_names: list[str], is_lm_head_module: bool = False
+    ) -> dict[str, str]:
+        leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)
+        self._reuse_finished_blocks(model, subset_names)
+        # Where all of a subset read one input, nothing beyond it is wanted.
+        if len(self._moments) == 1 and not is_lm_head_module and self.run.native_inputs is None:
+            self._stopping = next(iter(self._moments))
+            self._stop = self._modules[self._stopping].module.register_forward_pre_hook(self._capture_and_stop)
+        return leaders
+
+    def end_shared_input_capture(self, subset_names: list[str]) -> Any:
+        if self._stop is not None:
+            self._stop.remove()
+            self._stop = self._stopping = None
+        return super().end_shared_input_capture(subset_names)
+
+    def pre_process_fwd_hook(self, name: str) -> Callable[..., None]:
+        if self._stopping is not None:
+            return lambda module, inputs, output: None
+        return super().pre_process_fwd_hook(name)
+
+    def _capture_and_stop(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0]
+        mask = getattr(self._mask_tls, "value", None)
+        keep = mask if torch.is_tensor(mask) and mask.shape == rows.shape[:-1] else None
+        with self.lock:
+            self._moments[str(self._stopping)].add(rows, keep)
+        raise STOP_FORWARD_EXCEPTION.with_traceback(None)
+
+    def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
+        super().process(module, *args, **kwargs)
+        with self.lock:
+            self._done.add(module.full_name)
+
+    def _reuse_finished_blocks(self, model: Any, subset_names: list[str]) -> None:
+        """Have each direct child of the layer that is done keep what it computes, batch by batch."""
+        module = next((self._modules[name] for name in subset_names if name in self._modules), None)
+        if module is None:
+            return
+        path = module.full_name.removesuffix(f".{module.name}")
+        if path != self._layer:
+            self._release_blocks()
+            self._layer = path
+        for name, block in model.model.get_submodule(path).named_children():
+            modules = {known for known in self.quantized if known.startswith(f"{path}.{name}.")}
+            if modules and modules <= self._done and name not in self._reused:
+                self._reused[name] = _ReusedBlock(block, self.current_batch_index)
+
+    def _release_blocks(self) -> None:
+        for reused in self._reused.values():
+            reused.release()
+        self._reused.clear()
+
+    def finalize(self, *args: Any, **kwargs: Any) -> None:
+        self._release_blocks()
+        super().finalize(*args, **kwargs)  # type: ignore[misc]
+
+
+class _ReusedBlock:
+    """Stands in for a module's `forward`: computes each batch once.
+
+    Args:
+        block: its weights, and its input for a batch, do not change any more.
+        current_batch: tells the batch under way.
+    """
+
+    def __init__(self, block: torch.nn.Module, current_batch: Callable[[], int | None]) -> None:
+        self._block = block
+        self._forward = block.forward
+        self._current_batch = current_batch
+        self._outputs: dict[int, Any] = {}
+        block.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._current_batch()
+        if batch is None:
+            return self._forward(*args, **kwargs)
+        if batch not in self._outputs:
+            self._outputs[batch] = self._forward(*args, **kwargs)
+        # A copy, since a layer may add its residual in place.
+        return _copied(self._outputs[batch])
+
+    def release(self) -> None:
+        """Give the block its own `forward` back."""
+        del self._block.forward
+        self._outputs.clear()
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    return type(output)(map(_copied, output)) if type(output) in (tuple, list) else output
