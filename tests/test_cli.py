@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.hosts.test_peft import NAMES, write
 
-COMMANDS = ["quantize", "generate", "inspect", "eval", "demo"]
+COMMANDS = ["quantize", "generate", "export", "inspect", "eval", "demo"]
 runner = CliRunner()
 
 
@@ -45,6 +45,8 @@ def test_version() -> None:
     ("arguments", "message"),
     [
         (["{model}", "{out}", "--calibration", "{text}", "--rank", "0"], "--rank must be at least 1, got 0"),
+        (["{model}", "{out}", "--calibration", "{text}", "--factor-bits", "3"], "must be one of 16, 8, 4, got 3"),
+        (["{model}", "{out}", "--calibration", "{text}", "--objective", "x"], "--objective must be one of eora, output"),
         (["{model}", "{out}", "--calibration", "{text}", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, got 5"),
         (["{model}", "{out}", "--calibration", "{text}", "--group-size", "48"], "--group-size must be one of"),
         (["{model}", "{out}", "--calibration", "{tmp}/missing.txt"], "there is no file"),
@@ -68,6 +70,16 @@ def test_generate_and_eval_refuse(model: Path, text: Path, tmp_path: Path) -> No
     assert result.exit_code == 2 and "there is no file" in " ".join(result.output.split())
     result = runner.invoke(cli.app, ["inspect", str(model)])
     assert result.exit_code == 2 and "neither an adapter" in " ".join(result.output.split())
+
+
+def test_export(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    result = runner.invoke(cli.app, ["export", str(tmp_path / "a"), "--peft", str(tmp_path / "plain")])
+    assert result.exit_code == 0 and "factors in 16 bits" in " ".join(result.output.split())
+    again = runner.invoke(cli.app, ["export", str(tmp_path / "a"), "--peft", str(tmp_path / "plain")])
+    assert again.exit_code == 2 and "is not empty" in " ".join(again.output.split())
+    none = runner.invoke(cli.app, ["export", str(tmp_path), "--peft", str(tmp_path / "other")])
+    assert none.exit_code == 2 and "neither an adapter" in " ".join(none.output.split())
 
 
 def test_inspect(tmp_path: Path) -> None:

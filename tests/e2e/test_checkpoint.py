@@ -228,6 +228,23 @@ def test_generate_for_a_finished_checkpoint(
             assert found[name] == pytest.approx(module["error_after"], rel=0.05), name
 
 
+def test_generate_leaves_padding_out(
+    plain: dict[str, Path], two_layers: Path, token_ids: list[int], tmp_path: Path
+) -> None:
+    lengths = (64, 40, 51)
+    data = [{"input_ids": token_ids[:length], "attention_mask": [1] * length} for length in lengths]
+    with quiet():
+        GPTQModel.adapter.generate(
+            adapter=EoRA(rank=4, path=tmp_path / "adapter"),
+            model_id_or_path=str(two_layers),
+            quantized_model_id_or_path=str(plain["gptq"]),
+            calibration_dataset=data,
+            batch_size=len(data),
+        )
+    report = json.loads((tmp_path / "adapter" / "eora.json").read_text())["modules"]
+    assert {module["tokens"] for module in report.values()} == {sum(lengths)}
+
+
 def test_generate_refuses_another_base(
     plain: dict[str, Path], smollm2: Path, calibration: Batches, tmp_path: Path
 ) -> None:
