@@ -73,13 +73,14 @@ def one(kind: str, base: Path, checkpoint: Path, folder: Path) -> dict[str, Any]
     watch.watch(eora_processor, "eora_process_input", "  second moments")
     watch.watch(eora_processor, "eora_compute_lora", "  solving")
     adapter = EoRA(rank=RANK, path=folder) if kind == "ours" else Lora(rank=RANK, path=str(folder))
+    calibration = common.calibration(SAMPLES, SEQLEN)
     start = time.perf_counter()
     with quiet():
         GPTQModel.adapter.generate(
             adapter=adapter,
             model_id_or_path=str(base),
             quantized_model_id_or_path=str(checkpoint),
-            calibration_dataset=common.calibration(SAMPLES, SEQLEN),
+            calibration_dataset=calibration,
             batch_size=common.BATCH_SIZE,
         )
     total = time.perf_counter() - start

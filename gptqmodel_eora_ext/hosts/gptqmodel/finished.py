@@ -1,8 +1,9 @@
 """Compensating a finished checkpoint, whose Ŵ is known before the data is seen: less to sum, less to compute.
 
 GPTQModel runs a layer once for every subset of modules (q/k/v, then o, gate/up, down), and once more for its outputs.
-Here a subset's forward stops before the module whose input it is there for, and a part of the layer that has no module
-left to compensate (the attention block, once `o_proj` is done) computes each batch once and then gives what it gave.
+Here a subset's forward stops before the module whose input it is there for. A part of the layer that has no module left
+to compensate (the attention block, once `o_proj` is done) computes each batch once more and then gives what it gave; if
+its output is that of its last module, whose input is known, it computes that module alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
 from ...capture import OutputErrorMoment
 from .processors import Compensation, Moment
 
+# Inputs of last modules that are kept for a layer, over all batches.
+KEPT_BYTES = 1 << 30
+
 
 class CheckpointCompensation(Compensation):
     """Mixin for `CheckpointProcessor`."""
@@ -30,8 +34,11 @@ class CheckpointCompensation(Compensation):
         self._stop: torch.utils.hooks.RemovableHandle | None = None
         self._stopping: str | None = None
         self._done: set[str] = set()
-        self._layer: str | None = None
-        self._reused: dict[str, _ReusedBlock] = {}
+        self._layer = ""
+        self._blocks: dict[str, torch.nn.Module] = {}
+        self._reused: list[_ReusedBlock] = []
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._kept_bytes = 0
 
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         weight = module.module.weight.data
@@ -49,7 +56,11 @@ class CheckpointCompensation(Compensation):
         self, model: Any, subset_names: list[str], is_lm_head_module: bool = False
     ) -> dict[str, str]:
         leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)
-        self._reuse_finished_blocks(model, subset_names)
+        modules = [self._modules[name] for name in subset_names if name in self._modules]
+        if modules:
+            self._enter_layer(model, modules[0].full_name.removesuffix(f".{modules[0].name}"))
+        self._inputs = {}
+        self._only = modules[0] if len(modules) == 1 else None
         # Where all of a subset read one input, nothing beyond it is wanted.
         if len(self._moments) == 1 and not is_lm_head_module and self.run.native_inputs is None:
             self._stopping = next(iter(self._moments))
@@ -71,33 +82,43 @@ class CheckpointCompensation(Compensation):
         rows = inputs[0]
         mask = getattr(self._mask_tls, "value", None)
         keep = mask if torch.is_tensor(mask) and mask.shape == rows.shape[:-1] else None
+        batch = self.current_batch_index()
         with self.lock:
             self._moments[str(self._stopping)].add(rows, keep)
+            if self._only is not None and batch is not None and self._kept_bytes + rows.nbytes <= KEPT_BYTES:
+                self._inputs[batch] = rows.detach()
+                self._kept_bytes += rows.nbytes
         raise STOP_FORWARD_EXCEPTION.with_traceback(None)
 
     def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         super().process(module, *args, **kwargs)
         with self.lock:
             self._done.add(module.full_name)
+            self._reuse_finished_blocks()
 
-    def _reuse_finished_blocks(self, model: Any, subset_names: list[str]) -> None:
-        """Have each direct child of the layer that is done keep what it computes, batch by batch."""
-        module = next((self._modules[name] for name in subset_names if name in self._modules), None)
-        if module is None:
+    def _enter_layer(self, model: Any, path: str) -> None:
+        if path == self._layer:
             return
-        path = module.full_name.removesuffix(f".{module.name}")
-        if path != self._layer:
-            self._release_blocks()
-            self._layer = path
-        for name, block in model.model.get_submodule(path).named_children():
-            modules = {known for known in self.quantized if known.startswith(f"{path}.{name}.")}
-            if modules and modules <= self._done and name not in self._reused:
-                self._reused[name] = _ReusedBlock(block, self.current_batch_index)
+        self._release_blocks()
+        self._layer = path
+        self._blocks = dict(model.model.get_submodule(path).named_children())
+
+    def _reuse_finished_blocks(self) -> None:
+        """Have each direct child of the layer that is done compute each batch once."""
+        for name, block in list(self._blocks.items()):
+            modules = {known for known in self.quantized if known.startswith(f"{self._layer}.{name}.")}
+            if modules and modules <= self._done:
+                last = self._only if self._only is not None and self._only.full_name in modules else None
+                inputs = self._inputs if last is not None else {}
+                self._reused.append(_ReusedBlock(block, last, inputs, self.current_batch_index))
+                del self._blocks[name]
 
     def _release_blocks(self) -> None:
-        for reused in self._reused.values():
+        for reused in self._reused:
             reused.release()
         self._reused.clear()
+        self._inputs = {}
+        self._kept_bytes = 0
 
     def finalize(self, *args: Any, **kwargs: Any) -> None:
         self._release_blocks()
@@ -105,18 +126,31 @@ class CheckpointCompensation(Compensation):
 
 
 class _ReusedBlock:
-    """Stands in for a module's `forward`: computes each batch once.
+    """Stands in for a block's `forward`: computes each batch once.
 
     Args:
         block: its weights, and its input for a batch, do not change any more.
+        last: the module of the block that comes last, if known.
+        inputs: inputs of ``last``, by batch; emptied as they are used.
         current_batch: tells the batch under way.
     """
 
-    def __init__(self, block: torch.nn.Module, current_batch: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        last: NamedModule | None,
+        inputs: dict[int, torch.Tensor],
+        current_batch: Callable[[], int | None],
+    ) -> None:
         self._block = block
         self._forward = block.forward
+        self._last = last
+        self._inputs = inputs
         self._current_batch = current_batch
         self._outputs: dict[int, Any] = {}
+        # Whether the block's output is that of its last module; found out on the first batch.
+        self._ends_with_last: bool | None = None
+        self._rest: list[None] | None = None
         block.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,14 +158,28 @@ class _ReusedBlock:
         if batch is None:
             return self._forward(*args, **kwargs)
         if batch not in self._outputs:
-            self._outputs[batch] = self._forward(*args, **kwargs)
+            self._outputs[batch] = self._compute(batch, args, kwargs)
         # A copy, since a layer may add its residual in place.
         return _copied(self._outputs[batch])
+
+    def _compute(self, batch: int, args: Any, kwargs: Any) -> Any:
+        rows = self._inputs.pop(batch, None)
+        if rows is None or self._last is None or self._ends_with_last is False:
+            return self._forward(*args, **kwargs)
+        found = self._last.module(rows)
+        if self._ends_with_last:
+            return found if self._rest is None else (found, *self._rest)
+        output = self._forward(*args, **kwargs)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        self._rest = rest if isinstance(output, tuple) else None
+        self._ends_with_last = all(one is None for one in rest) and torch.equal(first, found)
+        return output
 
     def release(self) -> None:
         """Give the block its own `forward` back."""
         del self._block.forward
         self._outputs.clear()
+        self._inputs.clear()
 
 
 def _copied(output: Any) -> Any:
