@@ -1,6 +1,7 @@
 """What does compensation cost in the quantise loop: wall time and peak memory, beside GPTQModel's own `Lora`?
 
-Times come from one process, kinds interleaved; peak memory from a process each, since it never falls.
+Times come from one process, kinds interleaved; peak memory from a process each, since it never falls. Either part can
+be measured alone; the other's last result stays.
 
     python benchmarks/cost.py --json
 """
@@ -8,6 +9,7 @@ Times come from one process, kinds interleaved; peak memory from a process each,
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 RANK = 32
 SAMPLES, SEQLEN = 64, 256
 KINDS = ("plain", "ours", "stock")
+PARTS = ("time", "memory")
 
 
 def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> float:
@@ -53,6 +56,7 @@ def peak_memory(base: Path, kind: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
@@ -64,25 +68,34 @@ def main() -> None:
         print(high_water_mark(), file=sys.__stdout__)
         return
 
+    kept = common.RESULTS / "cost.json"
+    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    result.pop("environment", None)
+    result["setup"] = {"rank": RANK, "samples": SAMPLES, "seqlen": SEQLEN, "bits": 2, "layers": options.layers or "all"}
     with common.scratch() as folder:
         base = common.first_layers(folder / "model", options.layers)
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        quantize(base, "plain", calibration[:8])  # thread pools and kernels start up once
-        for _ in range(options.repeats):
-            for kind in KINDS:
-                seconds[kind].append(quantize(base, kind, calibration))
-        memory = {kind: peak_memory(base, kind) for kind in KINDS}
-    median = {kind: statistics.median(times) for kind, times in seconds.items()}
-    result: dict[str, Any] = {
-        "setup": {"rank": RANK, "samples": SAMPLES, "seqlen": SEQLEN, "bits": 2, "layers": options.layers or "all"},
-        "seconds": seconds,
-        "time ratio": {kind: median[kind] / median["plain"] for kind in KINDS},
-        "peak bytes": memory,
-        "memory ratio": {kind: memory[kind] / memory["plain"] for kind in KINDS},
-    }
+        if "time" in options.parts:
+            seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            quantize(base, "plain", calibration[:8])  # thread pools and kernels start up once
+            for _ in range(options.repeats):
+                for kind in KINDS:
+                    seconds[kind].append(quantize(base, kind, calibration))
+            median = {kind: statistics.median(times) for kind, times in seconds.items()}
+            result["seconds"] = seconds
+            result["time ratio"] = {kind: median[kind] / median["plain"] for kind in KINDS}
+        if "memory" in options.parts:
+            memory = {kind: peak_memory(base, kind) for kind in KINDS}
+            result["peak bytes"] = memory
+            result["memory ratio"] = {kind: memory[kind] / memory["plain"] for kind in KINDS}
     common.keep("cost", result, as_json=options.json)
     rows = [
-        [kind, median[kind], result["time ratio"][kind], memory[kind] / 1e9, result["memory ratio"][kind]]
+        [
+            kind,
+            statistics.median(result["seconds"][kind]) if "seconds" in result else "",
+            result.get("time ratio", {}).get(kind, ""),
+            result["peak bytes"][kind] / 1e9 if "peak bytes" in result else "",
+            result.get("memory ratio", {}).get(kind, ""),
+        ]
         for kind in KINDS
     ]
     common.table(("run", "seconds", "ratio", "peak GB", "ratio"), rows)

@@ -20,10 +20,8 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3), squeeze=False)
     for axis, (bits, text) in zip(axes[0], panels, strict=True):
         cell = [row for row in rows if (row["bits"], row["text"]) == (bits, text)]
-        for key, label, colour in (
-            ("stock share", "GPTQModel's Lora", "0.6"),
-            ("our share", "EoRA (this plugin)", "C0"),
-        ):
+        cell.sort(key=lambda row: row["rank"])
+        for key, label, colour in CONTENDERS:
             axis.plot([row["rank"] for row in cell], [100 * row[key] for row in cell], "o-", color=colour, label=label)
         axis.set_title(f"{bits} bits, {text}")
         axis.set_xlabel("rank")

@@ -8,6 +8,7 @@ side. The oracle: an SVD of ΔW L, L Lᵀ = C, in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -16,6 +17,8 @@ from .error import OutputError, WeightedError
 
 # A product that gains this share of what the one before gained says that the iteration has hardly begun.
 SLOWEST_RATIO = 0.99
+# A ratio above this share of the one before does not fall, and what follows is taken this many times larger.
+STEADY_RATIO, FLAT_MARGIN = 0.8, 3.0
 # Width of a block over the rank. The same error takes 1.4 to 2 times fewer columns than with blocks wider than the
 # rank, since the Krylov space has polynomials of a higher degree; narrower ones multiply too slowly.
 BLOCK_SHARE = 0.625
@@ -136,13 +139,20 @@ def _block(rank: int) -> int:
 def _still_to_gain(gains: list[float]) -> float:
     """Energy that further products would add. Gains fall geometrically, g, g q, g q², …: g q / (1 - q) follow the last.
 
-    The first entry is what the first block captured, no gain, and the next has no predecessor to tell its q.
+    Where q itself falls from product to product, as on decaying spectra, that is on the safe side; where it does not,
+    as on flat ones, `FLAT_MARGIN` makes it so. The first entry is what the first blocks captured, no gain, and the next
+    has no predecessor to tell its q.
     """
     if len(gains) < 3:
         return gains[-1] if len(gains) == 2 else math.inf
-    before, last = gains[-2:]
-    ratio = min(max(last / before, 0.0), SLOWEST_RATIO) if before > 0 else 0.0
-    return last * ratio / (1 - ratio)
+    ratios = [_ratio(last, before) for before, last in itertools.pairwise(gains[1:])]
+    predicted = gains[-1] * ratios[-1] / (1 - ratios[-1])
+    accelerates = len(ratios) < 2 or ratios[-1] < STEADY_RATIO * ratios[-2]
+    return predicted if accelerates else FLAT_MARGIN * predicted
+
+
+def _ratio(last: float, before: float) -> float:
+    return min(max(last / before, 0.0), SLOWEST_RATIO) if before > 0 else 0.0
 
 
 def _ritz(small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
