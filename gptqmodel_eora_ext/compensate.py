@@ -99,11 +99,7 @@ def compensate(
     if isinstance(moment, OutputErrorMoment):
         return _by_outputs(made, delta, moment, rank, dtype)
     second_moment = moment.mean(weight.device)
-    made = partial(
-        made,
-        signal=weighted_energy(weight.to(torch.float32), second_moment),
-        error_before=(before := weighted_energy(delta, second_moment)),
-    )
+    signal, before = (weighted_energy(one, second_moment) for one in (weight.to(torch.float32), delta))
     packed = None
     if rank == 0:
         lora_A, lora_B = _without_effect(delta, dtype)
@@ -118,7 +114,7 @@ def compensate(
             packed = quantize_factors(target, metric, balance(lora_A, lora_B)[0], recipe.factor_bits)
             lora_A, lora_B = packed[0].dequantize(dtype), packed[1].dequantize(dtype).T.contiguous()
     after = energy_left(delta, second_moment, lora_A, lora_B, before)
-    return made(lora_A=lora_A, lora_B=lora_B, packed=packed, error_after=after)
+    return made(lora_A=lora_A, lora_B=lora_B, packed=packed, signal=signal, error_before=before, error_after=after)
 
 
 def _solve(

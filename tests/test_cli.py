@@ -46,7 +46,7 @@ def test_version() -> None:
     [
         (["{model}", "{out}", "--calibration", "{text}", "--rank", "0"], "--rank must be at least 1, got 0"),
         (["{model}", "{out}", "--calibration", "{text}", "--factor-bits", "3"], "must be one of 16, 8, 4, got 3"),
-        (["{model}", "{out}", "--calibration", "{text}", "--objective", "x"], "must be one of eora, output"),
+        (["{model}", "{out}", "--calibration", "{text}", "--objective", "x"], "must be one of eora, svd"),
         (["{model}", "{out}", "--calibration", "{text}", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, got 5"),
         (["{model}", "{out}", "--calibration", "{text}", "--group-size", "48"], "--group-size must be one of"),
         (["{model}", "{out}", "--calibration", "{tmp}/missing.txt"], "there is no file"),
