@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .second_moment import SecondMoment, kept_rows, require_finite
+from .second_moment import SecondMoment, kept_rows, merged, require_finite
 
 SIGNAL_STRIDE = 16
 
@@ -58,10 +58,7 @@ class OutputErrorMoment:
 
     def energies(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """E[x²] per channel, of length in, float32: the diagonal of C."""
-        total = torch.zeros(self.delta.shape[1], device=device)
-        for source in sorted(self._energies, key=str):
-            total.add_(self._energies[source].to(device))
-        return total.div_(max(self.tokens, 1))
+        return merged(self._energies, (self.delta.shape[1],), device).div_(max(self.tokens, 1))
 
     @property
     def signal(self) -> float:

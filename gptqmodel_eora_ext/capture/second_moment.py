@@ -34,6 +34,17 @@ def kept_rows(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, na
     return inputs.detach().reshape(-1, features).to(torch.float32)
 
 
+def merged(
+    sums: Mapping[torch.device, torch.Tensor], shape: tuple[int, ...], device: torch.device | str
+) -> torch.Tensor:
+    """The sums of all devices on ``device``, float32; zeros of ``shape`` when there are none."""
+    total = torch.zeros(shape, device=device)
+    # A fixed order of devices makes the result independent of which worker finished first.
+    for source in sorted(sums, key=str):
+        total.add_(sums[source].to(device))
+    return total
+
+
 def _add_lower_triangle(total: torch.Tensor, rows: torch.Tensor) -> None:
     """total += rowsᵀ rows, the diagonal and what is below it."""
     features = total.shape[0]
@@ -93,12 +104,7 @@ class SecondMoment:
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return C = Σ x xᵀ / tokens, in × in, float32, on ``device``; zeros when no token was seen."""
-        device = torch.device(device)
-        total = torch.zeros(self.in_features, self.in_features, device=device)
-        # A fixed order of devices makes the result independent of which worker finished first.
-        for source in sorted(self._sums, key=str):
-            total.add_(self._sums[source].to(device))
-        total.div_(max(self.tokens, 1)).tril_()
+        total = merged(self._sums, (self.in_features, self.in_features), device).div_(max(self.tokens, 1)).tril_()
         return total.add_(total.tril(-1).T)
 
     def require_finite(self) -> None:
@@ -140,10 +146,7 @@ class CrossMoment:
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return E[x x̂ᵀ], in × in, float32, on ``device``."""
-        total = torch.zeros(self.in_features, self.in_features, device=device)
-        for source in sorted(self._sums, key=str):
-            total.add_(self._sums[source].to(device))
-        return total.div_(max(self.tokens, 1))
+        return merged(self._sums, (self.in_features, self.in_features), device).div_(max(self.tokens, 1))
 
 
 def require_finite(energies: torch.Tensor, name: str) -> None:

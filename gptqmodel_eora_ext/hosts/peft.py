@@ -71,17 +71,11 @@ def save_adapter(
 
     if not factors:
         raise AdapterError(f"Adapter: nothing to save in `{folder}`: no module has factors.")
-    rank = uniform_rank(factors)
-    pattern = {name: max(one.rank, 1) for name, one in factors.items() if max(one.rank, 1) != rank}
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
+    config = _lora_config(
+        {name: max(one.rank, 1) for name, one in factors.items()},
         target_modules=_target_modules(factors, module_names),
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
         task_type=peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
+        base_model=base_model,
     )
     packed = {name: one.packed for name, one in factors.items() if one.packed}
     tensors: dict[str, torch.Tensor] = {}
@@ -117,8 +111,6 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
     Raises:
         AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
     """
-    import peft
-
     if folder.resolve() == source.path.resolve():
         raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
     tensors = {}
@@ -127,24 +119,35 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = factors.lora_A.to(dtype)
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = factors.lora_B.to(dtype)
     ranks = {name: source.rank(name) for name in source.keys}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: found for name, found in ranks.items() if found != rank}
-    config = peft.LoraConfig(
-        r=rank,
-        # PEFT's scale is folded into B.
-        lora_alpha=rank,
+    config = _lora_config(
+        ranks,
         target_modules=source.config.get("target_modules"),
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
         task_type=source.config.get("task_type"),
-        base_model_name_or_path=source.config.get("base_model_name_or_path"),
-        inference_mode=True,
+        base_model=source.config.get("base_model_name_or_path"),
     )
     with replaced_folder(folder) as fresh:
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(fresh))
         if source.details is not None:
             write_json(fresh / DETAILS_FILE, {**source.details, "factor_bits": FACTOR_BITS[0]})
+
+
+def _lora_config(ranks: Mapping[str, int], *, target_modules: Any, task_type: Any, base_model: str | None) -> Any:
+    """PEFT's config of scale 1 for every module: its alpha equals its rank."""
+    import peft
+
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: found for name, found in ranks.items() if found != rank}
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_modules,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
 
 
 def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:
