@@ -26,7 +26,10 @@ class WeightedError:
 
     @cached_property
     def unit(self) -> float:
-        """What S is divided by in `image` and `energies`, so that neither overflows nor underflows float32."""
+        """What S is divided by in `weigh_evenly`, so that it neither overflows nor underflows float32.
+
+        NaN or infinite where ΔW or C is.
+        """
         moment = self.second_moment
         return _largest(self.delta) ** 2 * (1.0 if moment is None else _largest(moment))
 
@@ -61,22 +64,17 @@ class WeightedError:
             return torch.ones(self.delta.shape[1], device=self.device)
         return moment if moment.ndim == 1 else moment.diagonal()
 
-    def sketch(self, rows: torch.Tensor) -> torch.Tensor:
-        """X C ΔWᵀ for random X, k × in: a first guess at the dominant subspace of S."""
-        return times(self.weigh(rows), self.delta.T)
-
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """Y ΔW for Y of k × out."""
         return times(rows, self.delta)
 
-    def image(self, projected: torch.Tensor) -> torch.Tensor:
-        """Y S / unit from Y ΔW."""
-        return times(self.weigh(projected / self.unit), self.delta.T)
+    def weigh_evenly(self, projected: torch.Tensor) -> torch.Tensor:
+        """Y ΔW C / unit from Y ΔW."""
+        return self.weigh(projected / self.unit)
 
-    def energies(self, rows: torch.Tensor) -> torch.Tensor:
-        """y S yᵀ / unit of each row of Y, k × out, in float64."""
-        projected = self.project(rows)
-        return (projected.to(torch.float64) * self.weigh(projected / self.unit)).sum(1)
+    def lift(self, weighed: torch.Tensor) -> torch.Tensor:
+        """Y S / unit from Y ΔW C / unit."""
+        return times(weighed, self.delta.T)
 
     def root(self) -> torch.Tensor:
         """ΔW L, float64, out × in, with any L Lᵀ = C."""
@@ -119,21 +117,17 @@ class OutputError:
         """Where it lies."""
         return self.moment.device
 
-    def sketch(self, rows: torch.Tensor) -> torch.Tensor:
-        """As `WeightedError.sketch`."""
-        return self.image(rows)
-
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """As `WeightedError.project`, of the identity: Y itself."""
         return rows
 
-    def image(self, projected: torch.Tensor) -> torch.Tensor:
+    def weigh_evenly(self, projected: torch.Tensor) -> torch.Tensor:
         """Y S / unit."""
-        return times(projected, self.moment) / self.unit
+        return times(projected / self.unit, self.moment)
 
-    def energies(self, rows: torch.Tensor) -> torch.Tensor:
-        """As `WeightedError.energies`."""
-        return (rows.to(torch.float64) * self.image(rows)).sum(1)
+    def lift(self, weighed: torch.Tensor) -> torch.Tensor:
+        """As `WeightedError.lift`: Y S / unit already."""
+        return weighed
 
     def root(self) -> torch.Tensor:
         """Any R with R Rᵀ = G, float64."""

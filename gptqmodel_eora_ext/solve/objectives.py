@@ -15,6 +15,7 @@ channels, an expert that saw few tokens) is therefore harmless.
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict, Unpack
 
 import torch
@@ -130,7 +131,7 @@ def eora_from_outputs(
             f"got error_moment {tuple(error_moment.shape)} and delta {tuple(delta.shape)}."
         )
     _check("eora", delta, None, rank)
-    _require_finite("eora", error_moment=error_moment)
+    _require_finite("eora", delta=delta, error_moment=error_moment)
     return _project(OutputError(error_moment), delta, rank, **options)
 
 
@@ -178,7 +179,7 @@ def output_target(
             f"output: `cross_moment` must have the shape of `second_moment`, got cross_moment "
             f"{tuple(cross_moment.shape)} and second_moment {tuple(second_moment.shape)}."
         )
-    _require_finite("output", cross_moment=cross_moment)
+    _require_finite("output", delta=delta, second_moment=second_moment, cross_moment=cross_moment)
     moment = second_moment.to(torch.float64)
     ridge = OUTPUT_RIDGE * moment.diagonal().mean()
     if damping == 0 or ridge <= 0:
@@ -198,7 +199,11 @@ def _solve(
     _check(objective, delta, second_moment, rank)
     if delta.dtype != torch.float64:
         delta = delta.to(torch.float32)
-    return _project(WeightedError(delta, second_moment), delta, rank, **options)
+    error = WeightedError(delta, second_moment)
+    # The unit tells without another pass over a large matrix; a finite one may only be too large for its square.
+    if not math.isfinite(error.unit):
+        _require_finite(objective, delta=delta, second_moment=second_moment)
+    return _project(error, delta, rank, **options)
 
 
 def _project(
@@ -228,7 +233,6 @@ def _check(objective: str, delta: torch.Tensor, second_moment: torch.Tensor | No
         )
     if rank < 1:
         raise ValueError(f"{objective}: `rank` must be at least 1, got {rank}.")
-    _require_finite(objective, delta=delta, second_moment=second_moment)
 
 
 def _require_finite(objective: str, **tensors: torch.Tensor | None) -> None:

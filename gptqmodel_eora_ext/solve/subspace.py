@@ -99,36 +99,42 @@ def _block_krylov(
     block = _block(rank)
     widest = min(MOST_BLOCKS * block, min(error.shape) - block)
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(block, in_features, generator=generator, dtype=dtype).to(error.device)
     probes = torch.randn(PROBES, out_features, generator=generator, dtype=dtype).to(error.device)
-    energies = error.energies(probes)
+    probes_projected = error.project(probes)
+    # Random rows stand for Y ΔW of a random Y, which would take another product; of its size, for the sake of `unit`.
+    start = torch.randn(block, in_features, generator=generator, dtype=dtype).to(error.device)
+    start *= probes_projected.square().mean().sqrt()
+    weighed = error.weigh_evenly(torch.cat([start, probes_projected]))
+    energies = (probes_projected.to(torch.float64) * weighed[block:]).sum(1)
     total = float(energies.mean())
 
-    fresh = _orthonormal(error.sketch(start))
-    basis = image = fresh[:0]
-    projected = start[:0]
+    fresh = _orthonormal(error.lift(weighed[:block]))
+    basis, projected, weighed = fresh[:0], start[:0], start[:0]
+    gram = fresh.new_empty(0, 0)
     captured, gains = 0.0, []
     for _ in range(MOST_PRODUCTS):
         fresh_projected = error.project(fresh)
-        fresh_image = error.image(fresh_projected)
-        basis, image = torch.cat([basis, fresh]), torch.cat([image, fresh_image])
-        projected = torch.cat([projected, fresh_projected])
-        fresh = _orthonormal(fresh_image, basis)
-        if len(basis) < rank + block:
-            continue
-        values, rotation = _ritz(basis @ image.T)
-        gains.append(float(values[:rank].sum()) - captured)
-        captured += gains[-1]
-        top = rotation[:rank]
-        vectors = top @ basis
-        left = _energy_outside(probes, energies, vectors, top @ image)
-        if dtype is torch.float32 and left < FLOAT32_RANGE * total:
-            return None
-        if _still_to_gain(gains) <= max(tolerance * left, FLOAT64_RANGE * total):
-            return vectors, top @ projected
-        if len(basis) + block > widest:
+        fresh_weighed = error.weigh_evenly(fresh_projected)
+        basis = torch.cat([basis, fresh])
+        projected, weighed = torch.cat([projected, fresh_projected]), torch.cat([weighed, fresh_weighed])
+        gram = _bordered(gram, fresh_weighed @ projected.T)
+        holds_more = len(basis) >= rank + block
+        if holds_more:
+            values, rotation = _ritz(gram)
+            gains.append(float(values[:rank].sum()) - captured)
+            captured += gains[-1]
+            top = rotation[:rank]
+            inside = probes @ basis.T @ top.T
+            left = _energy_outside(energies, inside, probes_projected @ weighed.T @ top.T, values[:rank])
+            if dtype is torch.float32 and left < FLOAT32_RANGE * total:
+                return None
+            if _still_to_gain(gains) <= max(tolerance * left, FLOAT64_RANGE * total):
+                return top @ basis, top @ projected
+        fresh = _orthonormal(error.lift(fresh_weighed), basis)
+        if holds_more and len(basis) + block > widest:
             kept = rotation[: rank + block]
-            basis, image, projected = kept @ basis, kept @ image, kept @ projected
+            basis, projected, weighed = kept @ basis, kept @ projected, kept @ weighed
+            gram = torch.diag(values[: rank + block]).to(dtype)
     return None
 
 
@@ -155,18 +161,26 @@ def _ratio(last: float, before: float) -> float:
     return min(max(last / before, 0.0), SLOWEST_RATIO) if before > 0 else 0.0
 
 
+def _bordered(gram: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose first part is ``gram`` and whose last rows are ``rows``."""
+    return torch.cat([torch.cat([gram, rows[:, : len(gram)].T], dim=1), rows])
+
+
 def _ritz(small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (float64) and eigenvectors, as rows, of a small symmetric matrix, largest first."""
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
     return values.flip(0).to(torch.float64), vectors.flip(1).T
 
 
-def _energy_outside(probes: torch.Tensor, energies: torch.Tensor, vectors: torch.Tensor, images: torch.Tensor) -> float:
-    """Mean of z P S P zᵀ over the probes z, P = I − U Uᵀ, from z S zᵀ, U and U S: an estimate of tr(P S P)."""
-    inside = probes @ vectors.T
-    cross = (inside * (probes @ images.T)).sum(1)
-    square = (inside @ (vectors @ images.T) * inside).sum(1)
-    return max(float((energies - 2 * cross + square).mean()), 0.0)
+def _energy_outside(
+    energies: torch.Tensor, inside: torch.Tensor, images_inside: torch.Tensor, values: torch.Tensor
+) -> float:
+    """Mean of z P S P zᵀ over the probes z, P = I − Uᵀ U, from z S zᵀ, z Uᵀ and z S Uᵀ: an estimate of tr(P S P).
+
+    The rows of U are Ritz vectors, so that U S Uᵀ is the diagonal of ``values``.
+    """
+    inside, images_inside = inside.to(torch.float64), images_inside.to(torch.float64)
+    return max(float((energies + (inside.square() * values - 2 * inside * images_inside).sum(1)).mean()), 0.0)
 
 
 def _orthonormal(block: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
