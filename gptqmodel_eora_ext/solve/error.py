@@ -10,6 +10,8 @@ import torch
 # Rows of the second moment that are widened at a time. A float64 copy of a whole 27648-wide moment would take 6 GB;
 # a chunk of 4096 rows takes 0.9 GB and costs nothing measurable in speed.
 CHUNK_ROWS = 4096
+# Block columns that a symmetric moment is multiplied in: with 8, 9/16 of the products of the whole.
+ENERGY_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,17 @@ def weighted_energy(matrix: torch.Tensor, second_moment: torch.Tensor) -> float:
 
     Args:
         matrix: out × in, float32 or float64.
-        second_moment: C = E[x xᵀ], in × in.
+        second_moment: C = E[x xᵀ], in × in, symmetric: of each pair of off-diagonal blocks one is multiplied.
     """
-    product = matrix @ second_moment.to(matrix.dtype)
-    return max(float((product * matrix).sum(dtype=torch.float64)), 0.0)
+    in_features = second_moment.shape[0]
+    width = -(-in_features // ENERGY_BLOCKS)
+    energy = 0.0
+    for start in range(0, in_features, width):
+        columns = slice(start, start + width)
+        below = second_moment[start:, columns].to(matrix.dtype, copy=True)
+        below[width:] *= 2
+        energy += float((matrix[:, start:] @ below).mul_(matrix[:, columns]).sum(dtype=torch.float64))
+    return max(energy, 0.0)
 
 
 def energy_left(

@@ -3,7 +3,8 @@
 GPTQModel runs a layer once for every subset of modules (q/k/v, then o, gate/up, down), and once more for its outputs.
 Here a subset's forward stops before the module whose input it is there for. A part of the layer that has no module left
 to compensate (the attention block, once `o_proj` is done) computes each batch once more and then gives what it gave; if
-its output is that of its last module, whose input is known, it computes that module alone.
+its output is that of its last module, whose input is known, it computes that module alone. A part that has none to
+compensate (a norm) gives what it gave wherever its input is what it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
 from ...capture import OutputErrorMoment
 from .processors import Compensation, Moment
 
-# Inputs of last modules that are kept for a layer, over all batches.
+# Inputs of last modules, and in- and outputs of norms, that are kept for a layer, over all batches: each of the two.
 KEPT_BYTES = 1 << 30
 
 
@@ -36,7 +37,7 @@ class CheckpointCompensation(Compensation):
         self._done: set[str] = set()
         self._layer = ""
         self._blocks: dict[str, torch.nn.Module] = {}
-        self._reused: list[_ReusedBlock] = []
+        self._reused: list[_ReusedBlock | _RememberedBlock] = []
         self._inputs: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0
 
@@ -102,11 +103,19 @@ class CheckpointCompensation(Compensation):
         self._release_blocks()
         self._layer = path
         self._blocks = dict(model.model.get_submodule(path).named_children())
+        budget = [KEPT_BYTES]
+        for name, block in self._blocks.items():
+            if not self._modules_in(name):
+                self._reused.append(_RememberedBlock(block, self.current_batch_index, budget))
+
+    def _modules_in(self, child: str) -> set[str]:
+        """Full names of what is quantised in a direct child of the layer."""
+        return {known for known in self.quantized if known.startswith(f"{self._layer}.{child}.")}
 
     def _reuse_finished_blocks(self) -> None:
         """Have each direct child of the layer that is done compute each batch once."""
         for name, block in list(self._blocks.items()):
-            modules = {known for known in self.quantized if known.startswith(f"{self._layer}.{name}.")}
+            modules = self._modules_in(name)
             if modules and modules <= self._done:
                 last = self._only if self._only is not None and self._only.full_name in modules else None
                 inputs = self._inputs if last is not None else {}
@@ -180,6 +189,43 @@ class _ReusedBlock:
         del self._block.forward
         self._outputs.clear()
         self._inputs.clear()
+
+
+class _RememberedBlock:
+    """Stands in for the `forward` of a block of one tensor in, one tensor out, whose weights do not change.
+
+    Args:
+        block: a norm, most likely.
+        current_batch: tells the batch under way.
+        budget: bytes that all of a layer's may still keep.
+    """
+
+    def __init__(self, block: torch.nn.Module, current_batch: Callable[[], int | None], budget: list[int]) -> None:
+        self._block = block
+        self._forward = block.forward
+        self._current_batch = current_batch
+        self._budget = budget
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        block.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._current_batch()
+        if batch is None or kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
+            return self._forward(*args, **kwargs)
+        known = self._known.get(batch)
+        if known is not None and torch.equal(known[0], args[0]):
+            return known[1].clone()
+        output = self._forward(*args)
+        if known is None and isinstance(output, torch.Tensor) and self._budget[0] >= args[0].nbytes + output.nbytes:
+            self._budget[0] -= args[0].nbytes + output.nbytes
+            # Copies, since a layer may go on in place.
+            self._known[batch] = args[0].clone(), output.clone()
+        return output
+
+    def release(self) -> None:
+        """Give the block its own `forward` back."""
+        del self._block.forward
+        self._known.clear()
 
 
 def _copied(output: Any) -> Any:
