@@ -2,23 +2,33 @@
 
 Recovered share = (loss_q − loss_adapter) / (loss_q − loss_full), loss in nats per token on held-out text. Same model,
 calibration, rank and process for both. At 2 bits also: factors in 8 and 4 bits, at the bytes of a 16-bit rank 32.
-Results are kept after every run, so that an interrupted benchmark goes on.
+Under budgets in bits per quantised weight (bpw): 4-bit factors with ranks chosen by the loss they save, against one
+rank for all, and against stock's at no fewer bytes. Results are kept after every run, so that an interrupted benchmark
+goes on.
 
     python benchmarks/recovery.py --json
+    python benchmarks/recovery.py --parts budgets --bits 2 --budgets 0.5bpw
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import common
+import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache, Lora
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.adapter import SENSITIVITIES
+from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.solve import GROUP_SIZE as FACTOR_GROUP_SIZE
 
@@ -31,8 +41,30 @@ SCALE_SEARCH = {2: 2.4, 3: 0.0}
 # Packed factors are compared at the bytes of this rank in 16 bits, on a model of these bits.
 PACKED_AGAINST_RANK, PACKED_BITS = 32, 2
 SCALE_BITS = 16
+BUDGET_FACTOR_BITS = 4
+BUDGETS = ("0.25bpw", "0.5bpw", "1.0bpw")
+PARTS = ("ranks", "packed", "budgets")
 
-Cell = tuple[str, int, int, int]
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. kind: "none", "stock", "ours", or "auto" for ranks under a budget by some sensitivity."""
+
+    kind: str
+    bits: int
+    rank: int = 0
+    factor_bits: int = 16
+    budget: str | None = None
+    sensitivity: str | None = None
+
+    def adapter(self, folder: Path) -> Any:
+        if self.kind == "none":
+            return None
+        if self.kind == "stock":
+            return Lora(rank=self.rank, path=str(folder / "lora"))
+        if self.kind == "auto":
+            return EoRA("auto", budget=self.budget, sensitivity=self.sensitivity, factor_bits=self.factor_bits)
+        return EoRA(rank=self.rank, factor_bits=self.factor_bits)
 
 
 def rank_of_same_bytes(factor_bits: int) -> int:
@@ -41,20 +73,42 @@ def rank_of_same_bytes(factor_bits: int) -> int:
 
 
 def cell_of(run: dict[str, Any]) -> Cell:
-    return run["kind"], run["bits"], run["rank"], run.get("factor_bits", 16)
+    return Cell(**{one.name: run[one.name] for one in fields(Cell) if one.name in run})
+
+
+def module_shapes() -> list[ModuleShape]:
+    """The modules that share a budget."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(common.smollm2()))
+    return [
+        ModuleShape(name, module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    ]
+
+
+def budget_cells(bits: int, budget: str) -> tuple[Cell, Cell, Cell]:
+    """Ranks by what they buy, one rank for all within the same bytes, and stock's at no fewer bytes."""
+    shapes = module_shapes()
+    allowed = budget_bytes(budget, shapes)
+    uniform = int(allowed / sum(factor_bytes(1, shape, BUDGET_FACTOR_BITS) for shape in shapes))
+    stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
+    return (
+        Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher"),
+        Cell("ours", bits, uniform, BUDGET_FACTOR_BITS),
+        Cell("stock", bits, stock),
+    )
 
 
 def measure(cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
     """Quantise, save, load, evaluate."""
-    kind, bits, rank, factor_bits = cell
     with common.scratch() as folder, quiet():
-        adapter = {
-            "none": lambda: None,
-            "stock": lambda: Lora(rank=rank, path=str(folder / "lora")),
-            "ours": lambda: EoRA(rank=rank, factor_bits=factor_bits),
-        }[kind]()
+        adapter = cell.adapter(folder)
         AdapterCache.reset()
-        config = QuantizeConfig(bits=bits, group_size=GROUP_SIZE, mse=SCALE_SEARCH[bits])
+        config = QuantizeConfig(bits=cell.bits, group_size=GROUP_SIZE, mse=SCALE_SEARCH[cell.bits])
         model = GPTQModel.load(str(common.smollm2()), config)
         start = time.perf_counter()
         model.quantize(common.calibration(SAMPLES, SEQLEN), batch_size=common.BATCH_SIZE, adapter=adapter)
@@ -62,14 +116,11 @@ def measure(cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
         model.save(str(folder / "model"))
         del model
         adapter_file = folder / "model" / "eora" / "adapter_model.safetensors"
-        adapter_bytes = adapter_file.stat().st_size if kind == "ours" else None
-        reload = Lora(rank=rank, path=str(folder / "lora")) if kind == "stock" else None
+        adapter_bytes = adapter_file.stat().st_size if isinstance(adapter, EoRA) else None
+        reload = Lora(rank=cell.rank, path=str(folder / "lora")) if cell.kind == "stock" else None
         losses = common.losses(common.densified(folder / "model", reload), texts, windows)
     return {
-        "kind": kind,
-        "bits": bits,
-        "rank": rank,
-        "factor_bits": factor_bits,
+        **asdict(cell),
         "seconds": seconds,
         "adapter bytes": adapter_bytes,
         "loss": losses,
@@ -80,10 +131,12 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
     """One row a cell: recovered shares of both contenders."""
     found = {cell_of(run): run["loss"] for run in runs}
     rows = []
-    for (kind, bits, rank, factor_bits), ours in found.items():
-        if kind != "ours" or ("stock", bits, rank, factor_bits) not in found:
+    for cell, ours in found.items():
+        bits, rank = cell.bits, cell.rank
+        against = Cell("stock", bits, rank)
+        if cell != Cell("ours", bits, rank) or against not in found:
             continue
-        plain, stock = found["none", bits, 0, 16], found["stock", bits, rank, 16]
+        plain, stock = found[Cell("none", bits)], found[against]
         for text in ours:
             lost = plain[text] - full[text]
             rows.append(
@@ -106,13 +159,13 @@ def packed_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     """One row a text and width of factors, at the same bytes: recovered share, and its ratio to 16 bits."""
     found = {cell_of(run): run for run in runs}
     packed = [(bits, rank_of_same_bytes(bits)) for bits in (8, 4)]
-    reference = found.get(("ours", PACKED_BITS, PACKED_AGAINST_RANK, 16))
+    reference = found.get(Cell("ours", PACKED_BITS, PACKED_AGAINST_RANK))
     if reference is None:
         return []
-    plain = found["none", PACKED_BITS, 0, 16]["loss"]
+    plain = found[Cell("none", PACKED_BITS)]["loss"]
     rows = []
     for factor_bits, rank in [(16, PACKED_AGAINST_RANK), *packed]:
-        run = found.get(("ours", PACKED_BITS, rank, factor_bits))
+        run = found.get(Cell("ours", PACKED_BITS, rank, factor_bits))
         for text in plain if run else ():
             rows.append(
                 {
@@ -127,11 +180,45 @@ def packed_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     return rows
 
 
+def budget_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a budget and text: recovered shares, and how many times that of one rank for all and of stock."""
+    found = {cell_of(run): run for run in runs}
+    rows = []
+    for cell, run in found.items():
+        if cell.kind != "auto" or cell.budget is None:
+            continue
+        _, uniform, stock = budget_cells(cell.bits, cell.budget)
+        plain = found.get(Cell("none", cell.bits))
+        for text in run["loss"] if plain else ():
+            lost = plain["loss"][text] - full[text]
+            share = {
+                kind: (plain["loss"][text] - found[one]["loss"][text]) / lost if one in found else math.nan
+                for kind, one in (("auto", cell), ("uniform", uniform), ("stock", stock))
+            }
+            rows.append(
+                {
+                    "bits": cell.bits,
+                    "budget": cell.budget,
+                    "sensitivity": cell.sensitivity,
+                    "adapter bytes": run["adapter bytes"],
+                    "seconds": run["seconds"],
+                    "text": text,
+                    **{f"{kind} share": value for kind, value in share.items()},
+                    "auto / uniform": share["auto"] / share["uniform"],
+                    "auto / stock": share["auto"] / share["stock"],
+                }
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--sensitivities", nargs="+", default=["fisher"], choices=SENSITIVITIES)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     options = parser.parse_args()
@@ -141,17 +228,24 @@ def main() -> None:
     previous = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
     runs: list[dict[str, Any]] = previous.get("runs", [])
     full = previous.get("full") or common.losses(common.base_model(), texts, options.windows)
-    wanted: list[Cell] = [("none", bits, 0, 16) for bits in options.bits]
-    wanted += [(kind, bits, rank, 16) for bits in options.bits for rank in options.ranks for kind in ("stock", "ours")]
-    if PACKED_BITS in options.bits:
-        wanted += [("ours", PACKED_BITS, rank_of_same_bytes(bits), bits) for bits in (8, 4)]
+    wanted = [Cell("none", bits) for bits in options.bits]
+    if "ranks" in options.parts:
+        wanted += [Cell(kind, bits, rank) for bits in options.bits for rank in options.ranks
+                   for kind in ("stock", "ours")]  # fmt: skip
+    if "packed" in options.parts and PACKED_BITS in options.bits:
+        wanted += [Cell("ours", PACKED_BITS, rank_of_same_bytes(bits), bits) for bits in (8, 4)]
+    if "budgets" in options.parts:
+        for bits, budget in itertools.product(options.bits, options.budgets):
+            chosen, uniform, stock = budget_cells(bits, budget)
+            wanted += [replace(chosen, sensitivity=sensitivity) for sensitivity in options.sensitivities]
+            wanted += [uniform, stock]
     for cell in wanted:
         if cell not in map(cell_of, runs):
             runs.append(measure(cell, texts, options.windows))
         setup = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
                  "windows": options.windows}  # fmt: skip
         result = {"setup": setup, "full": full, "runs": runs, "shares": shares(runs, full),
-                  "same bytes": packed_shares(runs, full)}  # fmt: skip
+                  "same bytes": packed_shares(runs, full), "budgets": budget_shares(runs, full)}  # fmt: skip
         common.keep("recovery", result, as_json=False)
     common.keep("recovery", result, as_json=options.json)
     header = ("bits", "rank", "text", "full", "quantised", "stock", "ours", "stock share", "our share")
@@ -159,6 +253,10 @@ def main() -> None:
     if result["same bytes"]:
         header = ("factor_bits", "rank", "adapter bytes", "text", "share", "ratio")
         common.table(header, [[row[name] for name in header] for row in result["same bytes"]])
+
+    if result["budgets"]:
+        header = tuple(result["budgets"][0])
+        common.table(header, [[row[name] for name in header] for row in result["budgets"]])
 
 
 if __name__ == "__main__":

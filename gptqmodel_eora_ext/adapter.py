@@ -11,6 +11,9 @@ import torch
 
 from .solve import QuantizedFactor
 
+AUTO = "auto"
+# What makes the errors of different modules comparable when ranks are chosen.
+SENSITIVITIES = ("fisher", "empirical", "relative")
 OBJECTIVES = ("eora", "svd", "diagonal", "output")
 FACTOR_BITS = (16, 8, 4)
 

@@ -38,11 +38,13 @@ class Recipe:
         rank: components; 0 gives factors of no effect.
         objective: "eora", "output", "diagonal" or "svd".
         factor_bits: 16, 8 or 4.
+        choose: picks the components to keep out of ``rank``, as indices, from A, B, C and ΔW.
     """
 
     rank: int
     objective: str = "eora"
     factor_bits: int = 16
+    choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,13 +103,18 @@ def compensate(
     second_moment = moment.mean(weight.device)
     signal, before = (weighted_energy(one, second_moment) for one in (weight.to(torch.float32), delta))
     packed = None
-    if rank == 0:
-        lora_A, lora_B = _without_effect(delta, dtype)
-    else:
-        target = delta
+    target = delta
+    if rank > 0:
         if recipe.objective == "output" and cross_moment is not None:
             target = output_target(weight, quantized, second_moment, cross_moment.mean(weight.device))
         lora_A, lora_B, metric = _solve(recipe.objective, target, second_moment, rank)
+        if recipe.choose is not None:
+            kept = recipe.choose(lora_A, lora_B, second_moment, delta)
+            lora_A, lora_B, rank = lora_A[kept], lora_B[:, kept], len(kept)
+            made = partial(made, requested_rank=rank)
+    if rank == 0:
+        lora_A, lora_B = _without_effect(delta, dtype)
+    else:
         if recipe.factor_bits == 16:
             lora_A, lora_B = _round(lora_A, lora_B, target, dtype)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .second_moment import SecondMoment, kept_rows, merged, require_finite
+from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16
 
@@ -26,7 +26,7 @@ class OutputErrorMoment:
         self.delta = weight.to(torch.float32) - quantized.to(torch.float32)
         self.name = name
         self._errors = SecondMoment(weight.shape[0], name)
-        self._energies: dict[torch.device, torch.Tensor] = {}
+        self._energies = DiagonalMoment(weight.shape[1], name)
         self.weight = weight
         self._signal = 0.0
         self._signal_tokens = 0
@@ -45,9 +45,7 @@ class OutputErrorMoment:
         """Add a batch: see `SecondMoment.add`."""
         rows = kept_rows(inputs, keep, self.delta.shape[1], self.name)
         self._errors.add(rows @ self.delta.to(rows.device).T)
-        energies = rows.square().sum(0)
-        mine = self._energies.get(rows.device)
-        self._energies[rows.device] = energies if mine is None else mine.add_(energies)
+        self._energies.add(rows)
         some = rows[::SIGNAL_STRIDE]
         self._signal += float((some @ self.weight.to(some).T).square().sum())
         self._signal_tokens += len(some)
@@ -58,7 +56,7 @@ class OutputErrorMoment:
 
     def energies(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """E[x²] per channel, of length in, float32: the diagonal of C."""
-        return merged(self._energies, (self.delta.shape[1],), device).div_(max(self.tokens, 1))
+        return self._energies.mean(device)
 
     @property
     def signal(self) -> float:
@@ -67,5 +65,4 @@ class OutputErrorMoment:
 
     def require_finite(self) -> None:
         """Raise ValueError when an input held NaN or infinity."""
-        for total in self._energies.values():
-            require_finite(total, self.name)
+        self._energies.require_finite()

@@ -113,6 +113,38 @@ class SecondMoment:
             require_finite(total.diagonal(), self.name)
 
 
+class DiagonalMoment:
+    """Sum of x² per channel over tokens: the diagonal of a `SecondMoment`, where the whole would not fit.
+
+    Args:
+        in_features: width of x.
+        name: the module, for messages.
+    """
+
+    def __init__(self, in_features: int, name: str) -> None:
+        self.in_features = in_features
+        self.name = name
+        self.tokens = 0
+        self._sums: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, inputs: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Add a batch: see `SecondMoment.add`."""
+        rows = kept_rows(inputs, keep, self.in_features, self.name)
+        energies = rows.square().sum(0)
+        mine = self._sums.get(rows.device)
+        self._sums[rows.device] = energies if mine is None else mine.add_(energies)
+        self.tokens += rows.shape[0]
+
+    def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return E[x²] per channel, of length in_features, float32, on ``device``."""
+        return merged(self._sums, (self.in_features,), device).div_(max(self.tokens, 1))
+
+    def require_finite(self) -> None:
+        """Raise ValueError when an input held NaN or infinity."""
+        for total in self._sums.values():
+            require_finite(total, self.name)
+
+
 class CrossMoment:
     """Sum of x x̂ᵀ over tokens: x from the full-precision model, x̂ from the quantised one, kept per device.
 

@@ -1,5 +1,6 @@
 """Linear algebra that turns (error, second moment, rank) into low-rank factors. Imports torch, nothing else."""
 
+from .allocate import Curve, allocate, component_gains, error_loss, price, rank_curve
 from .error import energy_left, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
@@ -7,15 +8,21 @@ from .quantized import GROUP_SIZE, QuantizedFactor, quantize_factors
 
 __all__ = [
     "GROUP_SIZE",
+    "Curve",
     "QuantizedFactor",
+    "allocate",
     "balance",
+    "component_gains",
     "diagonal",
     "energy_left",
     "eora",
     "eora_from_outputs",
+    "error_loss",
     "output",
     "output_target",
+    "price",
     "quantize_factors",
+    "rank_curve",
     "refit_A",
     "refit_B",
     "round_to",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gptqmodel.adapter.adapter import Lora
 
-from ...adapter import FACTOR_BITS, OBJECTIVES, validate_choice, validate_rank
+from ...adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
 
@@ -23,12 +23,18 @@ class EoRA(Lora):
 
     Args:
         rank: components per module, at least 1. Needed to quantise or to generate; when loading, the folder tells.
-            A rank above min(out, in) of a module is cut to that, with a warning.
+            A rank above min(out, in) of a module is cut to that, with a warning. "auto" gives every module the rank
+            that buys most, within ``budget``.
         path: the adapter's folder. Loading: where to read from. Quantising: where `save()` writes; left out, the
             folder `eora` of the checkpoint; a relative path counts from the checkpoint.
         objective: what the factors minimise: "eora" (the error of the output, inputs as they occur), "output" (also
             what earlier layers did to the inputs), "diagonal" (channels by their size), "svd" (the weights alone).
         factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load.
+        budget: for rank "auto": bytes of all factors, as a number or "300MB", as "0.25bpw" (bits per quantised weight),
+            or as "r32" (what a 16-bit rank 32 takes).
+        sensitivity: for rank "auto", what an error in a module is taken to cost: "fisher" (gradients of the loss,
+            labels drawn from the model), "empirical" (the text's own labels), "relative" (its share of the module's
+            output; no gradients).
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
@@ -37,18 +43,21 @@ class EoRA(Lora):
             number of bits, or a gptqmodel version that the plugin cannot serve.
     """
 
+    rank: int | str | None
     lora_A: torch.Tensor | None
     lora_B: torch.Tensor | None
     packed: tuple[QuantizedFactor, QuantizedFactor] | None
 
     def __init__(
         self,
-        rank: int | None = None,
+        rank: int | str | None = None,
         path: str | os.PathLike[str] | None = None,
         lora_A: torch.Tensor | None = None,
         lora_B: torch.Tensor | None = None,
         objective: str = "eora",
         factor_bits: int = 16,
+        budget: int | str | None = None,
+        sensitivity: str = SENSITIVITIES[0],
     ) -> None:
         from .seams import require_installed
 
@@ -57,17 +66,28 @@ class EoRA(Lora):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:
             path = str(Path(path).expanduser())
-        if rank is not None:
+        if rank is not None and rank != AUTO:
             rank = validate_rank(rank)
+        if (rank == AUTO) != (budget is not None):
+            raise ValueError(
+                f'EoRA: `rank="auto"` and `budget` go together, for instance EoRA(rank="auto", budget="0.25bpw"); '
+                f"got rank={rank!r} and budget={budget!r}."
+            )
+        self.budget = budget
+        self.sensitivity: str = validate_choice(sensitivity, SENSITIVITIES, what="EoRA: `sensitivity`")
         self.objective: str = validate_choice(objective, OBJECTIVES, what="EoRA: `objective`")
         self.factor_bits: int = validate_choice(factor_bits, FACTOR_BITS, what="EoRA: `factor_bits`")
+        if rank == AUTO and self.objective != "eora":
+            raise ValueError(
+                f'EoRA: rank "auto" weighs the components of objective "eora", got objective={objective!r}. '
+                f"Name a rank, or leave the objective out."
+            )
         self.packed = None
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        return (
-            f"EoRA(rank={self.rank}, path={self.path!r}, objective={self.objective!r}, factor_bits={self.factor_bits})"
-        )
+        shown = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return f"EoRA({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
     @classmethod
     def name(cls) -> str:
@@ -83,6 +103,7 @@ class EoRA(Lora):
             "rank": self.rank,
             "objective": self.objective,
             "factor_bits": self.factor_bits,
+            **({"budget": self.budget, "sensitivity": self.sensitivity} if self.rank == AUTO else {}),
         }
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

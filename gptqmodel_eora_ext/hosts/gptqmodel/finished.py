@@ -44,7 +44,7 @@ class CheckpointCompensation(Compensation):
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         weight = module.module.weight.data
         recipe = self.run.recipe_for(self.qcfg, module.full_name)
-        plain = recipe.objective == "eora" and recipe.factor_bits == 16
+        plain = recipe.objective == "eora" and recipe.factor_bits == 16 and recipe.choose is None
         if not (alone and plain and isinstance(module.module, torch.nn.Linear)) or self.is_skipped(module):
             return super()._new_moment(module, alone=alone)
         if not OutputErrorMoment.is_cheaper(*weight.shape):

@@ -61,6 +61,8 @@ class Compensation:
         """Called before hooks are set for a subset: drop the last subset's sums, elect who captures for whom."""
         host_leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)  # type: ignore[misc]
         release_free_memory()
+        if self.run.allocation is not None:
+            self.run.allocation.begin([self._modules[name].full_name for name in subset_names if name in self._modules])
         widths = {name: _width(self._modules[name]) for name in subset_names if name in self._modules}
         self._moments.clear()
         self._cross_moments.clear()

@@ -20,7 +20,9 @@ from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.looper.qqq_processor import QQQProcessor
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
+from ...adapter import AUTO
 from .adapter import EoRA
+from .auto import allocate_ranks
 from .finished import CheckpointCompensation
 from .native import NativeInputs
 from .processors import AWQCompensation, Compensation
@@ -142,6 +144,14 @@ class CompensatingLooper(ModuleLooper):
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
+            if run.rank == AUTO:
+                run.allocation = allocate_ranks(
+                    model,
+                    run.adapter,
+                    run.adapter_batches or list(processors[-1].calibration_dataset),
+                    functools.partial(run.fixed_rank, model.quantize_config),
+                    getattr(processors[-1], "approximation", None),
+                )
             if run.objective == "output":
                 run.native_inputs = NativeInputs(processors[-1])
                 processors = [run.native_inputs, *processors]

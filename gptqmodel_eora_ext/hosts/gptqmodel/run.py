@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import platform
@@ -15,6 +16,7 @@ import torch
 from ... import __version__
 from ...adapter import ModuleFactors, validate_rank
 from ...compensate import Recipe
+from ...ranks import RankAllocation
 from .adapter import EoRA
 from .native import NativeInputs
 
@@ -44,6 +46,8 @@ class CompensationRun:
         adapter_batches: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.rank = require_rank(adapter)
+        self.allocation: RankAllocation | None = None
+        self.adapter = adapter
         self.objective = adapter.objective
         self.factor_bits = adapter.factor_bits
         self.method = method
@@ -62,10 +66,19 @@ class CompensationRun:
 
     def recipe_for(self, qcfg: Any, full_name: str) -> Recipe:
         """What a module's factors should be: of the rank that `dynamic` names for it, if any, else the adapter's."""
-        rank = None
-        if self._ranks:
-            rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=None)
-        return Recipe(self.rank if rank is None else int(rank), self.objective, self.factor_bits)
+        rank = self.fixed_rank(qcfg, full_name)
+        if rank is None and self.allocation is not None and full_name in self.allocation.options:
+            most = self.allocation.options[full_name].ranks[-1]
+            choose = functools.partial(self.allocation.choose, full_name)
+            return Recipe(most, self.objective, self.factor_bits, choose)
+        if rank is None:
+            rank = self.rank if isinstance(self.rank, int) else 0
+        return Recipe(rank, self.objective, self.factor_bits)
+
+    def fixed_rank(self, qcfg: Any, full_name: str) -> int | None:
+        """The rank that `dynamic` names for a module, if any."""
+        rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=None) if self._ranks else None
+        return None if rank is None else int(rank)
 
     def for_quantiser(self, batch: int | None) -> bool:
         """Whether the quantiser's statistics want this batch."""
@@ -99,6 +112,7 @@ class CompensationRun:
             "objective": self.objective,
             "factor_bits": self.factor_bits,
             "rank": self.rank,
+            **({"allocation": self.allocation.report()} if self.allocation else {}),
             "method": self.method,
             "calibration": self.calibration,
             "seconds": round(self.seconds, 3),
@@ -106,15 +120,15 @@ class CompensationRun:
         }
 
 
-def require_rank(adapter: EoRA) -> int:
-    """Return the rank to make an adapter of.
+def require_rank(adapter: EoRA) -> int | str:
+    """Return the rank to make an adapter of, or "auto".
 
     Raises:
         ValueError: when none was given, which only loading can do without.
     """
     if adapter.rank is None:
         raise ValueError("EoRA: `rank` is needed to make an adapter, for instance EoRA(rank=64).")
-    return int(adapter.rank)
+    return adapter.rank
 
 
 def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:

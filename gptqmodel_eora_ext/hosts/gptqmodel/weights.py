@@ -63,6 +63,11 @@ class CheckpointProcessor(_CalibratedProcessor):
         """Ŵ, out × in, in the kernel's dtype."""
         return dequantize(self.quantized[module.full_name])
 
+    def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Ŵ of a module by its full name, float32; W itself where the checkpoint keeps that."""
+        kernel = self.quantized.get(name)
+        return (weight if kernel is None else dequantize(kernel)).to(torch.float32)
+
     def process(self, module: NamedModule, **kwargs: Any) -> None:
         linear = module.module
         weight = self.quantized_weight(module)

@@ -1,0 +1,132 @@
+"""`EoRA(rank="auto", budget=…)`: what has to be known of a model before its layer loop starts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...budget import ModuleShape, budget_bytes
+from ...evaluate.smollm2 import cache_folder
+from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
+from ...refine.forecast import forecast, round_to_nearest
+from ...refine.sensitivity import Sensitivity, fingerprint, measure_sensitivity
+from .adapter import EoRA
+
+log = logging.getLogger(__name__)
+
+# Tokens of the calibration data that sensitivities stand on; ranks hardly change with more.
+SENSITIVITY_TOKENS = 4096
+
+Quantized = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def allocate_ranks(
+    model: Any,
+    adapter: EoRA,
+    batches: Sequence[Mapping[str, Any]],
+    fixed_rank: Callable[[str], int | None],
+    quantized: Quantized | None = None,
+) -> RankAllocation:
+    """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
+
+    Args:
+        model: GPTQModel's model object, full precision, before its loop.
+        adapter: with rank "auto".
+        batches: prepared calibration batches.
+        fixed_rank: rank that `dynamic` names for a module, None where it names none.
+        quantized: Ŵ of a module from its name and W, for a finished checkpoint; by default W is rounded to nearest.
+
+    Raises:
+        ValueError: for a budget in no known form, or a model without modules to compensate.
+    """
+    shapes = _module_shapes(model)
+    if not shapes:
+        raise ValueError("EoRA: the model has no linear module to compensate.")
+    budget = budget_bytes(adapter.budget, shapes)
+    most = most_rank(shapes, budget, adapter.factor_bits)
+    options: dict[str, RankOptions] = {}
+    for shape in shapes:
+        rank = fixed_rank(shape.name)
+        options[shape.name] = rank_options(shape, most, adapter.factor_bits, fixed=rank)
+    log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
+    dense = _full_precision(model)
+    linears: dict[str, Any] = {shape.name: dense.get_submodule(shape.name) for shape in shapes}
+    sensitivity = cached_sensitivity(dense, linears, batches, kind=adapter.sensitivity)
+    config = model.quantize_config
+    forecasts = {}
+    for name, linear in _bar(linears.items(), "EoRA: forecasting modules"):
+        weight = linear.weight.data
+        if quantized is None:
+            bits = config.dynamic_get(name, "bits", config.bits)
+            group_size = config.dynamic_get(name, "group_size", config.group_size)
+            approximation = round_to_nearest(weight, bits, group_size)
+        else:
+            approximation = quantized(name, weight)
+        forecasts[name] = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name])
+    return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+
+def cached_sensitivity(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    kind: str,
+) -> Sensitivity:
+    """Sensitivities from the cache of the user, or measured and put there."""
+    some = _first_tokens(batches, SENSITIVITY_TOKENS)
+    path = cache_folder() / "sensitivity" / f"{fingerprint(model, linears, some, kind)}.safetensors"
+    if path.is_file():
+        log.info("EoRA: sensitivities from `%s`.", path)
+        return Sensitivity.load(path)
+    progress = functools.partial(_bar, title="EoRA: measuring sensitivities")
+    found = measure_sensitivity(model, linears, some, kind=kind, progress=progress)
+    found.save(path)
+    return found
+
+
+def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """GPTQModel's own progress bar, with an estimate."""
+    from gptqmodel.utils.logger import setup_logger
+
+    bar: Iterable[Any] = setup_logger().pb(list(items)).title(title)
+    return bar
+
+
+def _first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
+    taken: list[Mapping[str, Any]] = []
+    for batch in batches:
+        if tokens <= 0:
+            break
+        taken.append(batch)
+        tokens -= torch.as_tensor(batch["input_ids"]).numel()
+    return taken
+
+
+def _module_shapes(model: Any) -> list[ModuleShape]:
+    """Linear modules in the order in which the loop quantises them."""
+    config = model.quantize_config
+    known = dict(model.model.named_modules())
+    names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]
+    shapes = []
+    for layers in model.extract_layers_node():
+        for index in range(len(known[layers])):
+            for name in names:
+                full = f"{layers}.{index}.{name}"
+                linear = known.get(full)
+                if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
+                    shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
+    return shapes
+
+
+def _full_precision(model: Any) -> torch.nn.Module:
+    """The whole model in memory: GPTQModel keeps its own on disk and brings in one layer at a time."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model.model_local_path, dtype="auto").to(device)
+    return dense

@@ -1,0 +1,157 @@
+"""Ranks under a budget, chosen module by module while a model is quantised.
+
+The loop meets modules one by one, and what a module's rank buys is known exactly only once it is quantised. So there is
+a forecast for every module from the start, and a price: the loss that a byte must save to be spent. Each module takes
+the rank that pays at the price, by its own spectrum. Before each subset of modules the price is set anew, so that what
+is left of the budget is spent by the forecasts of what is left of the model, corrected by how the forecasts have done.
+The modules that follow thus see exactly what the final model computes: nothing is cut afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .budget import ModuleShape, factor_bytes
+from .solve import Curve, component_gains, error_loss, price, rank_curve
+
+# Kernels read factors in tiles of 8 or 16 components.
+RANK_STEP = 8
+# No module gets more than this many times the rank that the budget gives to all alike.
+MOST_OF_UNIFORM = 4
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """What a module may choose from.
+
+    Attributes:
+        ranks: ascending, 0 first.
+        nbytes: of each, scales included.
+    """
+
+    ranks: tuple[int, ...]
+    nbytes: tuple[int, ...]
+
+
+def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | None = None) -> RankOptions:
+    """Multiples of `RANK_STEP` up to ``most`` or the smaller side; or a ``fixed`` rank alone."""
+    limit = min(shape.in_features, shape.out_features, most)
+    ranks = (0, *range(RANK_STEP, limit + 1, RANK_STEP)) if fixed is None else (fixed,)
+    return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits) for rank in ranks))
+
+
+def most_rank(shapes: Iterable[ModuleShape], budget: int, factor_bits: int) -> int:
+    """The largest rank that a module may choose under ``budget`` bytes."""
+    uniform = budget / max(sum(factor_bytes(1, shape, factor_bits) for shape in shapes), 1)
+    return max(RANK_STEP, RANK_STEP * round(MOST_OF_UNIFORM * uniform / RANK_STEP))
+
+
+class RankAllocation:
+    """Chooses each module's rank. Safe to ask from several threads; the answers do not depend on their order.
+
+    Args:
+        options: by module, in the order in which the loop meets them.
+        forecasts: losses of the options, by module.
+        output_moments: G by module (out × out, its diagonal), what makes losses comparable.
+        budget: bytes for all.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, RankOptions],
+        forecasts: Mapping[str, Curve],
+        output_moments: Mapping[str, torch.Tensor],
+        budget: int,
+    ) -> None:
+        self.options = dict(options)
+        self.budget = budget
+        self.output_moments = output_moments
+        self.ranks: dict[str, int] = {}
+        self.losses: dict[str, float] = {}
+        self._forecasts = dict(forecasts)
+        self._spent = 0
+        self._price = 0.0
+        self._caps: dict[str, float] = {}
+        # Loss without an adapter, by module, as it was found.
+        self._found: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def spent(self) -> int:
+        """Bytes given out so far."""
+        return self._spent
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Set the price for a subset of modules, before any of it chooses."""
+        now = [name for name in names if name in self.options and name not in self.ranks]
+        if not now:
+            return
+        left = self.budget - self._spent
+        corrections = self._corrections()
+        overall = corrections.get("", 1.0)
+        open_curves = {
+            name: self._forecasts[name].scaled(corrections.get(_kind(name), overall))
+            for name in self.options
+            if name not in self.ranks
+        }
+        self._price = price(list(open_curves.values()), left)
+        likely = {name: open_curves[name].nbytes[open_curves[name].best_at(self._price)] for name in now}
+        total = sum(likely.values())
+        # However the subset's own spectra turn out, it cannot spend more than there is.
+        self._caps = {name: left * (likely[name] / total if total else 1 / len(now)) for name in now}
+
+    def choose(
+        self,
+        name: str,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        second_moment: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        """Indices of the components that a module keeps.
+
+        Args:
+            name: full module name.
+            lora_A: rank × in, as `eora` returns it, of the largest rank on offer.
+            lora_B: out × rank, orthonormal.
+            second_moment: C, in × in.
+            delta: ΔW, out × in.
+        """
+        output_moment = self.output_moments[name].to(delta.device)
+        gains = component_gains(lora_A, lora_B, second_moment, output_moment)
+        order = gains.argsort(descending=True)
+        options = self.options[name]
+        known = [index for index, rank in enumerate(options.ranks) if rank <= len(gains)]
+        total = error_loss(delta, second_moment, output_moment)
+        curve = rank_curve(gains[order], total, [options.ranks[i] for i in known], [options.nbytes[i] for i in known])
+        with self._lock:
+            index = curve.best_at(self._price, self._caps.get(name, float("inf")))
+            self.ranks[name] = options.ranks[index]
+            self.losses[name] = curve.losses[index]
+            self._spent += curve.nbytes[index]
+            self._found[name] = total
+        return order[: options.ranks[index]].sort().values
+
+    def report(self) -> dict[str, Any]:
+        """Budget and spending, ready for JSON."""
+        return {"budget": self.budget, "spent": self._spent, "predicted_loss": sum(self.losses.values())}
+
+    def _corrections(self) -> dict[str, float]:
+        """Found over forecast loss, by kind of module (`q_proj`); under "" that of all."""
+        sums: dict[str, list[float]] = {}
+        for name in self.options:
+            if name in self._found:
+                for kind in ("", _kind(name)):
+                    pair = sums.setdefault(kind, [0.0, 0.0])
+                    pair[0] += self._found[name]
+                    pair[1] += self._forecasts[name].losses[0]
+        return {kind: found / forecast for kind, (found, forecast) in sums.items() if forecast > 0}
+
+
+def _kind(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

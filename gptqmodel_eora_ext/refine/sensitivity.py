@@ -1,0 +1,268 @@
+"""What an error at a module's output costs in loss: the second moment of the loss's gradient there.
+
+With g = ∂(loss summed over the tokens of a window)/∂y at a token, and e the error of the output y at it, the loss rises
+by about ½ E[(gᵀ e)²] ≈ ½ tr(G E) nats a token, G = E[g gᵀ] and E = E[e eᵀ]: the Fisher information, errors taken
+to be independent of gradients and of one another, as in K-FAC (arXiv 1503.05671) and HAWQ (arXiv 1911.03852). With
+labels drawn from the model itself G is the true Fisher, which is the curvature of the divergence from the
+full-precision model; with the text's own labels it is the empirical one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..capture import DiagonalMoment, SecondMoment
+from ..files import replaced_file
+from ..solve import error_loss
+
+log = logging.getLogger(__name__)
+
+KINDS = ("fisher", "empirical", "relative")
+# Both moments of all modules together may take this many bytes; beyond, only their diagonals are kept.
+FULL_BYTES = 4 << 30
+# Values of each weight that its fingerprint reads.
+FINGERPRINT_VALUES = 64
+FORMAT = "eora-sensitivity-1"
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Second moments of inputs and output gradients, by module.
+
+    Attributes:
+        output_moments: G, out × out or its diagonal, float32. Nats a token over squared output.
+        second_moments: C of the full-precision model's inputs, in × in or its diagonal; modules that read one input
+            share one tensor.
+        tokens: that they stand on.
+        kind: one of `KINDS`.
+        fingerprint: of model, data, kind and seed.
+    """
+
+    output_moments: Mapping[str, torch.Tensor]
+    second_moments: Mapping[str, torch.Tensor]
+    tokens: int
+    kind: str
+    fingerprint: str
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file; shared moments once."""
+        names: dict[int, str] = {}
+        tensors: dict[str, torch.Tensor] = {f"G.{name}": moment for name, moment in self.output_moments.items()}
+        sources = {}
+        for name, moment in self.second_moments.items():
+            leader = names.setdefault(id(moment), name)
+            sources[name] = leader
+            tensors[f"C.{leader}"] = moment
+        header = {"format": FORMAT, "tokens": str(self.tokens), "kind": self.kind,
+                  "fingerprint": self.fingerprint, "sources": json.dumps(sources)}  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: for a file of another format.
+        """
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"`{path}` is no sensitivity file of the format {FORMAT}: {header.get('format')!r}.")
+            read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return cls(
+            output_moments={key[2:]: tensor for key, tensor in read.items() if key.startswith("G.")},
+            second_moments={name: read[f"C.{leader}"] for name, leader in json.loads(header["sources"]).items()},
+            tokens=int(header["tokens"]),
+            kind=header["kind"],
+            fingerprint=header["fingerprint"],
+        )
+
+
+def measure_sensitivity(
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Linear],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    kind: str = "fisher",
+    seed: int = 0,
+    full_bytes: int = FULL_BYTES,
+    progress: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]] = iter,
+) -> Sensitivity:
+    """One pass of a causal language model, forward and backward, over calibration windows.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`, gives `logits`; its weights get no gradients.
+        modules: linear layers by name (`in_features`, `out_features`).
+        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward.
+        kind: "fisher": labels sampled from the model; "empirical": the text's own; "relative": no gradients, G is the
+            identity over the mean squared output E‖W x‖², so that modules are compared by relative error.
+        seed: of the sampling.
+        full_bytes: bytes that full moments may take; beyond, diagonals are kept.
+        progress: wraps the batches, to show how far the pass is.
+
+    Raises:
+        ValueError: for an unknown kind, or a module whose gradient holds NaN or infinity.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    full = 4 * sum(one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
+    watch = _Watch(modules, full=full)
+    generator = torch.Generator().manual_seed(seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with watch, torch.set_grad_enabled(kind != "relative"):
+            for batch in progress(batches):
+                _run(model, batch, watch, kind, generator)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+    return watch.result(kind, fingerprint(model, modules, batches, kind, seed))
+
+
+def _run(
+    model: torch.nn.Module, batch: Mapping[str, Any], watch: _Watch, kind: str, generator: torch.Generator
+) -> None:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    ids = torch.as_tensor(batch["input_ids"], device=device)
+    ids = ids[None] if ids.ndim == 1 else ids
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
+    watch.keep = mask.bool()
+    embedded = embeddings(ids)
+    if kind == "relative":
+        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        return
+    logits = model(inputs_embeds=embedded.requires_grad_(), attention_mask=mask, use_cache=False).logits
+    scored = watch.keep[:, 1:]
+    if kind == "empirical":
+        targets = ids[:, 1:]
+    else:
+        with torch.no_grad():
+            likely = logits[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
+            targets = torch.multinomial(likely, 1, generator=generator).view(scored.shape).to(device)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    (losses.view(scored.shape) * scored).sum().backward()
+
+
+@dataclass
+class _Watch:
+    """Hooks on modules that sum both moments."""
+
+    modules: Mapping[str, torch.nn.Linear]
+    full: bool
+    keep: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self._gradients = {name: self._sum(one.out_features, name) for name, one in self.modules.items()}
+        self._inputs: dict[str, Any] = {}
+        self._leaders: dict[str, str] = {}
+        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._handles = ExitStack()
+
+    def _sum(self, features: Any, name: str) -> Any:
+        return SecondMoment(int(features), name) if self.full else DiagonalMoment(int(features), name)
+
+    def __enter__(self) -> None:
+        for name, module in self.modules.items():
+            handle = module.register_forward_hook(self._hook(name))
+            self._handles.callback(handle.remove)
+
+    def __exit__(self, *exception: object) -> None:
+        self._handles.close()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            rows, keep = inputs[0], self.keep
+            fits = keep.shape == rows.shape[:-1]
+            self._add_inputs(name, module, rows, keep if fits else None)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._gradients[name].add(gradient, keep if fits else None))
+
+        return hook
+
+    def _add_inputs(self, name: str, module: torch.nn.Linear, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Sum x xᵀ, once for modules that read the same tensor."""
+        if name not in self._leaders:
+            known = self._seen.get(id(rows))
+            # The tensor is kept beside its id, which another could have once it is gone.
+            self._leaders[name] = known[1] if known is not None and known[0] is rows else name
+            self._seen = {id(rows): (rows, self._leaders[name])}
+        if self._leaders[name] != name:
+            return
+        if name not in self._inputs:
+            self._inputs[name] = self._sum(module.in_features, name)
+        self._inputs[name].add(rows, keep)
+
+    def result(self, kind: str, found: str) -> Sensitivity:
+        self._seen = {}
+        for moment in (*self._inputs.values(), *self._gradients.values()):
+            moment.require_finite()
+        inputs = {name: moment.mean() for name, moment in self._inputs.items()}
+        second_moments = {name: inputs[leader] for name, leader in self._leaders.items()}
+        unseen = set(self.modules) - set(self._leaders)
+        if unseen:
+            log.warning("%d modules were not reached by the calibration data, for instance %s.",
+                        len(unseen), min(unseen))  # fmt: skip
+        if kind == "relative":
+            output_moments = {
+                name: torch.full((module.out_features,), 1 / max(_signal(module, second_moments[name]), TINY))
+                for name, module in self.modules.items()
+                if name not in unseen
+            }
+        else:
+            output_moments = {name: one.mean() for name, one in self._gradients.items() if name not in unseen}
+        return Sensitivity(
+            output_moments=output_moments,
+            second_moments=second_moments,
+            tokens=max((moment.tokens for moment in self._inputs.values()), default=0),
+            kind=kind,
+            fingerprint=found,
+        )
+
+
+def _signal(module: torch.nn.Linear, second_moment: torch.Tensor) -> float:
+    """E‖W x‖², mean squared norm of a module's output."""
+    weight = module.weight.data.float().cpu()
+    return 2 * error_loss(weight, second_moment, torch.ones(len(weight)))
+
+
+def fingerprint(
+    model: torch.nn.Module,
+    modules: Iterable[str],
+    batches: Sequence[Mapping[str, Any]],
+    kind: str,
+    seed: int = 0,
+) -> str:
+    """A digest of what a sensitivity depends on: some values of each weight, the data, the kind, the seed."""
+    digest = hashlib.sha256(json.dumps([FORMAT, sorted(modules), kind, seed]).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(len(flat) // FINGERPRINT_VALUES, 1)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    for batch in batches:
+        for key in ("input_ids", "attention_mask"):
+            if batch.get(key) is not None:
+                digest.update(torch.as_tensor(batch[key]).to(torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""Choices for many modules under one budget of bytes: what a rank buys in each, and which to take.
+
+Every module has a list of options (a rank, or bits and a rank), each with its bytes and the loss that it leaves. Taking
+one option a module with the least total loss under a budget is a multiple-choice knapsack. `allocate` solves it exactly
+by dynamic programming. `price` finds the Lagrange multiplier at which every module may choose for itself, which is what
+a loop needs that meets the modules one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .error import WeightedError
+
+# Steps that a budget is divided into at most; the table of 210 modules and 64 options then takes seconds.
+# Where bytes have no common divisor that gives fewer, they are rounded up to a step.
+MOST_STEPS = 20_000
+# Halvings of the interval that holds the price: enough to tell any two float64 losses apart.
+BISECTIONS = 100
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The options of one module.
+
+    Attributes:
+        nbytes: of each option, ascending.
+        losses: what each leaves, in any unit that all modules share.
+    """
+
+    nbytes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nbytes or len(self.nbytes) != len(self.losses):
+            raise ValueError(f"a curve needs bytes and losses alike, got {len(self.nbytes)} and {len(self.losses)}.")
+
+    def best_at(self, price: float, most: float = math.inf) -> int:
+        """Index of the option with the least loss + price · bytes, among those of at most ``most`` bytes.
+
+        The first option is taken where none fits.
+        """
+        fitting = [index for index, size in enumerate(self.nbytes) if size <= most] or [0]
+        return min(fitting, key=lambda index: self.losses[index] + price * self.nbytes[index])
+
+    def scaled(self, factor: float) -> Curve:
+        """The same options, their losses times ``factor``."""
+        return Curve(self.nbytes, tuple(loss * factor for loss in self.losses))
+
+
+def rank_curve(gains: torch.Tensor, total: float, ranks: Sequence[int], nbytes: Sequence[int]) -> Curve:
+    """The curve of a module whose components each take a gain off the loss.
+
+    Args:
+        gains: of every component, in the order in which they are kept.
+        total: loss without any.
+        ranks: options, ascending, none above the number of gains.
+        nbytes: bytes of each.
+    """
+    left = total - torch.cat([gains.new_zeros(1), gains.clamp_min(0).cumsum(0)])
+    return Curve(tuple(nbytes), tuple(max(float(left[rank]), 0.0) for rank in ranks))
+
+
+def component_gains(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor
+) -> torch.Tensor:
+    """What each component of an `eora` solution takes off ½ tr(G E), E the second moment of the output's error.
+
+    With U = B orthonormal eigenvectors of S = ΔW C ΔWᵀ, the error left by a set of components is P S P, and
+    tr(G S) − tr(G P S P) = Σ λᵢ uᵢᵀ G uᵢ over the set: components add up, in any order.
+
+    Args:
+        lora_A: rank × in, as `eora` returns it.
+        lora_B: out × rank, orthonormal.
+        second_moment: C, in × in, or its diagonal where the factors are those of `diagonal`.
+        output_moment: G, out × out, or its diagonal.
+
+    Returns:
+        Of length rank, float64.
+    """
+    error = WeightedError(lora_A, second_moment)
+    energies = (error.weigh(lora_A) * lora_A).sum(1, dtype=torch.float64)
+    columns = lora_B.to(output_moment.dtype)
+    weighted = output_moment[:, None] * columns if output_moment.ndim == 1 else output_moment @ columns
+    return energies * (weighted * columns).sum(0, dtype=torch.float64) / 2
+
+
+def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor) -> float:
+    """½ tr(G ΔW C ΔWᵀ): what the error costs in loss, in nats a token where G is of the loss's gradient.
+
+    Args:
+        delta: ΔW, out × in.
+        second_moment: C, in × in or its diagonal.
+        output_moment: G, out × out or its diagonal.
+    """
+    weighed = WeightedError(delta, second_moment).weigh(delta)
+    moment = output_moment.to(delta.dtype)
+    if moment.ndim == 1:
+        return float((weighed * delta).sum(1, dtype=torch.float64) @ moment.to(torch.float64)) / 2
+    return float((moment @ delta * weighed).sum(dtype=torch.float64)) / 2
+
+
+def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
+    """The option of each module with the least total loss within ``budget`` bytes.
+
+    Exact where the bytes of all options have a common divisor of at least budget / `MOST_STEPS`; otherwise bytes are
+    rounded up to a step of that size, which leaves at most a step a module unused.
+
+    Raises:
+        ValueError: when even the smallest options do not fit.
+    """
+    least = sum(min(curve.nbytes) for curve in curves)
+    if least > budget:
+        raise ValueError(f"a budget of {budget} bytes is below the {least} bytes of the smallest choice everywhere.")
+    step = math.gcd(*(size for curve in curves for size in curve.nbytes)) or 1
+    step = max(step, -(-budget // MOST_STEPS))
+    steps = budget // step
+    if sum(-(-min(curve.nbytes) // step) for curve in curves) > steps:
+        # Rounding up does not leave room for the smallest options, which leave no choice then.
+        return [min(range(len(curve.nbytes)), key=curve.nbytes.__getitem__) for curve in curves]
+    best = torch.zeros(steps + 1, dtype=torch.float64)
+    taken: list[torch.Tensor] = []
+    for curve in curves:
+        following = torch.full_like(best, torch.inf)
+        choice = torch.zeros(steps + 1, dtype=torch.int32)
+        for index, (size, loss) in enumerate(zip(curve.nbytes, curve.losses, strict=True)):
+            width = -(-size // step)
+            if width > steps:
+                continue
+            reached = best[: steps + 1 - width] + loss
+            better = reached < following[width:]
+            following[width:] = torch.where(better, reached, following[width:])
+            choice[width:] = torch.where(better, index, choice[width:])
+        best = following
+        taken.append(choice)
+    left = steps
+    chosen: list[int] = []
+    for curve, choice in zip(reversed(curves), reversed(taken), strict=True):
+        index = int(choice[left])
+        chosen.append(index)
+        left -= -(-curve.nbytes[index] // step)
+    return chosen[::-1]
+
+
+def price(curves: Sequence[Curve], budget: float) -> float:
+    """The least loss a byte must save to be spent, so that all modules together stay within ``budget`` bytes."""
+
+    if not curves:
+        return 0.0
+    longest = max(len(curve.nbytes) for curve in curves)
+    # A repeated last option changes nothing.
+    nbytes = torch.tensor([_padded(curve.nbytes, longest) for curve in curves], dtype=torch.float64)
+    losses = torch.tensor([_padded(curve.losses, longest) for curve in curves], dtype=torch.float64)
+
+    def spent(at: float) -> float:
+        return float(nbytes.gather(1, (losses + at * nbytes).argmin(1, keepdim=True)).sum())
+
+    if spent(0.0) <= budget:
+        return 0.0
+    low, high = 0.0, float(losses.max()) + 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    return high
+
+
+def _padded(values: tuple[int, ...] | tuple[float, ...], length: int) -> list[float]:
+    return [*values, *[values[-1]] * (length - len(values))]
