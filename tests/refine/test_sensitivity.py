@@ -1,0 +1,139 @@
+"""Sensitivities against gradients taken one by one, and against the loss itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gptqmodel_eora_ext.refine import Sensitivity, measure_sensitivity
+
+VOCABULARY, TOKENS = 48, 24
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: one for name, one in model.model.named_modules() if isinstance(one, torch.nn.Linear)}
+
+
+def windows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (count, 1, TOKENS), generator=generator)
+    return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+
+
+def test_empirical_moments_are_those_of_autograd(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    batches = windows(2)
+    found = measure_sensitivity(model, linears, batches, kind="empirical")
+    name = "layers.1.mlp.up_proj"
+    caught: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        caught.append(output)
+        inputs.append(args[0].detach())
+
+    handle = linears[name].register_forward_hook(hook)
+    for batch in batches:
+        loss = model(**batch, labels=batch["input_ids"]).loss * (TOKENS - 1)
+        loss.backward()
+    handle.remove()
+    model.zero_grad()
+    gradients = torch.cat([output.grad[0] for output in caught if output.grad is not None])
+    rows = torch.cat([one[0] for one in inputs])
+    torch.testing.assert_close(found.output_moments[name], gradients.T @ gradients / (2 * TOKENS), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.second_moments[name], rows.T @ rows / (2 * TOKENS), rtol=1e-4, atol=1e-6)
+    assert found.tokens == 2 * TOKENS
+    assert found.second_moments["layers.0.self_attn.q_proj"] is found.second_moments["layers.0.self_attn.v_proj"]
+    assert found.second_moments["layers.0.mlp.up_proj"] is not found.second_moments["layers.0.self_attn.v_proj"]
+
+
+def test_fisher_predicts_the_divergence(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    """½ tr(G E) against the measured divergence from the full-precision model, for a small random error."""
+    batches = windows(48)
+    found = measure_sensitivity(model, linears, batches)
+    name = "layers.0.mlp.down_proj"
+    weight = linears[name].weight.detach()
+    delta = 0.005 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.norm(dim=1)[:, None]
+    predicted = float((found.output_moments[name] @ delta @ found.second_moments[name] * delta).sum()) / 2
+    divergence = 0.0
+    original = weight.clone()
+    with torch.no_grad():
+        for batch in batches:
+            weight.copy_(original)
+            before = model(**batch).logits.log_softmax(-1)
+            weight.copy_(original + delta)
+            after = model(**batch).logits.log_softmax(-1)
+            divergence += float((before.exp() * (before - after)).sum(-1)[:, :-1].sum())
+    weight.copy_(original)
+    measured = divergence / (len(batches) * TOKENS)
+    # One draw of labels a token: the estimate itself is good to about a tenth.
+    assert predicted == pytest.approx(measured, rel=0.3)
+
+
+def test_padding_is_left_out(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    [plain] = windows(1)
+    padded = {
+        "input_ids": torch.nn.functional.pad(plain["input_ids"], (0, 6)),
+        "attention_mask": torch.nn.functional.pad(plain["attention_mask"], (0, 6)),
+    }
+    first, second = (measure_sensitivity(model, linears, [one], kind="empirical") for one in (plain, padded))
+    assert second.tokens == TOKENS
+    for name, moment in first.output_moments.items():
+        torch.testing.assert_close(second.output_moments[name], moment, rtol=1e-3, atol=1e-6)
+
+
+def test_relative_weighs_by_the_output(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    found = measure_sensitivity(model, linears, windows(2), kind="relative")
+    name = "layers.1.self_attn.o_proj"
+    weight, moment = linears[name].weight.data, found.second_moments[name]
+    signal = float((weight @ moment * weight).sum())
+    torch.testing.assert_close(found.output_moments[name], torch.full((16,), 1 / signal), rtol=1e-4, atol=0)
+
+
+def test_diagonals_where_full_moments_do_not_fit(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    full = measure_sensitivity(model, linears, windows(2), kind="empirical")
+    diagonal = measure_sensitivity(model, linears, windows(2), kind="empirical", full_bytes=100)
+    for name in linears:
+        torch.testing.assert_close(diagonal.output_moments[name], full.output_moments[name].diagonal())
+        torch.testing.assert_close(diagonal.second_moments[name], full.second_moments[name].diagonal())
+
+
+def test_saved_and_read(model: Any, linears: dict[str, torch.nn.Linear], tmp_path: Path) -> None:
+    found = measure_sensitivity(model, linears, windows(1))
+    found.save(tmp_path / "cache" / "one.safetensors")
+    read = Sensitivity.load(tmp_path / "cache" / "one.safetensors")
+    assert (read.tokens, read.kind, read.fingerprint) == (found.tokens, found.kind, found.fingerprint)
+    for name in linears:
+        assert torch.equal(read.output_moments[name], found.output_moments[name])
+        assert torch.equal(read.second_moments[name], found.second_moments[name])
+    assert read.second_moments["layers.0.self_attn.q_proj"] is read.second_moments["layers.0.self_attn.k_proj"]
+
+
+def test_a_seed_gives_the_same_again_and_weights_get_no_gradient(
+    model: Any, linears: dict[str, torch.nn.Linear]
+) -> None:
+    first, second = (measure_sensitivity(model, linears, windows(1)) for _ in range(2))
+    other = measure_sensitivity(model, linears, windows(1), seed=1)
+    name = "layers.1.mlp.gate_proj"
+    assert torch.equal(first.output_moments[name], second.output_moments[name])
+    assert not torch.equal(first.output_moments[name], other.output_moments[name])
+    assert first.fingerprint == second.fingerprint != other.fingerprint
+    assert all(one.grad is None and one.requires_grad for one in model.parameters())
+
+
+def test_unknown_kind(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    with pytest.raises(ValueError, match="kind must be one of"):
+        measure_sensitivity(model, linears, windows(1), kind="exact")

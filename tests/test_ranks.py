@@ -1,0 +1,145 @@
+"""Ranks chosen module by module: within the budget, in any order, close to the allocation that knows all."""
+
+import random
+
+import pytest
+import torch
+
+from gptqmodel_eora_ext.budget import ModuleShape
+from gptqmodel_eora_ext.ranks import RANK_STEP, RankAllocation, most_rank, rank_options
+from gptqmodel_eora_ext.refine.forecast import forecast, round_to_nearest
+from gptqmodel_eora_ext.refine.sensitivity import Sensitivity
+from gptqmodel_eora_ext.solve import allocate, component_gains, eora, error_loss, rank_curve
+
+LAYERS, FACTOR_BITS = 6, 4
+SUBSETS = (("q_proj", "k_proj"), ("o_proj",), ("down_proj",))
+
+
+@pytest.fixture(scope="module")
+def shapes() -> list[ModuleShape]:
+    sides = {"q_proj": (64, 96), "k_proj": (32, 96), "o_proj": (96, 64), "down_proj": (96, 128)}
+    return [ModuleShape(f"{layer}.{name}", *sides[name]) for layer in range(LAYERS) for names in SUBSETS for name in names]
+
+
+@pytest.fixture(scope="module")
+def weights(shapes: list[ModuleShape]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        shape.name: torch.randn(shape.out_features, shape.in_features, generator=generator)
+        * torch.logspace(0, -2, shape.in_features)
+        for shape in shapes
+    }
+
+
+@pytest.fixture(scope="module")
+def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
+    generator = torch.Generator().manual_seed(1)
+
+    def moment(features: int, scale: float) -> torch.Tensor:
+        rows = torch.randn(300, features, generator=generator) * torch.logspace(0, -1, features) * scale
+        return rows.T @ rows / 300
+
+    # Later layers matter less: all modules alike would be wrong.
+    return Sensitivity(
+        {shape.name: moment(shape.out_features, 0.5 ** int(shape.name[0])) for shape in shapes},
+        {shape.name: moment(shape.in_features, 1.0) for shape in shapes},
+        300,
+        "fisher",
+        "",
+    )
+
+
+def allocation(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity, budget: int
+) -> RankAllocation:
+    most = most_rank(shapes, budget, FACTOR_BITS)
+    options = {shape.name: rank_options(shape, most, FACTOR_BITS) for shape in shapes}
+    forecasts = {
+        name: forecast(name, weight - round_to_nearest(weight, 2, 32), sensitivity, options[name])
+        for name, weight in weights.items()
+    }
+    return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+
+def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the quantiser leaves is not what was forecast: another grid, another size by kind of module."""
+    return {
+        name: (weight - round_to_nearest(weight, 2, 16)) * (0.5 if "k_proj" in name else 0.8)
+        for name, weight in weights.items()
+    }
+
+
+def run(chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Sensitivity, shuffle: bool = False) -> None:
+    for layer in range(LAYERS):
+        for subset in SUBSETS:
+            names = [f"{layer}.{name}" for name in subset]
+            chosen.begin(names)
+            if shuffle:
+                random.Random(layer).shuffle(names)
+            for name in names:
+                moment = sensitivity.second_moments[name]
+                factors = eora(errors[name], moment, chosen.options[name].ranks[-1])
+                kept = chosen.choose(name, *factors, moment, errors[name])
+                assert len(kept) == chosen.ranks[name]
+
+
+@pytest.mark.parametrize("budget", [2_000, 8_000, 20_000])
+def test_within_budget_and_near_the_optimum(
+    budget: int, shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    chosen = allocation(shapes, weights, sensitivity, budget)
+    errors = deltas(weights)
+    run(chosen, errors, sensitivity)
+    largest_step = max(options.nbytes[1] for options in chosen.options.values())
+    assert budget - 2 * largest_step <= chosen.spent <= budget
+    # Hindsight: every spectrum known before the first choice.
+    curves = []
+    for name, error in errors.items():
+        moment, output_moment = sensitivity.second_moments[name], sensitivity.output_moments[name]
+        options = chosen.options[name]
+        gains = component_gains(*eora(error, moment, options.ranks[-1]), moment, output_moment)
+        total = error_loss(error, moment, output_moment)
+        curves.append(rank_curve(gains.sort(descending=True).values, total, options.ranks, options.nbytes))
+    best = sum(curve.losses[i] for curve, i in zip(curves, allocate(curves, budget), strict=True))
+    nothing = sum(curve.losses[0] for curve in curves)
+    # The last percents of the gain: forecasts are of another grid.
+    assert nothing - sum(chosen.losses.values()) >= 0.93 * (nothing - best)
+
+
+def test_the_order_within_a_subset_does_not_matter(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    ranks = []
+    for shuffle in (False, True):
+        chosen = allocation(shapes, weights, sensitivity, 8_000)
+        run(chosen, deltas(weights), sensitivity, shuffle)
+        ranks.append(chosen.ranks)
+    assert ranks[0] == ranks[1]
+
+
+def test_sensitive_layers_get_more(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    chosen = allocation(shapes, weights, sensitivity, 8_000)
+    run(chosen, deltas(weights), sensitivity)
+    by_layer = [sum(rank for name, rank in chosen.ranks.items() if name[0] == str(layer)) for layer in range(LAYERS)]
+    assert by_layer[0] > 2 * by_layer[-1]
+
+
+def test_options_are_multiples_within_the_shape() -> None:
+    shape = ModuleShape("m", 30, 100)
+    assert rank_options(shape, 1000, 16).ranks == (0, 8, 16, 24)
+    assert rank_options(shape, 16, 16).nbytes == (0, 8 * 2 * 130, 16 * 2 * 130)
+    assert rank_options(shape, 16, 16, fixed=5).ranks == (5,)
+    assert most_rank([shape], 1, 16) == RANK_STEP
+
+
+@pytest.mark.parametrize("group_size", [16, 50, -1])
+def test_round_to_nearest_keeps_to_a_grid(group_size: int) -> None:
+    weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    rounded = round_to_nearest(weight, 2, group_size)
+    size = 100 if group_size == -1 else group_size
+    for group in rounded.split(size, dim=1):
+        assert all(len(row.unique()) <= 4 for row in group)
+    assert (weight - rounded).norm() < 0.6 * weight.norm()
+    assert (weight - round_to_nearest(weight, 8, group_size)).norm() < 0.01 * weight.norm()
