@@ -100,7 +100,8 @@ def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
         if not isinstance(kernel, BaseQuantLinear):
             continue
         weight = dequantize(kernel).to(torch.float32)
-        if kernel.adapter is not None:
+        # A module may have no factors: rank 0 under a budget.
+        if kernel.adapter is not None and kernel.adapter.lora_A is not None:
             weight += (kernel.adapter.lora_A.to(torch.float32) @ kernel.adapter.lora_B.to(torch.float32)).T
         dense.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     return dense

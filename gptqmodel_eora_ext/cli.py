@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .adapter import FACTOR_BITS, OBJECTIVES, validate_choice, validate_rank
+from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from .budget import ModuleShape, budget_bytes
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
@@ -37,9 +38,21 @@ err = Console(stderr=True)
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 WORST_MODULES = 10
+DEFAULT_RANK = 32
 
 Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
-Rank = Annotated[int, typer.Option(help="Components per module. 16 to 256 are usual.")]
+Rank = Annotated[
+    int | None, typer.Option(help=f"Components per module; {DEFAULT_RANK} without --budget. 16 to 256 are usual.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="In place of --rank: bytes of all factors, as `300MB`, `0.25bpw` (bits per quantised weight) or "
+                      "`r32` (what a 16-bit rank 32 takes). Each module gets the rank that buys most."),
+]  # fmt: skip
+Sensitivity = Annotated[
+    str,
+    typer.Option(help="For --budget, what an error is taken to cost: fisher or empirical (gradients), or relative."),
+]
 Calibration = Annotated[
     str,
     typer.Option(help="Text (.txt), JSON lines (.jsonl, column `text`) or a dataset name (`allenai/c4:en`)."),
@@ -80,11 +93,22 @@ def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield start
 
 
-def _check_adapter_options(rank: int, objective: str, factor_bits: int) -> None:
+def _adapter_options(
+    rank: int | None, budget: str | None, sensitivity: str, objective: str, factor_bits: int
+) -> dict[str, Any]:
+    """What `EoRA` takes, checked before anything is loaded."""
+    if rank is not None and budget is not None:
+        _fail("--rank and --budget exclude each other.")
     with _errors():
-        validate_rank(rank, what="--rank")
         validate_choice(objective, OBJECTIVES, what="--objective")
         validate_choice(factor_bits, FACTOR_BITS, what="--factor-bits")
+        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
+        options = {"objective": objective, "factor_bits": factor_bits}
+        if budget is not None:
+            # Any model shows whether the form is right.
+            budget_bytes(budget, [ModuleShape("", 1 << 10, 1 << 10)])
+            return {**options, "rank": AUTO, "budget": budget, "sensitivity": sensitivity}
+        return {**options, "rank": validate_rank(DEFAULT_RANK if rank is None else rank, what="--rank")}
 
 
 def _check_model(model: str) -> None:
@@ -121,7 +145,9 @@ def quantize(
     calibration: Calibration,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
     group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
-    rank: Rank = 32,
+    rank: Rank = None,
+    budget: Budget = None,
+    sensitivity: Sensitivity = SENSITIVITIES[0],
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = FACTOR_BITS[0],
     samples: Samples = DEFAULT_SAMPLES,
@@ -134,7 +160,7 @@ def quantize(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Quantise a model by GPTQ and compensate each module right after it is quantised."""
-    _check_adapter_options(rank, objective, factor_bits)
+    adapter_options = _adapter_options(rank, budget, sensitivity, objective, factor_bits)
     if bits not in QUANTIZED_BITS:
         _fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     if group_size not in GROUP_SIZES:
@@ -156,7 +182,7 @@ def quantize(
         config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, mse=mse)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
         watch_layers(host, bar("quantising layers"))
-        adapter = EoRA(rank=rank, objective=objective, factor_bits=factor_bits)
+        adapter = EoRA(**adapter_options)
         host.quantize(data, batch_size=batch_size, adapter=adapter)
         host.save(str(output))
     _print_summary(summarize(output), time.perf_counter() - start)
@@ -170,7 +196,9 @@ def generate(
     model: Model,
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
     calibration: Calibration,
-    rank: Rank = 32,
+    rank: Rank = None,
+    budget: Budget = None,
+    sensitivity: Sensitivity = SENSITIVITIES[0],
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = FACTOR_BITS[0],
     output: Annotated[
@@ -182,7 +210,7 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
-    _check_adapter_options(rank, objective, factor_bits)
+    adapter_options = _adapter_options(rank, budget, sensitivity, objective, factor_bits)
     _check_model(model)
     if not (checkpoint / "config.json").is_file():
         _fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -199,7 +227,7 @@ def generate(
 
         data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
         folder = generate_adapter(
-            EoRA(rank=rank, path=output, objective=objective, factor_bits=factor_bits),
+            EoRA(path=output, **adapter_options),
             model,
             checkpoint,
             data,
@@ -293,7 +321,7 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option("--out", help="Folder for the quantised models.")] = Path("demo"),
     bits: Annotated[int, typer.Option(help="2, 3 or 4.", min=2, max=4)] = 2,
-    rank: Rank = 32,
+    rank: Annotated[int, typer.Option(help="Components per module.")] = DEFAULT_RANK,
 ) -> None:
     """Quantise SmolLM2-135M with an adapter, load it again in a new process, and show what was won back."""
     with _errors():
@@ -328,6 +356,9 @@ def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> Non
     if details:
         data = details.get("calibration", {})
         versions = ", ".join(f"{name} {found}" for name, found in details.get("versions", {}).items())
+        if allocation := details.get("allocation"):
+            spent, budget = (readable(allocation[key]) for key in ("spent", "budget"))
+            table.add_row("budget", f"{spent} of {budget}, ranks by {allocation['sensitivity']} sensitivity")
         table.add_row("objective", f"{details.get('objective')}, after {details.get('method')}")
         table.add_row("calibration", f"{data.get('tokens')} tokens, sha256 {str(data.get('sha256'))[:12]}…")
         table.add_row("error left", f"{summary.error_left():.1%} of the weighted error (geometric mean over modules)")

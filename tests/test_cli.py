@@ -45,6 +45,9 @@ def test_version() -> None:
     ("arguments", "message"),
     [
         (["{model}", "{out}", "--calibration", "{text}", "--rank", "0"], "--rank must be at least 1, got 0"),
+        (["{model}", "{out}", "--calibration", "{text}", "--rank", "8", "--budget", "1MB"], "exclude each other"),
+        (["{model}", "{out}", "--calibration", "{text}", "--budget", "much"], "must be a positive number of bytes"),
+        (["{model}", "{out}", "--calibration", "{text}", "--sensitivity", "x"], "must be one of fisher, empirical"),
         (["{model}", "{out}", "--calibration", "{text}", "--factor-bits", "3"], "must be one of 16, 8, 4, got 3"),
         (["{model}", "{out}", "--calibration", "{text}", "--objective", "x"], "must be one of eora, svd"),
         (["{model}", "{out}", "--calibration", "{text}", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, got 5"),

@@ -18,7 +18,9 @@ SUBSETS = (("q_proj", "k_proj"), ("o_proj",), ("down_proj",))
 @pytest.fixture(scope="module")
 def shapes() -> list[ModuleShape]:
     sides = {"q_proj": (64, 96), "k_proj": (32, 96), "o_proj": (96, 64), "down_proj": (96, 128)}
-    return [ModuleShape(f"{layer}.{name}", *sides[name]) for layer in range(LAYERS) for names in SUBSETS for name in names]
+    return [
+        ModuleShape(f"{layer}.{name}", *sides[name]) for layer in range(LAYERS) for names in SUBSETS for name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def run(chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Sensitivity, shuffle: bool = False) -> None:
+def run(
+    chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Sensitivity, shuffle: bool = False
+) -> None:
     for layer in range(LAYERS):
         for subset in SUBSETS:
             names = [f"{layer}.{name}" for name in subset]

@@ -228,6 +228,28 @@ def test_generate_for_a_finished_checkpoint(
             assert found[name] == pytest.approx(module["error_after"], rel=0.05), name
 
 
+def test_generate_under_a_budget(
+    plain: dict[str, Path], two_layers: Path, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = Path(shutil.copytree(plain["gptq"], tmp_path / "model"))
+    with quiet():
+        GPTQModel.adapter.generate(
+            adapter=EoRA("auto", budget="r8"),
+            model_id_or_path=str(two_layers),
+            quantized_model_id_or_path=str(checkpoint),
+            calibration_dataset=calibration,
+            batch_size=4,
+        )
+    content = json.loads((checkpoint / "eora" / "eora.json").read_text())
+    modules = content["modules"]
+    assert 0.9 * content["allocation"]["budget"] < content["allocation"]["spent"] <= content["allocation"]["budget"]
+    assert content["allocation"]["spent"] == sum(module["bytes"] for module in modules.values())
+    found = measured_errors(two_layers, load(checkpoint), calibration)
+    for name, module in modules.items():
+        assert found[name] == pytest.approx(module["error_after"], rel=0.05), name
+
+
 def test_generate_leaves_padding_out(
     plain: dict[str, Path], two_layers: Path, token_ids: list[int], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,49 @@ def test_reported_errors_are_what_the_loaded_model_has(
         # Without true sequential order the modules of a layer are captured before any of them is compensated.
         if getattr(config, "true_sequential", True):
             assert found[name] == pytest.approx(factors.error_after, rel=SAME_ERROR), name
+
+
+@pytest.mark.parametrize("sensitivity", ["fisher", "relative"])
+def test_ranks_under_a_budget(
+    sensitivity: str, two_layers: Path, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    adapter = EoRA("auto", budget="0.5bpw", factor_bits=4, sensitivity=sensitivity)
+    config = gptq(bits=2, dynamic={"+:.*layers.0.self_attn.q_proj": {"adapter": {"rank": 3}}})
+    made = quantize(two_layers, tmp_path / "model", config, calibration, adapter=adapter)
+    weights = sum(factors.in_features * factors.out_features for factors in made.factors.values())
+    spent = sum(factors.nbytes for factors in made.factors.values())
+    assert 0.9 * 0.5 * weights / 8 < spent <= 0.5 * weights / 8
+    ranks = {name: factors.rank for name, factors in made.factors.items()}
+    assert ranks.pop("model.layers.0.self_attn.q_proj") == 3
+    assert len(set(ranks.values())) > 2 and all(rank % 8 == 0 for rank in ranks.values())
+    found = measured_errors(two_layers, load(tmp_path / "model"), calibration)
+    for name, factors in made.factors.items():
+        assert found[name] == pytest.approx(factors.error_after, rel=SAME_ERROR), name
+    report = json.loads((tmp_path / "model" / "eora" / "eora.json").read_text())["allocation"]
+    assert report["spent"] == spent and report["sensitivity"] == sensitivity
+    # The second run finds the sensitivities of the first.
+    kept = list((tmp_path / "cache").rglob("*.safetensors"))
+    again = quantize(two_layers, tmp_path / "again", config, calibration, adapter=adapter)
+    assert {name: factors.rank for name, factors in again.factors.items()} == {
+        name: factors.rank for name, factors in made.factors.items()
+    }
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == kept and len(kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": "auto"}, "go together"),
+        ({"rank": 8, "budget": "1MB"}, "go together"),
+        ({"rank": "auto", "budget": "1MB", "objective": "svd"}, 'objective "eora", got objective=\'svd\''),
+        ({"rank": "auto", "budget": "1MB", "sensitivity": "x"}, "one of fisher, empirical, relative"),
+        ({"rank": "most"}, "must be an integer"),
+    ],
+)
+def test_budget_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EoRA(**options)
 
 
 def test_no_extra_forward_pass(

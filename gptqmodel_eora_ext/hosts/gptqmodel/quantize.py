@@ -145,12 +145,14 @@ class CompensatingLooper(ModuleLooper):
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
             if run.rank == AUTO:
+                # AWQ's Ŵ stands for a rescaled W; it is forecast as if it were not known.
+                finished = model.quantize_config.method == METHOD.GPTQ
                 run.allocation = allocate_ranks(
                     model,
                     run.adapter,
                     run.adapter_batches or list(processors[-1].calibration_dataset),
                     functools.partial(run.fixed_rank, model.quantize_config),
-                    getattr(processors[-1], "approximation", None),
+                    getattr(processors[-1], "approximation", None) if finished else None,
                 )
             if run.objective == "output":
                 run.native_inputs = NativeInputs(processors[-1])

@@ -66,11 +66,11 @@ class CompensationRun:
 
     def recipe_for(self, qcfg: Any, full_name: str) -> Recipe:
         """What a module's factors should be: of the rank that `dynamic` names for it, if any, else the adapter's."""
-        rank = self.fixed_rank(qcfg, full_name)
-        if rank is None and self.allocation is not None and full_name in self.allocation.options:
+        if self.allocation is not None and full_name in self.allocation.options:
             most = self.allocation.options[full_name].ranks[-1]
             choose = functools.partial(self.allocation.choose, full_name)
             return Recipe(most, self.objective, self.factor_bits, choose)
+        rank = self.fixed_rank(qcfg, full_name)
         if rank is None:
             rank = self.rank if isinstance(self.rank, int) else 0
         return Recipe(rank, self.objective, self.factor_bits)
@@ -112,7 +112,11 @@ class CompensationRun:
             "objective": self.objective,
             "factor_bits": self.factor_bits,
             "rank": self.rank,
-            **({"allocation": self.allocation.report()} if self.allocation else {}),
+            **(
+                {"allocation": {**self.allocation.report(), "sensitivity": self.adapter.sensitivity}}
+                if self.allocation
+                else {}
+            ),
             "method": self.method,
             "calibration": self.calibration,
             "seconds": round(self.seconds, 3),
