@@ -42,7 +42,9 @@ def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | N
     """Multiples of `RANK_STEP` up to ``most`` or the smaller side; or a ``fixed`` rank alone."""
     limit = min(shape.in_features, shape.out_features, most)
     ranks = (0, *range(RANK_STEP, limit + 1, RANK_STEP)) if fixed is None else (fixed,)
-    return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits) for rank in ranks))
+    # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add.
+    stored = [max(rank, 1) if factor_bits == 16 else rank for rank in ranks]
+    return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits) for rank in stored))
 
 
 def most_rank(shapes: Iterable[ModuleShape], budget: int, factor_bits: int) -> int:
