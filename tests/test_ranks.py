@@ -134,7 +134,7 @@ def test_options_are_multiples_within_the_shape() -> None:
     shape = ModuleShape("m", 30, 100)
     assert rank_options(shape, 1000, 16).ranks == (0, 8, 16, 24)
     assert rank_options(shape, 16, 16).nbytes == (2 * 130, 8 * 2 * 130, 16 * 2 * 130)
-    assert rank_options(shape, 16, 4).nbytes == (0, 8 * 73, 16 * 73)
+    assert rank_options(shape, 16, 4).nbytes == (0, 8 * 71, 16 * 71)
     assert rank_options(shape, 16, 16, fixed=5).ranks == (5,)
     assert most_rank([shape], 1, 16) == RANK_STEP
 

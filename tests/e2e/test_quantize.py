@@ -94,7 +94,7 @@ def test_ranks_under_a_budget(
     [
         ({"rank": "auto"}, "go together"),
         ({"rank": 8, "budget": "1MB"}, "go together"),
-        ({"rank": "auto", "budget": "1MB", "objective": "svd"}, 'objective "eora", got objective=\'svd\''),
+        ({"rank": "auto", "budget": "1MB", "objective": "svd"}, "objective \"eora\", got objective='svd'"),
         ({"rank": "auto", "budget": "1MB", "sensitivity": "x"}, "one of fisher, empirical, relative"),
         ({"rank": "most"}, "must be an integer"),
     ],
