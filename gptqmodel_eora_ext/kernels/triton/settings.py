@@ -1,0 +1,144 @@
+"""How each launch is cut into tiles. Pure functions of the shape, so that every setting can be compiled beforehand.
+
+None of these numbers was measured: no GPU was at hand. They follow from what tests/kernels/test_triton_compile.py
+checks (no spilled register, shared memory that fits the smallest target) and from the reasons beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import WORD_BITS
+
+# Up to so many rows, a tile of tensor-core size would be at least three quarters padding.
+GEMV_ROWS = 4
+# Programs wanted per multiprocessor: a memory-bound program alone cannot keep enough reads in flight.
+GEMV_PROGRAMS = 8
+GEMM_PROGRAMS = 2
+# 64 outputs: a row of words is read in two full 128-byte lines.
+GEMV_COLUMNS = 64
+# Words that one program reads per step, as rows of GEMV_COLUMNS: 8 to a thread at one row of x. The sums are kept per
+# word, so more rows of x take fewer words.
+GEMV_UNITS = {1: 8, 2: 8, 4: 4}
+# Rank components per step of the up-projection without tensor cores.
+GEMV_RANKS = 8
+# More splits than this cost more partial sums than they bring parallelism at 4096 inputs.
+MOST_SPLITS = 16
+# Inputs of one step of a tensor-core tile.
+BLOCK_K = 64
+SMALLEST_DOT = 16
+FLOAT32_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The launch parameters of one kernel.
+
+    Attributes:
+        block_m: rows of x.
+        block_n: outputs; for the shrink kernel 0.
+        block_k: inputs, or units of codes for the GEMV.
+        block_r: rank components.
+        splits: parts that the inputs are cut into.
+        per_split: inputs (units for the GEMV) of a part, a multiple of ``block_k``.
+        num_warps: warps of a program.
+        num_stages: steps that loads run ahead.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    splits: int
+    per_split: int
+    num_warps: int
+    num_stages: int
+
+
+def unit_codes(bits: int) -> int:
+    """Codes of the shortest run that fills whole words."""
+    return WORD_BITS if bits == 3 else WORD_BITS // bits
+
+
+def window_codes(bits: int) -> int:
+    """Codes that the GEMV takes from a word at a time."""
+    return 4 if bits == 8 else 8
+
+
+def tile_inputs(bits: int, group_size: int, in_features: int) -> int:
+    """Inputs of a tile that lies within one group, at most `BLOCK_K`; 0 where groups allow none of a usable size."""
+    if group_size >= in_features:
+        return BLOCK_K
+    power = group_size & -group_size
+    return min(power, BLOCK_K) if power >= max(SMALLEST_DOT, unit_codes(bits)) else 0
+
+
+def gemv(rows: int, outs: Sequence[int], in_features: int, bits: int, processors: int) -> Settings:
+    """For `gemv.gemv_kernel`; rows up to `GEMV_ROWS`."""
+    block_m = _power(rows)
+    block_u = GEMV_UNITS[block_m]
+    tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
+    splits, per_split = _split(
+        -(-in_features // unit_codes(bits)), block_u, -(-GEMV_PROGRAMS * processors // tiles)
+    )
+    return Settings(block_m, GEMV_COLUMNS, block_u, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
+
+
+def gemm(
+    rows: int, outs: Sequence[int], in_features: int, block_k: int, dtype: torch.dtype, processors: int
+) -> Settings:
+    """For `gemm.gemm_kernel`; ``block_k`` from `tile_inputs`, or `BLOCK_K` where groups are looked up."""
+    if dtype == torch.float32:
+        # Multiplied without tensor cores, whole operands in registers.
+        block_m, block_n, num_warps = SMALLEST_DOT, FLOAT32_COLUMNS, 4
+        block_k = min(block_k, 32)
+    elif rows <= 64:
+        block_m, block_n, num_warps = max(_power(rows), SMALLEST_DOT), 64, 4
+    else:
+        block_m, block_n, num_warps = 128, 128, 8
+    tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
+    splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
+    return Settings(block_m, block_n, block_k, 32, splits, per_split, num_warps, num_stages=3)
+
+
+def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
+    """For `shrink.shrink_kernel`; ``rank`` of all modules together."""
+    if rows <= GEMV_ROWS:
+        block_m, block_r = _power(rows), 8
+    elif dtype == torch.float32:
+        block_m, block_r = SMALLEST_DOT, 16
+    else:
+        block_m, block_r = min(max(_power(rows), SMALLEST_DOT), 64), min(max(_power(rank), SMALLEST_DOT), 64)
+    block_k = BLOCK_K if dtype != torch.float32 else 32
+    tiles = -(-rows // block_m) * -(-rank // block_r)
+    splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
+    return Settings(block_m, 0, block_k, block_r, splits, per_split, num_warps=4, num_stages=3)
+
+
+def shrink_expand(
+    rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int
+) -> Settings:
+    """For `expand.shrink_expand_kernel`: as `shrink`, with tiles of outputs."""
+    base = shrink(rows, rank, in_features, dtype, processors)
+    block_n = 64 if dtype != torch.float32 else FLOAT32_COLUMNS
+    return Settings(
+        base.block_m, block_n, base.block_k, base.block_r, base.splits, base.per_split, base.num_warps, base.num_stages
+    )
+
+
+def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
+    """Parts of a length that are multiples of a block, at most ``wanted`` and `MOST_SPLITS`: count (a power of two or
+    less, none empty) and size."""
+    steps = -(-length // block)
+    parts = min(max(wanted, 1), MOST_SPLITS, steps)
+    # The count is compiled in; powers of two keep the number of variants small.
+    parts = 1 << (parts.bit_length() - 1)
+    per_part = -(-steps // parts)
+    return parts, per_part * block
+
+
+def _power(value: int) -> int:
+    return 1 << (value - 1).bit_length()
