@@ -1,4 +1,9 @@
-"""What the launches of the Triton operators compile to, for any target and without a GPU."""
+"""What the launches of the Triton operators compile to, for any target and without a GPU.
+
+    python -m tests.kernels.compiled
+
+compiles every setting for every target, which takes a quarter of an hour; `test_triton_compile.py` takes a few.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from gptqmodel_eora_ext.kernels.triton import ops
 
+from .cases import packed_weight, random_factors
+
 # Target → bytes of shared memory that a program may take there (CUDA programming guide, table of technical
 # specifications: the opt-in limit of a block; AMD: 64 KiB of LDS).
 TARGETS = {
@@ -30,6 +37,7 @@ TARGETS = {
     GPUTarget("cuda", 120, 32): 99 * 1024,
     GPUTarget("hip", "gfx942", 64): 64 * 1024,
 }
+RANK = 64
 KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "shrink_expand_kernel")
 
 
@@ -45,7 +53,7 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def launches(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]]:
+def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]]:
     """Collect the launches that operators called inside make, in place of running them."""
     found: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -94,3 +102,71 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", report.stdout)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: of `FusedLinears`, or for ``bits`` None of `add_correction`."""
+
+    bits: int | None
+    rows: int
+    dtype: torch.dtype = torch.float16
+    factor_bits: int = 16
+    desc_act: bool = False
+    sym: bool = False
+    in_features: int = 1024
+    outs: tuple[int, ...] = (1024,)
+
+    def launches(self) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+        """The launches of the call on a device of 132 multiprocessors."""
+        x = torch.zeros(self.rows, self.in_features, dtype=self.dtype)
+        if self.bits is None:
+            weight = packed_weight(4, self.outs[0], self.in_features, 128)
+            factors = random_factors(weight, RANK, self.factor_bits)
+            with collected(132) as found:
+                ops.add_correction(x, factors, torch.zeros(self.rows, self.outs[0], dtype=self.dtype))
+            return found
+        weights = [
+            packed_weight(self.bits, out, self.in_features, 128, sym=self.sym, desc_act=self.desc_act)
+            for out in self.outs
+        ]
+        factors_of = [random_factors(weight, RANK, self.factor_bits) for weight in weights]
+        fused = ops.FusedLinears.prepare(weights, factors_of, [torch.zeros(out, dtype=self.dtype) for out in self.outs])
+        with collected(132) as found:
+            fused(x)
+        return found
+
+
+def all_cases() -> list[Case]:
+    """Every setting that `settings.py` gives for a multiple of a tile, at each width; the costlier variants in half
+    precision."""
+    rows = (1, 16, 32, 64, 512)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    widths: tuple[int | None, ...] = (2, 3, 4, 8, None)
+    plain = [Case(bits, count, dtype) for bits in widths for count in rows for dtype in dtypes]
+    packed = [Case(bits, count, factor_bits=4, desc_act=True) for bits in widths for count in rows]
+    odd = [Case(bits, count, in_features=1000, sym=True) for bits in (2, 3) for count in rows]
+    stacked = [Case(bits, count, outs=(1024, 256, 256)) for bits in (2, 3) for count in rows]
+    return plain + packed + odd + stacked
+
+
+def main() -> None:
+    """Compile everything for everything, print a table, and fail if anything spills or does not fit."""
+    failed = 0
+    print(f"{'target':8} {'kernel':21} {'case':88} {'registers':>9} {'spilled':>7} {'shared':>7}")
+    for case in all_cases():
+        for kernel, args, options in case.launches():
+            for target, shared in TARGETS.items():
+                made = build(kernel, args, options, target)
+                fits = made.spilled == 0 and made.shared <= shared
+                failed += not fits
+                print(
+                    f"{target.arch!s:8} {made.kernel:21} {case!s:88} {made.registers:9} {made.spilled:7} "
+                    f"{made.shared:7}{'' if fits else '  FAILS'}",
+                    flush=True,
+                )
+    raise SystemExit(f"{failed} kernels spill or do not fit" if failed else None)
+
+
+if __name__ == "__main__":
+    main()

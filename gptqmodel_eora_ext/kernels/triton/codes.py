@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_unit(qweight, unit, n, live, rows, columns, BITS: tl.constexpr):
-    """The words of units: three uint32 tiles of the shape of ``unit`` × ``n`` (the same one thrice unless at 3 bits)."""
+    """The words of units: three uint32 tiles of the shape of ``unit`` × ``n``, all the same one unless at 3 bits."""
     if BITS == 3:
         row = unit * 3
         first = tl.load(qweight + row * columns + n, mask=live & (row < rows), other=0)
@@ -46,16 +46,17 @@ def window(first, second, third, part, BITS: tl.constexpr):
 
 
 @triton.jit
-def mantissa(word, INDEX: tl.constexpr, BITS: tl.constexpr):
+def mantissa(word, one, INDEX: tl.constexpr, BITS: tl.constexpr):
     """1 + code / 2^BITS as float32, of the code at INDEX of a `window`.
 
     The code is put at the top of the mantissa of 1.0: a shift and a logical operation, and no conversion from integers.
-    Exact; `zero_mantissa` is what to subtract.
+    ``one`` is 1.0 as an integer, given at run time: NVIDIA's assembler makes two operations of a mask and a union with
+    two constants. Exact; `zero_mantissa` is what to subtract.
     """
     SHIFT: tl.constexpr = INDEX * BITS
     PLACE: tl.constexpr = 23 - BITS
     placed = word >> (SHIFT - PLACE) if SHIFT > PLACE else word << (PLACE - SHIFT)
-    return ((placed & (((1 << BITS) - 1) << PLACE)) | 0x3F800000).to(tl.float32, bitcast=True)
+    return ((placed & (((1 << BITS) - 1) << PLACE)) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -36,10 +36,10 @@ def _expand_tile(
         t = load_parts(parts, m[:, None], r[None, :], in_m[:, None] & in_r[None, :], splits, rows, rank)
         b = load_factor(up, up_scales, r[:, None], n[None, :], in_r[:, None] & in_n[None, :], columns,
                         FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
-        if BLOCK_M >= 16:
-            acc = tl.dot(t.to(INPUT), b.to(INPUT), acc, input_precision="ieee")
+        if BLOCK_M == 1:
+            acc += tl.sum(tl.trans(t) * b, 0)[None, :]
         else:
-            acc += tl.sum(t[:, :, None] * b[None, :, :], 1)
+            acc = tl.dot(t.to(INPUT), b.to(INPUT), acc, input_precision="ieee")
     tl.store(place, acc.to(y.dtype.element_ty), mask=live)
 
 

@@ -23,6 +23,8 @@ from .shrink import shrink_kernel
 
 # A tile of locks that the shrink kernel zeroes at a time.
 LOCKS = 1024
+# 1.0 as float32 (`codes.mantissa`).
+ONE = 0x3F800000
 # Under Triton's interpreter there are no multiprocessors; with this many, small shapes are split as large ones are.
 INTERPRETED_PROCESSORS = 4
 
@@ -145,8 +147,8 @@ def fused_linears(
     processors = _processors(x.device)
     ranks = [0 if up is None else up.shape[0] for up in ups]
     indexed = any(one is not None for one in g_idx)
-    if rows <= settings.GEMV_ROWS:
-        chosen = settings.gemv(rows, outs, in_features, bits, processors)
+    if rows == 1:
+        chosen = settings.gemv(outs, in_features, bits, processors)
         # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
         group = -(-group_size // settings.unit_codes(bits))
     else:
@@ -167,18 +169,30 @@ def fused_linears(
     arguments = (
         x, parts, tuple(ys), tuple(qweights), tuple(qzeros), tuple(scales), tuple(g_idx), tuple(biases), tuple(ups),
         tuple(up_scales), tuple(outs), tuple(ranks), partials, locks,
-        rows, in_features, sum(outs), max(sum(ranks), 1), parts_splits, group,
     )  # fmt: skip
+    sizes = (in_features, sum(outs), sum(ranks), parts_splits, group)
     constants: dict[str, Any] = {
         "MODULES": len(outs), "BITS": bits, "CODES": settings.unit_codes(bits), "FACTOR_BITS": factor_bits,
-        "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
-        "BLOCK_R": chosen.block_r, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+        "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
+        "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
     }  # fmt: skip
-    if rows <= settings.GEMV_ROWS:
-        windows = settings.unit_codes(bits) // settings.window_codes(bits)
-        gemv_kernel[(tiles, chosen.splits)](*arguments, windows, chosen.per_split, **constants, BLOCK_U=chosen.block_k)
+    if rows == 1:
+        codes = settings.unit_codes(bits)
+        windows = codes // settings.window_codes(bits)
+        gemv_kernel[(tiles, chosen.splits)](
+            *arguments,
+            *sizes,
+            windows,
+            ONE,
+            chosen.per_split,
+            **constants,
+            EVEN=in_features % codes == 0,
+            BLOCK_U=chosen.block_k,
+        )
     else:
-        gemm_kernel[(m_tiles, tiles, chosen.splits)](*arguments, chosen.per_split, **constants, BLOCK_K=chosen.block_k)
+        gemm_kernel[(m_tiles, tiles, chosen.splits)](
+            *arguments, rows, *sizes, chosen.per_split, **constants, BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k
+        )
     return ys
 
 

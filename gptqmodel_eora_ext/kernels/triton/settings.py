@@ -13,18 +13,14 @@ import torch
 
 from ..layout import WORD_BITS
 
-# Up to so many rows, a tile of tensor-core size would be at least three quarters padding.
-GEMV_ROWS = 4
 # Programs wanted per multiprocessor: a memory-bound program alone cannot keep enough reads in flight.
 GEMV_PROGRAMS = 8
 GEMM_PROGRAMS = 2
-# 64 outputs: a row of words is read in two full 128-byte lines.
+# 64 outputs: a row of words is read in two full 128-byte lines. 16 rows: eight words to a thread.
 GEMV_COLUMNS = 64
-# Words that one program reads per step, as rows of GEMV_COLUMNS: 8 to a thread at one row of x. The sums are kept per
-# word, so more rows of x take fewer words.
-GEMV_UNITS = {1: 8, 2: 8, 4: 4}
-# Rank components per step of the up-projection without tensor cores.
-GEMV_RANKS = 8
+GEMV_UNITS = 16
+# Rank components per step without tensor cores.
+GEMV_RANKS = 16
 # More splits than this cost more partial sums than they bring parallelism at 4096 inputs.
 MOST_SPLITS = 16
 # Inputs of one step of a tensor-core tile.
@@ -76,15 +72,11 @@ def tile_inputs(bits: int, group_size: int, in_features: int) -> int:
     return min(power, BLOCK_K) if power >= max(SMALLEST_DOT, unit_codes(bits)) else 0
 
 
-def gemv(rows: int, outs: Sequence[int], in_features: int, bits: int, processors: int) -> Settings:
-    """For `gemv.gemv_kernel`; rows up to `GEMV_ROWS`."""
-    block_m = _power(rows)
-    block_u = GEMV_UNITS[block_m]
+def gemv(outs: Sequence[int], in_features: int, bits: int, processors: int) -> Settings:
+    """For `gemv.gemv_kernel`, one row."""
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
-    splits, per_split = _split(
-        -(-in_features // unit_codes(bits)), block_u, -(-GEMV_PROGRAMS * processors // tiles)
-    )
-    return Settings(block_m, GEMV_COLUMNS, block_u, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
+    splits, per_split = _split(-(-in_features // unit_codes(bits)), GEMV_UNITS, -(-GEMV_PROGRAMS * processors // tiles))
+    return Settings(1, GEMV_COLUMNS, GEMV_UNITS, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
 
 
 def gemm(
@@ -106,8 +98,8 @@ def gemm(
 
 def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
     """For `shrink.shrink_kernel`; ``rank`` of all modules together."""
-    if rows <= GEMV_ROWS:
-        block_m, block_r = _power(rows), 8
+    if rows == 1:
+        block_m, block_r = 1, GEMV_RANKS
     elif dtype == torch.float32:
         block_m, block_r = SMALLEST_DOT, 16
     else:
@@ -118,9 +110,7 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
     return Settings(block_m, 0, block_k, block_r, splits, per_split, num_warps=4, num_stages=3)
 
 
-def shrink_expand(
-    rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int
-) -> Settings:
+def shrink_expand(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
     """For `expand.shrink_expand_kernel`: as `shrink`, with tiles of outputs."""
     base = shrink(rows, rank, in_features, dtype, processors)
     block_n = 64 if dtype != torch.float32 else FLOAT32_COLUMNS
@@ -130,8 +120,10 @@ def shrink_expand(
 
 
 def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
-    """Parts of a length that are multiples of a block, at most ``wanted`` and `MOST_SPLITS`: count (a power of two or
-    less, none empty) and size."""
+    """Parts of a length that are multiples of a block: how many, at most ``wanted`` and `MOST_SPLITS`, and their size.
+
+    The last may be shorter, or empty.
+    """
     steps = -(-length // block)
     parts = min(max(wanted, 1), MOST_SPLITS, steps)
     # The count is compiled in; powers of two keep the number of variants small.

@@ -24,27 +24,25 @@ def shrink_tile(
     r = r_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     in_m = m < rows
     in_r = r < rank
-    x_rows = x + m.to(tl.int64)[:, None] * in_features
     first = split * inputs_per_split
     last = tl.minimum(first + inputs_per_split, in_features)
-    if BLOCK_M >= 16:
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    else:
-        wide = tl.zeros((BLOCK_M, BLOCK_R, BLOCK_K), tl.float32)
+    # One row is multiplied without tensor cores, for which it would be padded to sixteen.
+    sums = tl.zeros((BLOCK_R, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
     for start in range(first, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < last
-        xs = tl.load(x_rows + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0)
         a = load_factor(down, down_scales, r[:, None], k[None, :], in_r[:, None] & in_k[None, :], in_features,
                         FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
-        if BLOCK_M >= 16:
-            acc = tl.dot(xs, tl.trans(a.to(x.dtype.element_ty)), acc, input_precision="ieee")
+        if BLOCK_M == 1:
+            sums += tl.load(x + k[None, :], mask=in_k[None, :], other=0).to(tl.float32) * a
         else:
-            wide += xs.to(tl.float32)[:, None, :] * a[None, :, :]
-    if BLOCK_M < 16:
-        acc = tl.sum(wide, 2)
-    place = parts + (split * rows + m.to(tl.int64)[:, None]) * rank + r[None, :]
-    tl.store(place, acc, mask=in_m[:, None] & in_r[None, :])
+            xs = tl.load(x + m.to(tl.int64)[None, :] * in_features + k[:, None],
+                         mask=in_m[None, :] & in_k[:, None], other=0)  # fmt: skip
+            sums = tl.dot(a.to(xs.dtype), xs, sums, input_precision="ieee")
+    if BLOCK_M == 1:
+        sums = tl.sum(sums, 1)[:, None]
+    place = parts + (split * rows + m.to(tl.int64)[None, :]) * rank + r[:, None]
+    tl.store(place, sums, mask=in_m[None, :] & in_r[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,7 +73,7 @@ def load_parts(parts, m, r, live, splits, rows, rank):
     """
     place = parts + m.to(tl.int64) * rank + r
     total = tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
-    for split in range(1, splits):
-        step = (split * rows).to(tl.int64) * rank
-        total += tl.load(place + step, mask=live, other=0.0, cache_modifier=".cg")
+    for _ in range(1, splits):
+        place += rows * rank
+        total += tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
     return total

@@ -24,7 +24,7 @@ def finish_tile(
     live = in_m[:, None] & in_n[None, :]
     if SPLITS > 1:
         place = partials + m.to(tl.int64)[:, None] * all_columns + (first_column + n)[None, :]
-        step = rows.to(tl.int64) * all_columns
+        step = rows * all_columns
         tl.store(place + split * step, acc, mask=live)
         # All threads of the program have stored before one of them counts and thereby publishes.
         tl.debug_barrier()
