@@ -73,15 +73,19 @@ def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ..
             del kernel.run
 
 
-def build(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Compiled:
-    """Compile a launch as Triton would on a device of that target."""
+def compiled(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Any:
+    """Triton's own result of compiling a launch as it would on a device of that target."""
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
         *args, **options
     )
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=target, options=parsed.__dict__)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+
+
+def build(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Compiled:
+    """What a launch takes on a device of that target."""
+    made = compiled(kernel, args, options, target)
     name = kernel.fn.__name__
     if target.backend == "hip":
         assembly = made.asm["amdgcn"]
