@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 # Each instruction set's file carries its own target attribute; nothing is compiled for the machine that builds.
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", *(("-fopenmp",) if sys.platform == "linux" else ()))
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
 
 
 class BuildError(RuntimeError):
@@ -82,15 +82,16 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
-        log.warning("EoRA: the CPU kernels are not available, so 2- and 3-bit models run slowly: %s. Install a C++ "
-                    "compiler (g++ or clang++), then: python -m gptqmodel_eora_ext.kernels.cpu --build", error)  # fmt: skip
+        log.warning("EoRA: no CPU kernels (%s); torch is used, which is slow at 2 and 3 bits. Install a C++ compiler, "
+                    "then run: python -m gptqmodel_eora_ext.kernels.cpu --build", error)  # fmt: skip
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.eora_repack.argtypes = (pointer, pointer, integer, integer, integer, pointer, integer)
     loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, pointer, integer, integer, integer)
     loaded.eora_down.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, integer, long, integer, integer)
-    for name in ("eora_repack", "eora_linear", "eora_down", "eora_dequantize"):
+    loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
+    for name in ("eora_matmul", "eora_repack", "eora_linear", "eora_down", "eora_dequantize"):
         getattr(loaded, name).restype = None
     return loaded
 

@@ -97,6 +97,16 @@ class CpuLinear:
                                 torch.get_num_threads())  # fmt: skip
         return t
 
+    def many_rows_bf16(self, x: torch.Tensor) -> torch.Tensor:
+        """y of many rows of bfloat16, contiguous, where the processor multiplies bfloat16 by itself."""
+        t = None
+        if self.factors is not None:
+            t = torch.nn.functional.linear(x, self.factors.source.dense(x.dtype)[0])
+        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        self._kernels.eora_matmul(self._address, x.data_ptr(), _pointer(t), x.shape[0], y.data_ptr(),
+                                  torch.get_num_threads())  # fmt: skip
+        return y
+
     def many_rows(self, x: torch.Tensor, isa: int) -> torch.Tensor:
         """y by matrix multiplication with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ].
 

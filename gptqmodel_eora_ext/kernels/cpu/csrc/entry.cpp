@@ -5,10 +5,10 @@
 
 namespace {
 
-enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 const Kernels& kernels(int isa) {
-  return *(isa == AVX512 ? avx512_kernels() : isa == AVX2 ? avx2_kernels() : portable_kernels());
+  return *(isa >= AVX512 ? avx512_kernels() : isa == AVX2 ? avx2_kernels() : portable_kernels());
 }
 
 // Components of A in a piece of work: 16-bit rows of 4,096 make 64 KiB, twice the first cache.
@@ -38,7 +38,7 @@ int eora_best_isa() {
   const bool f16 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx512_kernels() && f16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return AVX512;
+    return bf16_matmul() && __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
   if (avx2_kernels() && f16) return AVX2;
 #endif
   return PORTABLE;
@@ -144,6 +144,23 @@ void eora_dequantize(const Linear* linear, int first, int last, char* out, int k
 #pragma omp parallel for num_threads(threads)
   for (int strip = first; strip < last; ++strip) {
     k.dequantize(*linear, strip, strip + 1, out + int64_t(strip - first) * LANES * (kind == F32 ? 4 : 2), kind, stride);
+  }
+}
+
+// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank; on processors of AVX512_BF16 only.
+void eora_matmul(const Linear* linear, const uint16_t* x, const uint16_t* t, int rows, uint16_t* y, int threads) {
+  const Linear& l = *linear;
+  const Matmul& m = *bf16_matmul();
+  const int64_t block_size = input_pairs(l) * BLOCK_ROWS * 2;
+  const int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  uint16_t* panels = scratch<uint16_t, 5>(blocks * block_size);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int block = 0; block < blocks; ++block) m.pack(l, x, t, rows, block, panels + block * block_size);
+    uint16_t* weights = scratch<uint16_t, 6>(input_pairs(l) * LANES * 4);
+#pragma omp for schedule(dynamic, 1)
+    for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, pair, panels, rows, weights, y);
   }
 }
 

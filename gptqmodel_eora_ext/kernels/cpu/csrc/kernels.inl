@@ -3,36 +3,9 @@
 // Few rows: each row of x becomes integers of `slices` signed bytes with a power of two per segment, so that the sum
 // over a segment of (code − zero) · x is an exact integer, taken by byte products straight from the packed codes.
 // Two slices (an error of 2^-15 of the segment's largest input at most) serve 16-bit inputs, three (2^-23) float32.
+#include "codes.inl"
 
 namespace {
-
-inline I bytes(int32_t value) { return iset(value * 0x01010101); }
-
-inline F load16(const void* base, int kind, int64_t offset) {
-  switch (kind) {
-    case F16: return load_f16((const uint16_t*)base + offset);
-    case BF16: return load_bf16((const uint16_t*)base + offset);
-    case I8: return load_i8((const int8_t*)base + offset);
-    case I4: return fadd(to_float(load_u4((const uint8_t*)base + offset / 2)), fset(-8.0f));
-    default: return fload((const float*)base + offset);
-  }
-}
-
-inline void store16(void* base, int kind, int64_t offset, F value) {
-  if (kind == F16) store_f16((uint16_t*)base + offset, value);
-  else if (kind == BF16) store_bf16((uint16_t*)base + offset, value);
-  else fstore((float*)base + offset, value);
-}
-
-inline int size_of(int kind) { return kind == F32 ? 4 : 2; }
-
-// The first `count` of 16 lanes.
-inline void store_some(void* base, int kind, int64_t offset, F value, int count) {
-  if (count >= LANES) return store16(base, kind, offset, value);
-  alignas(64) char lanes[64];
-  store16(lanes, kind, 0, value);
-  __builtin_memcpy((char*)base + offset * size_of(kind), lanes, count * size_of(kind));
-}
 
 void widen(const void* x, int kind, int in_features, float* out) {
   int i = 0;
@@ -128,11 +101,6 @@ inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_str
   }
 }
 
-// Three-bit codes from their low two bits and their high bit.
-inline I three(I low, I high, int32_t low_mask, int32_t mask) {
-  return iand(select(bytes(low_mask), low, high), bytes(mask));
-}
-
 // The unit's share of the sums: `once` for codes that stand in place, `shifted` for those times 2^SHIFT.
 template <int B, int S, int R>
 inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip, int unit, const int8_t* d, int64_t rs) {
@@ -180,9 +148,11 @@ inline I together(I once, I shifted) {
   return WIDE_CODES ? once : iadd(once, shl<4>(shifted));
 }
 
-inline I zeros_of(const Linear& l, int64_t index) {
-  if (!l.zeros) return iset(l.zero);
-  return l.bits == 8 ? load_u8(l.zeros + index * LANES) : load_u4(l.zeros + index * LANES / 2);
+// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last.
+inline void fetch_up(const Linear& l, int strip) {
+  const int64_t bytes = int64_t(l.rank) * LANES * (l.up_kind == F32 ? 8 : l.up_kind == I8 ? 2 : l.up_kind == I4 ? 1 : 4) / 2;
+  const char* up = (const char*)l.up + strip * bytes;
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(up + line);
 }
 
 struct Rows {
@@ -197,6 +167,7 @@ template <int B, int S, int R>
 void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   const int64_t row_stride = int64_t(l.units) * LANES * S;
+  fetch_up(l, strip);
   for (int r = 0; r < R; ++r) y[r] = l.bias ? fload(l.bias + strip * LANES) : fzero();
   for (int segment = 0; segment < l.segments; ++segment) {
     I once[R][S], shifted[R][S];
@@ -272,36 +243,6 @@ void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* su
               : l.bits == 4 ? (slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
                             : (slices == 2 ? strips_of<8, 2> : strips_of<8, 3>);
   run(l, x, rows, first, last, y, kind);
-}
-
-// The codes of a unit: bytes[k] holds inputs 4k to 4k + 3.
-template <int B>
-inline void unpack_unit(const uint8_t* strip, int unit, I (&four)[4]) {
-  if constexpr (B == 2) {
-    I v = load(strip + unit * 64);
-    four[0] = iand(v, bytes(0x03));
-    four[1] = iand(shr<2>(v), bytes(0x03));
-    four[2] = iand(shr<4>(v), bytes(0x03));
-    four[3] = iand(shr<6>(v), bytes(0x03));
-  } else if constexpr (B == 3) {
-    const uint8_t* pair = strip + unit / 2 * 192;
-    I low = load(pair + unit % 2 * 64), high = load(pair + 128);
-    if (unit % 2) high = ror<1>(high);
-    four[0] = three(low, high, 0x03, 0x07);
-    four[1] = shr<2>(three(low, high, 0x0C, 0x1C));
-    low = shr<4>(low);
-    high = ror<4>(high);
-    four[2] = three(low, high, 0x03, 0x07);
-    four[3] = shr<2>(three(low, high, 0x0C, 0x1C));
-  } else if constexpr (B == 4) {
-    for (int half = 0; half < 2; ++half) {
-      I v = load(strip + unit * 128 + half * 64);
-      four[2 * half] = iand(v, bytes(0x0F));
-      four[2 * half + 1] = iand(shr<4>(v), bytes(0x0F));
-    }
-  } else {
-    for (int quarter = 0; quarter < 4; ++quarter) four[quarter] = load(strip + unit * 256 + quarter * 64);
-  }
 }
 
 template <int B>

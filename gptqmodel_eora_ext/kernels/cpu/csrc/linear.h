@@ -79,6 +79,17 @@ struct Kernels {
   void (*dequantize)(const Linear&, int first, int last, void* out, int kind, int64_t stride);
 };
 
-const Kernels* avx512_kernels();   // null where it was not compiled in
+// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank.
+struct Matmul {
+  void (*pack)(const Linear&, const uint16_t* x, const uint16_t* t, int rows, int block, uint16_t* panel);
+  void (*outputs)(const Linear&, int pair, const uint16_t* panels, int rows, uint16_t* weights, uint16_t* y);
+};
+// Rows of x that are multiplied at a time.
+constexpr int BLOCK_ROWS = 12;
+// Pairs of inputs, the components of the adapter among them.
+inline int64_t input_pairs(const Linear& l) { return int64_t(l.units) * (LANES / 2) + (l.rank + 1) / 2; }
+
+const Kernels* avx512_kernels();  // null where it was not compiled in
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
+const Matmul* bf16_matmul();       // likewise
