@@ -87,11 +87,10 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.eora_repack.argtypes = (pointer, pointer, integer, integer, integer, pointer, integer)
-    loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, pointer, integer, integer, integer)
-    loaded.eora_down.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer, integer)
-    loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, integer, long, integer, integer)
+    loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer)
+    loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, long, integer, integer)
     loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
-    for name in ("eora_matmul", "eora_repack", "eora_linear", "eora_down", "eora_dequantize"):
+    for name in ("eora_matmul", "eora_repack", "eora_linear", "eora_dequantize"):
         getattr(loaded, name).restype = None
     return loaded
 

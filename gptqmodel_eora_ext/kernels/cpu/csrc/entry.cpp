@@ -1,4 +1,4 @@
-// What Python calls: repacking once, then a linear layer for few rows, x Aᵀ alone, and Ŵᵀ for many rows.
+// What Python calls: repacking once, then a linear layer from its codes or as a matrix product, or Ŵᵀ alone.
 #include <memory>
 
 #include "linear.h"
@@ -79,24 +79,8 @@ void eora_repack(const uint32_t* qweight, const int32_t* places, int bits, int o
   }
 }
 
-// t = x Aᵀ in float32, rows × t_stride.
-void eora_down(const Linear* linear, const char* x, int kind, int rows, float* t, int t_stride, int isa, int threads) {
-  const Linear& l = *linear;
-  const Kernels& k = kernels(isa);
-  const int64_t inputs = padded_inputs(l.in_features), row_bytes = int64_t(l.in_features) * (kind == F32 ? 4 : 2);
-  float* wide = scratch<float, 0>(rows * inputs);
-  for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
-  const int pieces = (l.rank + COMPONENTS - 1) / COMPONENTS;
-#pragma omp parallel for num_threads(threads)
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int first = piece * COMPONENTS, last = first + COMPONENTS < l.rank ? first + COMPONENTS : l.rank;
-    k.down(l, wide, rows, first, last, t, t_stride);
-  }
-}
-
-// y = x Ŵᵀ + t Bᵀ + bias for few rows; t = x Aᵀ is taken here where it is not given.
-void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* y, const float* given_t, int t_stride,
-                 int isa, int threads) {
+// y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes.
+void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* y, int isa, int threads) {
   const Linear& l = *linear;
   const Kernels& k = kernels(isa);
   const int slices = kind == F32 ? 3 : 2;
@@ -106,14 +90,8 @@ void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* 
   int8_t* digits = scratch<int8_t, 1>(rows * places * slices);
   int32_t* sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
   float* steps = scratch<float, 3>(int64_t(rows) * l.segments);
-  float* own_t = nullptr;
-  int components = 0;
-  if (l.rank && !given_t) {
-    own_t = scratch<float, 4>(int64_t(rows) * l.rank);
-    t_stride = l.rank;
-    components = (l.rank + COMPONENTS - 1) / COMPONENTS;
-  }
-  const float* t = given_t ? given_t : own_t;
+  float* t = scratch<float, 4>(int64_t(rows) * l.rank);
+  const int components = (l.rank + COMPONENTS - 1) / COMPONENTS;
   for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
   const int chunk = l.strips / (threads * PIECES) > 0 ? l.strips / (threads * PIECES) : 1;
   const int pieces = (l.strips + chunk - 1) / chunk;
@@ -126,24 +104,23 @@ void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* 
                    sums + int64_t(work) * l.segments * slices, steps + int64_t(work) * l.segments);
       } else {
         const int first = (work - rows) * COMPONENTS, end = first + COMPONENTS;
-        k.down(l, wide, rows, first, end < l.rank ? end : l.rank, own_t, t_stride);
+        k.down(l, wide, rows, first, end < l.rank ? end : l.rank, t);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int piece = 0; piece < pieces; ++piece) {
       const int first = piece * chunk, end = first + chunk;
-      k.strips(l, slices, digits, sums, steps, t, t_stride, rows, first, end < l.strips ? end : l.strips, y, kind);
+      k.strips(l, slices, digits, sums, steps, t, rows, first, end < l.strips ? end : l.strips, y, kind);
     }
   }
 }
 
-// Ŵᵀ of the strips [first, last): in × stride, in the kind's dtype; padded outputs are written too.
-void eora_dequantize(const Linear* linear, int first, int last, char* out, int kind, int64_t stride, int isa,
-                     int threads) {
+// Ŵᵀ of the strips [first, last) in float32, in × stride; padded outputs are written too.
+void eora_dequantize(const Linear* linear, int first, int last, float* out, int64_t stride, int isa, int threads) {
   const Kernels& k = kernels(isa);
 #pragma omp parallel for num_threads(threads)
   for (int strip = first; strip < last; ++strip) {
-    k.dequantize(*linear, strip, strip + 1, out + int64_t(strip - first) * LANES * (kind == F32 ? 4 : 2), kind, stride);
+    k.dequantize(*linear, strip, out + int64_t(strip - first) * LANES, stride);
   }
 }
 

@@ -1,6 +1,6 @@
 // The kernels, written once for the lanes of any instruction set. Included after one of the `vec_*.h`.
 //
-// Few rows: each row of x becomes integers of `slices` signed bytes with a power of two per segment, so that the sum
+// Each row of x becomes integers of `slices` signed bytes with a power of two per segment, so that the sum
 // over a segment of (code − zero) · x is an exact integer, taken by byte products straight from the packed codes.
 // Two slices (an error of 2^-15 of the segment's largest input at most) serve 16-bit inputs, three (2^-23) float32.
 #include "codes.inl"
@@ -36,12 +36,12 @@ F dot_row(const Linear& l, const float* x, int component) {
   return total;
 }
 
-void down(const Linear& l, const float* x, int rows, int first, int last, float* t, int t_stride) {
+void down(const Linear& l, const float* x, int rows, int first, int last, float* t) {
   auto* dot = l.down_kind == F16 ? dot_row<F16> : l.down_kind == BF16 ? dot_row<BF16> : l.down_kind == I8 ? dot_row<I8>
             : l.down_kind == I4 ? dot_row<I4> : dot_row<F32>;
   for (int component = first; component < last; ++component) {
     for (int row = 0; row < rows; ++row) {
-      t[int64_t(row) * t_stride + component] = sum(dot(l, x + int64_t(row) * padded_inputs(l.in_features), component));
+      t[int64_t(row) * l.rank + component] = sum(dot(l, x + int64_t(row) * padded_inputs(l.in_features), component));
     }
   }
 }
@@ -160,7 +160,6 @@ struct Rows {
   const int32_t* sums;
   const float* steps;
   const float* t;
-  int t_stride;
 };
 
 template <int B, int S, int R>
@@ -199,7 +198,7 @@ void add_up(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   for (int c = 0; c < l.rank; ++c) {
     F column = load16(l.up, KIND, base + int64_t(c) * LANES);
     const float scale = KIND == I8 || KIND == I4 ? half_to_float(scales[c]) : 1.0f;
-    for (int r = 0; r < R; ++r) y[r] = fma(column, fset(scale * x.t[r * x.t_stride + c]), y[r]);
+    for (int r = 0; r < R; ++r) y[r] = fma(column, fset(scale * x.t[r * l.rank + c]), y[r]);
   }
 }
 
@@ -217,7 +216,7 @@ void add_adapter(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
 template <int B, int S, int R>
 void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int kind) {
   const Rows from = {x.digits + int64_t(row) * l.units * LANES * S, x.sums + int64_t(row) * l.segments * S,
-                     x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * x.t_stride, x.t_stride};
+                     x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * l.rank};
   F out[R];
   strip_of_rows<B, S, R>(l, strip, from, out);
   if (l.rank) add_adapter<R>(l, strip, from, out);
@@ -236,8 +235,8 @@ void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, vo
 }
 
 void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* sums, const float* steps, const float* t,
-            int t_stride, int rows, int first, int last, void* y, int kind) {
-  const Rows x = {digits, sums, steps, t, t_stride};
+            int rows, int first, int last, void* y, int kind) {
+  const Rows x = {digits, sums, steps, t};
   auto* run = l.bits == 2   ? (slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
               : l.bits == 3 ? (slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
               : l.bits == 4 ? (slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
@@ -246,33 +245,30 @@ void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* su
 }
 
 template <int B>
-void dequantize_strips(const Linear& l, int first, int last, void* out, int kind, int64_t stride) {
+void dequantize_bits(const Linear& l, int strip, float* out, int64_t stride) {
+  const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   for (int segment = 0; segment < l.segments; ++segment) {
-    for (int strip = first; strip < last; ++strip) {
-      const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
-      const int64_t index = int64_t(strip) * l.segments + segment;
-      const F scale = load16(l.scales, l.scale_kind, index * LANES);
-      const F offset = fmul(to_float(zeros_of(l, index)), fmul(scale, fset(-1.0f)));
-      for (int unit = l.starts[segment]; unit < l.starts[segment + 1]; ++unit) {
-        I four[4];
-        unpack_unit<B>(codes, unit, four);
-        for (int i = 0; i < LANES; ++i) {
-          const int place = unit * LANES + i, input = l.order ? l.order[place] : place;
-          if (input < 0) continue;
-          const I byte = i % 4 == 0 ? four[i / 4] : i % 4 == 1 ? shr<8>(four[i / 4])
-                       : i % 4 == 2 ? shr<16>(four[i / 4]) : shr<24>(four[i / 4]);
-          store16(out, kind, input * stride + (strip - first) * LANES,
-                  fma(to_float(iand(byte, iset(255))), scale, offset));
-        }
+    const int64_t index = int64_t(strip) * l.segments + segment;
+    const F scale = load16(l.scales, l.scale_kind, index * LANES);
+    const F offset = fmul(to_float(zeros_of(l, index)), fmul(scale, fset(-1.0f)));
+    for (int unit = l.starts[segment]; unit < l.starts[segment + 1]; ++unit) {
+      I four[4];
+      unpack_unit<B>(codes, unit, four);
+      for (int i = 0; i < LANES; ++i) {
+        const int place = unit * LANES + i, input = l.order ? l.order[place] : place;
+        if (input < 0) continue;
+        const I byte = i % 4 == 0 ? four[i / 4] : i % 4 == 1 ? shr<8>(four[i / 4])
+                     : i % 4 == 2 ? shr<16>(four[i / 4]) : shr<24>(four[i / 4]);
+        fstore(out + input * stride, fma(to_float(iand(byte, iset(255))), scale, offset));
       }
     }
   }
 }
 
-void dequantize(const Linear& l, int first, int last, void* out, int kind, int64_t stride) {
-  auto* run = l.bits == 2 ? dequantize_strips<2> : l.bits == 3 ? dequantize_strips<3>
-            : l.bits == 4 ? dequantize_strips<4> : dequantize_strips<8>;
-  run(l, first, last, out, kind, stride);
+void dequantize(const Linear& l, int strip, float* out, int64_t stride) {
+  auto* run = l.bits == 2 ? dequantize_bits<2> : l.bits == 3 ? dequantize_bits<3>
+            : l.bits == 4 ? dequantize_bits<4> : dequantize_bits<8>;
+  run(l, strip, out, stride);
 }
 
 const Kernels table = {down, quantize, widen, strips, dequantize};

@@ -29,7 +29,7 @@ constexpr int FACTOR_GROUP = 64;
 struct Linear {
   int32_t bits, in_features, out_features, rank;
   int32_t segments, units, strips, zero;  // zero: the code of all zeros where `zeros` is null
-  int32_t scale_kind, down_kind, up_kind, padding;
+  int32_t scale_kind, down_kind, up_kind, unused;
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zeros;
@@ -66,17 +66,17 @@ static inline float half_to_float(uint16_t half) {
 
 // One instruction set's kernels. x is rows × padded_inputs in float32.
 struct Kernels {
-  // t = x Aᵀ for the components [first, last).
-  void (*down)(const Linear&, const float* x, int rows, int first, int last, float* t, int t_stride);
+  // t = x Aᵀ, rows × rank, for the components [first, last).
+  void (*down)(const Linear&, const float* x, int rows, int first, int last, float* t);
   // x, one row in float32, as integers of 8 bits: x ≈ step · Σ digit · 256^slice, per segment.
   void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
   // y of the strips [first, last).
   void (*strips)(const Linear&, int slices, const int8_t* digits, const int32_t* sums, const float* steps,
-                 const float* t, int t_stride, int rows, int first, int last, void* y, int kind);
-  // Ŵᵀ of the strips [first, last) to a matrix in × stride, a row to an input.
-  void (*dequantize)(const Linear&, int first, int last, void* out, int kind, int64_t stride);
+                 const float* t, int rows, int first, int last, void* y, int kind);
+  // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
+  void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
 };
 
 // y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank.
