@@ -101,7 +101,7 @@ def tables() -> str:
             f"{BANDWIDTH / 1e12:.2f} TB/s. Dense 16-bit: {plain / 1e6:.0f} MB, {count} launches, "
             f"{model.layers * plain / BANDWIDTH * 1e3:.2f} ms.",
             "",
-            "| bits | rank | fused MB | adapter's share | with 4-bit factors | launches | stock MB | launches | least ms |",
+            "| bits | rank | fused MB | adapter's share | 4-bit factors | launches | stock MB | launches | least ms |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for bits, rank in itertools.product((2, 3, 4), RANKS):

@@ -1,7 +1,8 @@
 """Which kernel multiplies: by device, dtype, bits, rank and rows; and, for people, why not a faster one.
 
 `GPTQMODEL_EORA_EXT_KERNELS_OFF` names, separated by commas, what is not to be used: paths (`cpu-codes`, `cpu-matmul`,
-`cpu-tiles`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`. It is read when a model is loaded.
+`cpu-tiles`, `triton`, `triton-correction`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`. It is read
+when a model is loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from .cpu.build import ISAS, best_isa, library
 from .layout import WEIGHT_BITS
+from .triton import runs_on
 
 SWITCH = "GPTQMODEL_EORA_EXT_KERNELS_OFF"
 ALL = "all"
@@ -20,6 +22,9 @@ ALL = "all"
 CODES = "cpu-codes"
 MATMUL = "cpu-matmul"
 TILES = "cpu-tiles"
+TRITON = "triton"
+# The adapter alone, on the output of a kernel that is not ours.
+CORRECTION = "triton-correction"
 TORCH = "torch"
 
 # Rows up to which multiplying the codes themselves takes less time than dequantising for it: at 4096 × 4096, 2 bits,
@@ -34,8 +39,8 @@ class Choice:
     """A kernel, and what stands in the way of a faster one.
 
     Attributes:
-        path: one of `CODES`, `MATMUL`, `TILES`, `TORCH`.
-        isa: index into `cpu.build.ISAS`; 0 for `TORCH`.
+        path: one of `CODES`, `MATMUL`, `TILES`, `TRITON`, `TORCH`.
+        isa: index into `cpu.build.ISAS`; 0 for `TRITON` and `TORCH`.
         reason: why not a faster one; empty for the fastest.
     """
 
@@ -44,7 +49,7 @@ class Choice:
     reason: str = ""
 
     def __str__(self) -> str:
-        return self.path if self.path == TORCH else f"{self.path} ({ISAS[self.isa]})"
+        return self.path if self.path in (TRITON, TORCH) else f"{self.path} ({ISAS[self.isa]})"
 
 
 def switched_off() -> frozenset[str]:
@@ -65,7 +70,7 @@ def choose(
         off: names that are not to be used (`switched_off`).
     """
     device = torch.device(device)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return Choice(TORCH, reason=f"there is no kernel for {device.type}")
     if bits not in WEIGHT_BITS:
         return Choice(TORCH, reason=f"the kernels read {', '.join(map(str, WEIGHT_BITS))} bits, not {bits}")
@@ -73,6 +78,10 @@ def choose(
         return Choice(TORCH, reason=f"the kernels take float32, float16 and bfloat16, not {str(dtype)[6:]}")
     if ALL in off:
         return Choice(TORCH, reason=f"{SWITCH}={ALL}")
+    if device.type == "cuda":
+        if TRITON in off:
+            return Choice(TORCH, reason=f"{TRITON} is off by {SWITCH}")
+        return Choice(TRITON) if runs_on(device) else Choice(TORCH, reason="Triton is not installed")
     if library() is None:
         return Choice(TORCH, reason="the CPU kernels could not be compiled; the log tells why")
     isa, reason = _usable_isa(off)

@@ -15,9 +15,20 @@ Importing this package imports no Triton, which not every platform has; `ops` do
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+
+import torch
+
+_INSTALLED = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available() -> bool:
     """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    return _INSTALLED
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can read tensors of ``device``: CUDA and ROCm; any, where Triton interprets its kernels."""
+    return _INSTALLED and (device.type == "cuda" or _INTERPRETED)

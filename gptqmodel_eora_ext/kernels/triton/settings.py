@@ -21,6 +21,8 @@ GEMV_COLUMNS = 64
 GEMV_UNITS = 16
 # Rank components per step without tensor cores.
 GEMV_RANKS = 16
+# Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
+GEMM_RANKS = 16
 # More splits than this cost more partial sums than they bring parallelism at 4096 inputs.
 MOST_SPLITS = 16
 # Inputs of one step of a tensor-core tile.
@@ -93,7 +95,7 @@ def gemm(
         block_m, block_n, num_warps = 128, 128, 8
     tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
-    return Settings(block_m, block_n, block_k, 32, splits, per_split, num_warps, num_stages=3)
+    return Settings(block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3)
 
 
 def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
