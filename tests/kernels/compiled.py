@@ -89,7 +89,11 @@ def build(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], t
     name = kernel.fn.__name__
     if target.backend == "hip":
         assembly = made.asm["amdgcn"]
-        spilled = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count: +(\d+)", assembly))
+        # Where scalar registers do not suffice, lanes of vector registers hold the rest; only what those spill, and the
+        # private segment, is memory.
+        spilled = sum(
+            int(count) for count in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size): +(\d+)", assembly)
+        )
         registers = max(int(count) for count in re.findall(r"\.vgpr_count: +(\d+)", assembly))
     else:
         assembly = made.asm["ptx"]
