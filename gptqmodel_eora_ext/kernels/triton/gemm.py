@@ -19,8 +19,8 @@ from .store import finish_tile
 
 @triton.jit
 def _weight_tile(
-    qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns, group_size,
-    BITS: tl.constexpr, CODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns,
+    BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Ŵᵀ of inputs start … start + BLOCK_K: BLOCK_K × BLOCK_N, float32. Inputs past the end hold anything finite."""
     UNITS: tl.constexpr = BLOCK_K // CODES
@@ -32,7 +32,7 @@ def _weight_tile(
     codes = tl.reshape(codes, (BLOCK_K, BLOCK_N))
     if g_idx is None:
         # A tile lies within one group.
-        group = start // group_size
+        group = start // GROUP_SIZE
         live = in_n[None, :]
     else:
         k = start + tl.arange(0, BLOCK_K)
@@ -47,8 +47,9 @@ def _weight_tile(
 def _gemm_tile(
     x, parts, y, qweight, qzeros, scales, g_idx, bias, up, up_scales, partials, locks, lock, m_tile, tile, split,
     rows, in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, parts_splits,
-    group_size, inputs_per_split,
-    BITS: tl.constexpr, CODES: tl.constexpr, FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    inputs_per_split,
+    BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -61,8 +62,8 @@ def _gemm_tile(
     for start in range(first, tl.minimum(first + inputs_per_split, in_features), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         xs = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k < in_features)[None, :], other=0)
-        weight = _weight_tile(qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns, group_size,
-                              BITS, CODES, BLOCK_N, BLOCK_K)  # fmt: skip
+        weight = _weight_tile(qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns,
+                              BITS, CODES, GROUP_SIZE, BLOCK_N, BLOCK_K)  # fmt: skip
         acc = tl.dot(xs, weight.to(xs.dtype), acc, input_precision="ieee")
     if up is not None:
         for start in range(split * BLOCK_R, rank, SPLITS * BLOCK_R):
@@ -79,8 +80,8 @@ def _gemm_tile(
 @triton.jit(do_not_specialize=["rows"])
 def gemm_kernel(
     x, parts, ys, qweights, qzeros, scales, g_idx, biases, ups, up_scales, outs, ranks, partials, locks,
-    rows, in_features, all_columns, all_ranks, parts_splits, group_size, inputs_per_split,
-    MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr,
+    rows, in_features, all_columns, all_ranks, parts_splits, inputs_per_split,
+    MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +99,8 @@ def gemm_kernel(
                 x, parts, ys[j], qweights[j], qzeros[j], scales[j], g_idx[j], biases[j], ups[j], up_scales[j],
                 partials, locks, lock, m_tile, tile, tl.program_id(2),
                 rows, in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, parts_splits,
-                group_size, inputs_per_split,
-                BITS, CODES, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                inputs_per_split,
+                BITS, CODES, GROUP_SIZE, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

@@ -25,8 +25,9 @@ from .store import finish_tile
 
 @triton.jit
 def _inputs(
-    x, qweight, qzeros, scales, g_idx, first, last, n, in_n, in_features, columns, group_units, windows, one,
-    BITS: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
+    x, qweight, qzeros, scales, g_idx, first, last, n, in_n, in_features, columns, windows, one,
+    BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Σ over the units from ``first`` to ``last``: BLOCK_N, float32."""
     WINDOW: tl.constexpr = 4 if BITS == 8 else 8
@@ -53,7 +54,7 @@ def _inputs(
             k = (u * CODES)[:, None] + tl.arange(0, CODES)[None, :]
             xs = tl.load(x + k, mask=in_u[:, None] & (k < in_features), other=0).to(tl.float32)
             sums = tl.sum(xs, 1)[:, None]
-            group = (u // group_units)[:, None]
+            group = (u // GROUP_UNITS)[:, None]
             scale = tl.load(scales + group * columns + n[None, :], mask=live, other=0).to(tl.float32)
             zero = zero_mantissa(load_zeros(qzeros, group, n[None, :], live, columns, BITS), BITS)
             acc += scale * (products - zero * sums)
@@ -73,8 +74,8 @@ def _scaled(weight, qzeros, scales, group, n, live, columns, BITS: tl.constexpr)
 def _gemv_tile(
     x, parts, y, qweight, qzeros, scales, g_idx, bias, up, up_scales, partials, locks, lock, tile, split,
     in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, parts_splits,
-    group_units, windows, one, units_per_split,
-    BITS: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
+    windows, one, units_per_split,
+    BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +84,8 @@ def _gemv_tile(
     first = split * units_per_split
     last = tl.minimum(first + units_per_split, (in_features + CODES - 1) // CODES)
     acc = _inputs(
-        x, qweight, qzeros, scales, g_idx, first, last, n, in_n, in_features, columns, group_units, windows, one,
-        BITS, CODES, EVEN, BLOCK_N, BLOCK_U,
+        x, qweight, qzeros, scales, g_idx, first, last, n, in_n, in_features, columns, windows, one,
+        BITS, CODES, GROUP_UNITS, EVEN, BLOCK_N, BLOCK_U,
     )  # fmt: skip
     if up is not None:
         corrections = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -102,8 +103,8 @@ def _gemv_tile(
 @triton.jit
 def gemv_kernel(
     x, parts, ys, qweights, qzeros, scales, g_idx, biases, ups, up_scales, outs, ranks, partials, locks,
-    in_features, all_columns, all_ranks, parts_splits, group_units, windows, one, units_per_split,
-    MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
+    in_features, all_columns, all_ranks, parts_splits, windows, one, units_per_split,
+    MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -124,8 +125,8 @@ def gemv_kernel(
                 x, parts, ys[j], qweights[j], qzeros[j], scales[j], g_idx[j], biases[j], ups[j], up_scales[j],
                 partials, locks, lock, tile, tl.program_id(1),
                 in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, parts_splits,
-                group_units, windows, one, units_per_split,
-                BITS, CODES, EVEN, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_N, BLOCK_U, BLOCK_R,
+                windows, one, units_per_split,
+                BITS, CODES, GROUP_UNITS, EVEN, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_N, BLOCK_U, BLOCK_R,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

@@ -149,50 +149,43 @@ def fused_linears(
     indexed = any(one is not None for one in g_idx)
     if rows == 1:
         chosen = settings.gemv(outs, in_features, bits, processors)
-        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
-        group = -(-group_size // settings.unit_codes(bits))
     else:
-        block_k = settings.BLOCK_K if indexed else settings.tile_inputs(bits, group_size, in_features)
+        block_k = 0 if indexed else settings.tile_inputs(bits, group_size, in_features)
         chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
-        group = group_size
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
     # One float and one lock stand for none where the inputs are not split: kernels take pointers.
     partials = x.new_empty(chosen.splits * rows * sum(outs) if chosen.splits > 1 else 1, dtype=torch.float32)
     lock_count = m_tiles * tiles if chosen.splits > 1 else 1
+    # The shrink kernel zeroes the locks; without it a memset does.
+    locks = (x.new_zeros if down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
     if down is None:
-        locks = x.new_zeros(lock_count, dtype=torch.int32)
         parts, parts_splits = partials, 1
     else:
-        locks = x.new_empty(lock_count, dtype=torch.int32)
         parts, parts_splits = _shrink(x, down, down_scales, factor_bits, locks, processors)
     arguments = (
         x, parts, tuple(ys), tuple(qweights), tuple(qzeros), tuple(scales), tuple(g_idx), tuple(biases), tuple(ups),
         tuple(up_scales), tuple(outs), tuple(ranks), partials, locks,
     )  # fmt: skip
-    sizes = (in_features, sum(outs), sum(ranks), parts_splits, group)
+    sizes = (in_features, sum(outs), sum(ranks), parts_splits)
+    codes = settings.unit_codes(bits)
     constants: dict[str, Any] = {
-        "MODULES": len(outs), "BITS": bits, "CODES": settings.unit_codes(bits), "FACTOR_BITS": factor_bits,
+        "MODULES": len(outs), "BITS": bits, "CODES": codes, "FACTOR_BITS": factor_bits,
         "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
         "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
     }  # fmt: skip
     if rows == 1:
-        codes = settings.unit_codes(bits)
         windows = codes // settings.window_codes(bits)
         gemv_kernel[(tiles, chosen.splits)](
-            *arguments,
-            *sizes,
-            windows,
-            ONE,
-            chosen.per_split,
-            **constants,
-            EVEN=in_features % codes == 0,
-            BLOCK_U=chosen.block_k,
-        )
+            *arguments, *sizes, windows, ONE, chosen.per_split, **constants,
+            # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
+            GROUP_UNITS=-(-group_size // codes), EVEN=in_features % codes == 0, BLOCK_U=chosen.block_k,
+        )  # fmt: skip
     else:
         gemm_kernel[(m_tiles, tiles, chosen.splits)](
-            *arguments, rows, *sizes, chosen.per_split, **constants, BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k
-        )
+            *arguments, rows, *sizes, chosen.per_split, **constants, GROUP_SIZE=group_size, BLOCK_M=chosen.block_m,
+            BLOCK_K=chosen.block_k,
+        )  # fmt: skip
     return ys
 
 

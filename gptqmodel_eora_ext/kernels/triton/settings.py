@@ -84,13 +84,16 @@ def gemv(outs: Sequence[int], in_features: int, bits: int, processors: int) -> S
 def gemm(
     rows: int, outs: Sequence[int], in_features: int, block_k: int, dtype: torch.dtype, processors: int
 ) -> Settings:
-    """For `gemm.gemm_kernel`; ``block_k`` from `tile_inputs`, or `BLOCK_K` where groups are looked up."""
+    """For `gemm.gemm_kernel`; ``block_k`` from `tile_inputs`, 0 where each input's group is looked up."""
+    indexed = block_k == 0
+    block_k = block_k or BLOCK_K
     if dtype == torch.float32:
         # Multiplied without tensor cores, whole operands in registers.
         block_m, block_n, num_warps = SMALLEST_DOT, FLOAT32_COLUMNS, 4
         block_k = min(block_k, 32)
-    elif rows <= 64:
-        block_m, block_n, num_warps = max(_power(rows), SMALLEST_DOT), 64, 4
+    elif rows <= 64 or indexed:
+        # Scales and zeros of all of a tile's weights would not fit beside a larger one.
+        block_m, block_n, num_warps = min(max(_power(rows), SMALLEST_DOT), 64), 64, 4
     else:
         block_m, block_n, num_warps = 128, 128, 8
     tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
