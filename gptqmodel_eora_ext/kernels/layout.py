@@ -186,7 +186,7 @@ class Factors:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """A and Bᵀ in ``dtype``."""
-        return _dense(self.down, dtype), _dense(self.up, dtype)
+        return to_dense(self.down, dtype), to_dense(self.up, dtype)
 
 
 def words(codes: int, bits: int) -> int:
@@ -227,5 +227,6 @@ def features(factor: torch.Tensor | QuantizedFactor) -> int:
     return factor.features if isinstance(factor, QuantizedFactor) else factor.shape[1]
 
 
-def _dense(factor: torch.Tensor | QuantizedFactor, dtype: torch.dtype) -> torch.Tensor:
+def to_dense(factor: torch.Tensor | QuantizedFactor, dtype: torch.dtype) -> torch.Tensor:
+    """A factor's values in ``dtype``."""
     return factor.dequantize(dtype) if isinstance(factor, QuantizedFactor) else factor.to(dtype)

@@ -15,7 +15,7 @@ from gptqmodel.utils.backend import BACKEND
 
 from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight
-from ...kernels.dispatch import ALL, DTYPES, SWITCH, switched_off
+from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
 from ...kernels.fused import FusedLinear
 from ...kernels.layout import WEIGHT_BITS, Factors, PackedWeight
 from .adapter import EoRA
@@ -55,6 +55,7 @@ class EoRAFusedLinear(TorchLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._off = switched_off()
+        self._fusable_cases: dict[tuple[torch.dtype, str, bool], bool] = {}
         self._repacked: tuple[tuple[Any, ...], RepackedWeight] | None = None
         self._fused: tuple[tuple[Any, ...], FusedLinear] | None = None
 
@@ -83,6 +84,9 @@ class EoRAFusedLinear(TorchLinear):
             self._weight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            found = " × ".join(map(str, x.shape))
+            raise ValueError(f"{self.name}: x should be … × {self.in_features}, found {found}.")
         if not self._fusable(x):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
@@ -93,16 +97,21 @@ class EoRAFusedLinear(TorchLinear):
             y = self._layer(adapter)(rows)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def choice(self, x: torch.Tensor) -> Choice:
+        """The kernel that x would be multiplied by."""
+        if self.online_full_had or self.online_partial_had:
+            return Choice(TORCH, reason="the module rotates its input")
+        device = x.device if x.device.type != "cpu" else self.qweight.device
+        return choose(device, x.dtype, self.bits, x.numel() // self.in_features, self._off)
+
     def _fusable(self, x: torch.Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and self.qweight.device.type == "cpu"
-            and x.dtype in DTYPES
-            and x.shape[-1] == self.in_features
-            and x.numel() > 0
-            and not (self.online_full_had or self.online_partial_had)
-            and ALL not in self._off
-        )
+        """Whether x can be given to the kernels: the rest is looked up once per dtype."""
+        if x.device.type != "cpu" or x.numel() == 0:
+            return False
+        key = (x.dtype, self.qweight.device.type, x.numel() > FEW_ROWS * self.in_features)
+        if key not in self._fusable_cases:
+            self._fusable_cases[key] = self.choice(x).path != TORCH
+        return self._fusable_cases[key]
 
     def _weight(self) -> RepackedWeight:
         """Ŵ repacked, again when a buffer was replaced."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..layout import to_dense
 from .build import library
 from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
 
@@ -85,7 +86,7 @@ class CpuLinear:
         rounded to bfloat16, sums are float32."""
         t = None
         if self.factors is not None:
-            t = torch.nn.functional.linear(x, self.factors.source.dense(x.dtype)[0])
+            t = torch.nn.functional.linear(x, to_dense(self.factors.source.down, x.dtype))
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         self._kernels.eora_matmul(self._address, x.data_ptr(), _pointer(t), x.shape[0], y.data_ptr(),
                                   torch.get_num_threads())  # fmt: skip

@@ -9,19 +9,21 @@ namespace {
 
 void pack(const Linear& l, const uint16_t* x, const uint16_t* t, int rows, int block, uint16_t* panel) {
   const int64_t places = int64_t(l.units) * LANES, pairs = input_pairs(l);
+  if (rows - block * BLOCK_ROWS < BLOCK_ROWS) __builtin_memset(panel, 0, pairs * BLOCK_ROWS * 4);
   for (int r = 0; r < BLOCK_ROWS; ++r) {
     const int64_t row = int64_t(block) * BLOCK_ROWS + r;
+    if (row >= rows) break;
     const uint16_t* from = x + row * l.in_features;
-    for (int64_t place = 0; place < 2 * pairs; ++place) {
-      uint16_t value = 0;
-      if (row >= rows) value = 0;
-      else if (place < places) {
-        const int64_t input = l.order ? l.order[place] : place;
-        if (input >= 0) value = from[input];
-      } else if (place - places < l.rank) {
-        value = t[row * l.rank + place - places];
+    auto* to = (uint16_t(*)[BLOCK_ROWS][2])panel;
+    if (!l.order) {
+      for (int64_t pair = 0; pair < places / 2; ++pair) __builtin_memcpy(to[pair][r], from + 2 * pair, 4);
+    } else {
+      for (int64_t place = 0; place < places; ++place) {
+        to[place / 2][r][place % 2] = l.order[place] < 0 ? 0 : from[l.order[place]];
       }
-      panel[(place / 2 * BLOCK_ROWS + r) * 2 + place % 2] = value;
+    }
+    for (int c = 0; c < l.rank + l.rank % 2; ++c) {
+      to[(places + c) / 2][r][c % 2] = c < l.rank ? t[row * l.rank + c] : 0;
     }
   }
 }
