@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from gptqmodel_eora_ext.kernels.dispatch import SWITCH, TORCH, TRITON, Choice, choose
 
 pytest.importorskip("triton")
 
@@ -27,3 +30,12 @@ def test_importing_the_kernels_does_not_import_triton() -> None:
     code = "import sys, gptqmodel_eora_ext.kernels.triton; assert 'triton' not in sys.modules"
     environment = {**os.environ, "GPTQMODEL_EORA_EXT_DISABLE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+def test_dispatch_names_the_kernel_or_the_reason() -> None:
+    chosen = choose("cuda", torch.bfloat16, 3, 1)
+    assert chosen == Choice(TRITON) and str(chosen) == "triton"
+    assert choose("cuda", torch.bfloat16, 3, 1, frozenset({"triton"})).reason == f"triton is off by {SWITCH}"
+    assert choose("cuda", torch.float64, 2, 1).path == TORCH
+    assert choose("cuda", torch.float16, 5, 1).path == TORCH
+    assert "no kernel for xpu" in choose("xpu", torch.float16, 2, 1).reason

@@ -55,7 +55,7 @@ class EoRAFusedLinear(TorchLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._off = switched_off()
-        self._fusable_cases: dict[tuple[torch.dtype, str, bool], bool] = {}
+        self._fusable_cases: dict[tuple[torch.dtype, bool], bool] = {}
         self._repacked: tuple[tuple[Any, ...], RepackedWeight] | None = None
         self._fused: tuple[tuple[Any, ...], FusedLinear] | None = None
 
@@ -106,9 +106,9 @@ class EoRAFusedLinear(TorchLinear):
 
     def _fusable(self, x: torch.Tensor) -> bool:
         """Whether x can be given to the kernels: the rest is looked up once per dtype."""
-        if x.device.type != "cpu" or x.numel() == 0:
+        if x.device.type != "cpu" or self.qweight.device.type != "cpu" or x.numel() == 0:
             return False
-        key = (x.dtype, self.qweight.device.type, x.numel() > FEW_ROWS * self.in_features)
+        key = (x.dtype, x.numel() > FEW_ROWS * self.in_features)
         if key not in self._fusable_cases:
             self._fusable_cases[key] = self.choice(x).path != TORCH
         return self._fusable_cases[key]

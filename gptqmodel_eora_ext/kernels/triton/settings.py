@@ -16,9 +16,10 @@ from ..layout import WORD_BITS
 # Programs wanted per multiprocessor: a memory-bound program alone cannot keep enough reads in flight.
 GEMV_PROGRAMS = 8
 GEMM_PROGRAMS = 2
-# 64 outputs: a row of words is read in two full 128-byte lines. 16 rows: eight words to a thread.
+# 64 outputs: a row of words is read in two full 128-byte lines. 16 rows: eight words to a thread, and 12 at 3 bits,
+# where a unit has three words and 24 spill.
 GEMV_COLUMNS = 64
-GEMV_UNITS = 16
+GEMV_UNITS = {2: 16, 3: 8, 4: 16, 8: 16}
 # Rank components per step without tensor cores.
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
@@ -77,8 +78,9 @@ def tile_inputs(bits: int, group_size: int, in_features: int) -> int:
 def gemv(outs: Sequence[int], in_features: int, bits: int, processors: int) -> Settings:
     """For `gemv.gemv_kernel`, one row."""
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
-    splits, per_split = _split(-(-in_features // unit_codes(bits)), GEMV_UNITS, -(-GEMV_PROGRAMS * processors // tiles))
-    return Settings(1, GEMV_COLUMNS, GEMV_UNITS, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
+    units = GEMV_UNITS[bits]
+    splits, per_split = _split(-(-in_features // unit_codes(bits)), units, -(-GEMV_PROGRAMS * processors // tiles))
+    return Settings(1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
 
 
 def gemm(
