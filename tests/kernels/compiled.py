@@ -76,6 +76,9 @@ def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ..
 def compiled(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Any:
     """Triton's own result of compiling a launch as it would on a device of that target."""
     backend = make_backend(target)
+    if target.backend == "hip":
+        # `Settings.options` leaves it out where torch is built for ROCm.
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
         *args, **options
     )

@@ -136,7 +136,7 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
     for processors in (1, 64):
         monkeypatch.setattr(ops, "_processors", lambda device, processors=processors: processors)
         if rows == 1:
-            found.add(settings.gemv([out_features], 264, 2, processors).splits)
+            found.add(settings.gemv([out_features], 264, 2, False, processors).splits)
         else:
             found.add(settings.gemm(rows, [out_features], 264, 64, x.dtype, processors).splits)
         (y,) = fused(x)

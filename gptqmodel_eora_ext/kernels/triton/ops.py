@@ -148,7 +148,7 @@ def fused_linears(
     ranks = [0 if up is None else up.shape[0] for up in ups]
     indexed = any(one is not None for one in g_idx)
     if rows == 1:
-        chosen = settings.gemv(outs, in_features, bits, processors)
+        chosen = settings.gemv(outs, in_features, bits, indexed, processors)
     else:
         block_k = 0 if indexed else settings.tile_inputs(bits, group_size, in_features)
         chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
@@ -172,7 +172,7 @@ def fused_linears(
     constants: dict[str, Any] = {
         "MODULES": len(outs), "BITS": bits, "CODES": codes, "FACTOR_BITS": factor_bits,
         "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
-        "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+        **chosen.options(),
     }  # fmt: skip
     if rows == 1:
         windows = codes // settings.window_codes(bits)
@@ -211,7 +211,7 @@ def _shrink(
     shrink_kernel[grid](
         x, down, down_scales, parts, locks, rows, rank, in_features, chosen.per_split, locks.numel(),
         FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m, BLOCK_R=chosen.block_r,
-        BLOCK_K=chosen.block_k, LOCKS=LOCKS, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        BLOCK_K=chosen.block_k, LOCKS=LOCKS, **chosen.options(),
     )  # fmt: skip
     return parts, chosen.splits
 
@@ -259,8 +259,7 @@ def shrink_expand(
     shrink_expand_kernel[(m_tiles * (shares + -(-columns // chosen.block_n)),)](
         x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, chosen.per_split,
         chosen.splits, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, BLOCK_R=chosen.block_r, num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, BLOCK_R=chosen.block_r, **chosen.options(),
     )  # fmt: skip
 
 

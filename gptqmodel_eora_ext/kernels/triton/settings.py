@@ -16,10 +16,16 @@ from ..layout import WORD_BITS
 # Programs wanted per multiprocessor: a memory-bound program alone cannot keep enough reads in flight.
 GEMV_PROGRAMS = 8
 GEMM_PROGRAMS = 2
-# 64 outputs: a row of words is read in two full 128-byte lines. 16 rows: eight words to a thread, and 12 at 3 bits,
-# where a unit has three words and 24 spill.
+# 64 outputs: a row of words is read in two full 128-byte lines. 16 rows: a thread takes eight outputs of a unit, to
+# which each value of x that it loads is common.
 GEMV_COLUMNS = 64
-GEMV_UNITS = {2: 16, 3: 8, 4: 16, 8: 16}
+GEMV_UNITS = 16
+# With a scale and a zero to each weight, eight outputs to a thread spill.
+GEMV_INDEXED_UNITS = 8
+# NVIDIA's assembler spills a few bytes for the sake of occupancy where some kernels could have more registers; told
+# that they may have so many, it does not. Four and three programs of 128 threads fit a multiprocessor.
+GEMM_REGISTERS = 128
+GEMV_REGISTERS = 168
 # Rank components per step without tensor cores.
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
@@ -45,6 +51,7 @@ class Settings:
         per_split: inputs (units for the GEMV) of a part, a multiple of ``block_k``.
         num_warps: warps of a program.
         num_stages: steps that loads run ahead.
+        registers: most registers of a thread on NVIDIA; None for what the assembler likes.
     """
 
     block_m: int
@@ -55,6 +62,13 @@ class Settings:
     per_split: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the tiles."""
+        told = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton for ROCm knows no such option.
+        return told if self.registers is None or torch.version.hip else {**told, "maxnreg": self.registers}
 
 
 def unit_codes(bits: int) -> int:
@@ -75,12 +89,13 @@ def tile_inputs(bits: int, group_size: int, in_features: int) -> int:
     return min(power, BLOCK_K) if power >= max(SMALLEST_DOT, unit_codes(bits)) else 0
 
 
-def gemv(outs: Sequence[int], in_features: int, bits: int, processors: int) -> Settings:
-    """For `gemv.gemv_kernel`, one row."""
+def gemv(outs: Sequence[int], in_features: int, bits: int, indexed: bool, processors: int) -> Settings:
+    """For `gemv.gemv_kernel`, one row; ``indexed`` where each input's group is looked up."""
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
-    units = GEMV_UNITS[bits]
+    units = GEMV_INDEXED_UNITS if indexed else GEMV_UNITS
     splits, per_split = _split(-(-in_features // unit_codes(bits)), units, -(-GEMV_PROGRAMS * processors // tiles))
-    return Settings(1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2)
+    limit = GEMV_REGISTERS if bits == 3 and not indexed else None
+    return Settings(1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2, registers=limit)
 
 
 def gemm(
@@ -100,7 +115,8 @@ def gemm(
         block_m, block_n, num_warps = 128, 128, 8
     tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
-    return Settings(block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3)
+    return Settings(block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3,
+                    registers=GEMM_REGISTERS if block_m <= 32 else None)  # fmt: skip
 
 
 def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
