@@ -90,13 +90,16 @@ def stock(kernel: type[TorchLinear], packed: PackedWeight, lora: Factors) -> Any
     return module
 
 
-def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Milliseconds of each, run in turns."""
+def medians(runs: dict[str, Run], repeats: int, *, settle: bool = True) -> dict[str, float]:
+    """Milliseconds of each, run in turns; with ``settle`` each time after a run that is not counted, since the first
+    one after another contender finds page tables and code out of cache."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
+            if settle:
+                run()
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -128,7 +131,7 @@ def one_row() -> list[dict[str, Any]]:
         }
         ms = medians(runs, REPEATS)
         host = stock(TorchLinear, packed, factors(packed))
-        ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS)
+        ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
         found.append(_named(out, width, bits, group, ms, stock_over_fused=ms["stock"] / ms["fused"],
                             dense_over_fused=ms["dense"] / ms["fused"]))  # fmt: skip
     return found
@@ -186,7 +189,7 @@ def prefill() -> list[dict[str, Any]]:
         packed, x, dense = weight(bits, out, width, 64), row(width, PREFILL_ROWS), _dense(out, width)
         layer = fused(packed)()
         ms = medians({"fused": lambda layer=layer, x=x: layer(x), "dense": lambda dense=dense, x=x: dense(x)},
-                     PREFILL_REPEATS)  # fmt: skip
+                     PREFILL_REPEATS, settle=False)  # fmt: skip
         found.append(_named(out, width, bits, 64, ms, dense_over_fused=ms["dense"] / ms["fused"]))
     return found
 
