@@ -1,7 +1,7 @@
 """How fast are the fused CPU kernels, beside GPTQModel's own and beside a dense model?
 
-one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` (compiled, as it is installed) + `Lora.apply`, and
-           dense bfloat16 `F.linear`
+one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` + `Lora.apply`, plain and compiled (as it is by
+           default, for seconds a shape), and dense bfloat16 `F.linear`
 bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, without the adapter and with it
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
@@ -131,8 +131,11 @@ def one_row() -> list[dict[str, Any]]:
         }
         ms = medians(runs, REPEATS)
         host = stock(TorchLinear, packed, factors(packed))
-        ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
+        ms |= medians({"compiled stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
+        with torch.compiler.set_stance("force_eager"):
+            ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
         found.append(_named(out, width, bits, group, ms, stock_over_fused=ms["stock"] / ms["fused"],
+                            compiled_over_fused=ms["compiled stock"] / ms["fused"],
                             dense_over_fused=ms["dense"] / ms["fused"]))  # fmt: skip
     return found
 
