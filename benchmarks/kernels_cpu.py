@@ -90,6 +90,7 @@ def stock(kernel: type[TorchLinear], packed: PackedWeight, lora: Factors) -> Any
     return module
 
 
+@torch.inference_mode()
 def medians(runs: dict[str, Run], repeats: int, *, settle: bool = True) -> dict[str, float]:
     """Milliseconds of each, run in turns; with ``settle`` each time after a run that is not counted, since the first
     one after another contender finds page tables and code out of cache."""
@@ -178,8 +179,9 @@ def four_bits() -> list[dict[str, Any]]:
             runs[name] = cycled(
                 lambda kernel=kernel, packed=packed: stock(kernel, packed, factors(packed)), packed.nbytes, x
             )
-            for _ in range(CYCLED_BYTES // packed.nbytes):  # each repacks when it first runs
-                runs[name]()
+            with torch.inference_mode():
+                for _ in range(CYCLED_BYTES // packed.nbytes):  # each repacks when it first runs
+                    runs[name]()
         ms = medians(runs, REPEATS)
         found.append(_named(out, width, 4, group, ms,
                             best_host_over_fused=min(ms[name] for name in hosts) / ms["fused"]))  # fmt: skip
@@ -205,8 +207,7 @@ def _named(out: int, width: int, bits: int, group: int, ms: dict[str, float], **
 
 
 def model() -> list[dict[str, Any]]:
-    checkpoint = common.scratch()
-    with checkpoint as folder, quiet():
+    with common.scratch() as folder, quiet():
         _quantized(folder / "model")
         path = str(folder / "model")
         models = {
@@ -245,8 +246,7 @@ def measured(part: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
     """A part's rows, and the share of the machine that other processes took meanwhile."""
     busy, own = busy_seconds()
     start = time.perf_counter()
-    with torch.inference_mode():
-        rows = part()
+    rows = part()
     busy_after, own_after = busy_seconds()
     capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
     return {"others_share": (busy_after - busy - own_after + own) / capacity, "rows": rows}
