@@ -1,7 +1,7 @@
 """How fast are the fused CPU kernels, beside GPTQModel's own and beside a dense model?
 
-one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` (compiled, as it is installed) + `Lora.apply`, and
-           dense bfloat16 `F.linear`
+one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` + `Lora.apply`, plain and compiled (as it is by
+           default, for seconds a shape), and dense bfloat16 `F.linear`
 bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, without the adapter and with it
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
@@ -90,13 +90,17 @@ def stock(kernel: type[TorchLinear], packed: PackedWeight, lora: Factors) -> Any
     return module
 
 
-def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Milliseconds of each, run in turns."""
+@torch.inference_mode()
+def medians(runs: dict[str, Run], repeats: int, *, settle: bool = True) -> dict[str, float]:
+    """Milliseconds of each, run in turns; with ``settle`` each time after a run that is not counted, since the first
+    one after another contender finds page tables and code out of cache."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
+            if settle:
+                run()
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -128,8 +132,11 @@ def one_row() -> list[dict[str, Any]]:
         }
         ms = medians(runs, REPEATS)
         host = stock(TorchLinear, packed, factors(packed))
-        ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS)
+        ms |= medians({"compiled stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
+        with torch.compiler.set_stance("force_eager"):
+            ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
         found.append(_named(out, width, bits, group, ms, stock_over_fused=ms["stock"] / ms["fused"],
+                            compiled_over_fused=ms["compiled stock"] / ms["fused"],
                             dense_over_fused=ms["dense"] / ms["fused"]))  # fmt: skip
     return found
 
@@ -172,8 +179,9 @@ def four_bits() -> list[dict[str, Any]]:
             runs[name] = cycled(
                 lambda kernel=kernel, packed=packed: stock(kernel, packed, factors(packed)), packed.nbytes, x
             )
-            for _ in range(CYCLED_BYTES // packed.nbytes):  # each repacks when it first runs
-                runs[name]()
+            with torch.inference_mode():
+                for _ in range(CYCLED_BYTES // packed.nbytes):  # each repacks when it first runs
+                    runs[name]()
         ms = medians(runs, REPEATS)
         found.append(_named(out, width, 4, group, ms,
                             best_host_over_fused=min(ms[name] for name in hosts) / ms["fused"]))  # fmt: skip
@@ -186,7 +194,7 @@ def prefill() -> list[dict[str, Any]]:
         packed, x, dense = weight(bits, out, width, 64), row(width, PREFILL_ROWS), _dense(out, width)
         layer = fused(packed)()
         ms = medians({"fused": lambda layer=layer, x=x: layer(x), "dense": lambda dense=dense, x=x: dense(x)},
-                     PREFILL_REPEATS)  # fmt: skip
+                     PREFILL_REPEATS, settle=False)  # fmt: skip
         found.append(_named(out, width, bits, 64, ms, dense_over_fused=ms["dense"] / ms["fused"]))
     return found
 
@@ -199,8 +207,7 @@ def _named(out: int, width: int, bits: int, group: int, ms: dict[str, float], **
 
 
 def model() -> list[dict[str, Any]]:
-    checkpoint = common.scratch()
-    with checkpoint as folder, quiet():
+    with common.scratch() as folder, quiet():
         _quantized(folder / "model")
         path = str(folder / "model")
         models = {
@@ -239,8 +246,7 @@ def measured(part: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
     """A part's rows, and the share of the machine that other processes took meanwhile."""
     busy, own = busy_seconds()
     start = time.perf_counter()
-    with torch.inference_mode():
-        rows = part()
+    rows = part()
     busy_after, own_after = busy_seconds()
     capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
     return {"others_share": (busy_after - busy - own_after + own) / capacity, "rows": rows}

@@ -54,7 +54,7 @@ class FusedLinear:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """y without a gradient."""
-        if x.ndim != 2 or x.shape[1] != self._layer.in_features or x.device.type != "cpu":
+        if x.ndim != 2 or x.shape[1] != self._layer.in_features or not x.is_cpu:
             raise ValueError(
                 f"x should be rows × {self._layer.in_features} on the CPU, got {tuple(x.shape)} on {x.device}."
             )

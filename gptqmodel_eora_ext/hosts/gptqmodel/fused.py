@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,19 @@ from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, ch
 from ...kernels.fused import FusedLinear
 from ...kernels.layout import WEIGHT_BITS, Factors, PackedWeight
 from .adapter import EoRA
+
+# The buffers that a weight consists of.
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A layer, and the tensors (`PACKED`, bias, A, B) and versions (A, B) that it was made from."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    versions: tuple[int, int]
+    weight: RepackedWeight
+    layer: FusedLinear
 
 
 class EoRAFusedLinear(TorchLinear):
@@ -56,8 +71,7 @@ class EoRAFusedLinear(TorchLinear):
         super().__init__(*args, **kwargs)
         self._off = switched_off()
         self._fusable_cases: dict[tuple[torch.dtype, bool], bool] = {}
-        self._repacked: tuple[tuple[Any, ...], RepackedWeight] | None = None
-        self._fused: tuple[tuple[Any, ...], FusedLinear] | None = None
+        self._made: _Made | None = None
 
     @classmethod
     def validate(cls, *args: Any, adapter: Any = None, **kwargs: Any) -> tuple[bool, Exception | None]:
@@ -80,8 +94,8 @@ class EoRAFusedLinear(TorchLinear):
 
     def post_init(self) -> None:
         super().post_init()
-        if self.qweight.device.type == "cpu":
-            self._weight()
+        if self.qweight.is_cpu:
+            self._layer(self.adapter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
@@ -105,49 +119,49 @@ class EoRAFusedLinear(TorchLinear):
         return choose(device, x.dtype, self.bits, x.numel() // self.in_features, self._off)
 
     def _fusable(self, x: torch.Tensor) -> bool:
-        """Whether x can be given to the kernels: the rest is looked up once per dtype."""
-        if x.device.type != "cpu" or self.qweight.device.type != "cpu" or x.numel() == 0:
+        """Whether x can be given to the kernels; once per dtype, since this runs for every token."""
+        if not x.is_cpu or not self._buffers["qweight"].is_cpu or x.numel() == 0:
             return False
         key = (x.dtype, x.numel() > FEW_ROWS * self.in_features)
         if key not in self._fusable_cases:
             self._fusable_cases[key] = self.choice(x).path != TORCH
         return self._fusable_cases[key]
 
-    def _weight(self) -> RepackedWeight:
-        """Ŵ repacked, again when a buffer was replaced."""
-        tensors = (self.qweight, self.qzeros, self.scales, self.g_idx)
-        if self._repacked is None or not _same(self._repacked[0], tensors):
-            weight = PackedWeight(
-                qweight=self.qweight,
-                qzeros=self.qzeros,
-                scales=self.scales,
-                g_idx=self.g_idx,
-                bits=self.bits,
-                group_size=self.group_size,
-                in_features=self.in_features,
-                out_features=self.out_features,
-                name=self.name,
-            )
-            self._repacked = (tensors, repack_weight(weight))
-        return self._repacked[1]
-
     def _layer(self, adapter: EoRA | None) -> FusedLinear:
         """The layer ready to multiply, made again when the weight, the bias or the factors changed."""
-        weight = self._weight()
-        found = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
-        state = (weight, self.bias, *found, *(_version(tensor) for tensor in found))
-        if self._fused is None or not _same(self._fused[0], state):
-            self._fused = (state, FusedLinear(weight, _factors(adapter), self.bias, self._off))
-        return self._fused[1]
+        buffers = self._buffers
+        lora_A, lora_B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+        tensors = (*map(buffers.__getitem__, PACKED), buffers.get("bias"), lora_A, lora_B)
+        versions = (_version(lora_A), _version(lora_B))
+        made = self._made
+        if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
+            weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
+            weight = weight or self._repack()
+            made = _Made(
+                tensors, versions, weight, FusedLinear(weight, _factors(adapter), buffers.get("bias"), self._off)
+            )
+            self._made = made
+        return made.layer
+
+    def _repack(self) -> RepackedWeight:
+        packed = PackedWeight(
+            **{name: self._buffers[name] for name in PACKED},
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            name=self.name,
+        )
+        return repack_weight(packed)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # Values are copied into the buffers that are there.
-        self._repacked = None
+        self._made = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the buffers, from which it repacks by itself."""
-        return {**self.__dict__, "_repacked": None, "_fused": None}
+        return {**self.__dict__, "_made": None}
 
 
 def _trained(adapter: EoRA) -> bool:
@@ -165,8 +179,3 @@ def _factors(adapter: EoRA | None) -> Factors | None:
 
 def _version(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    """Whether all are the same objects, or equal numbers."""
-    return all(old is new or (isinstance(old, int) and old == new) for old, new in zip(before, now, strict=True))

@@ -90,7 +90,8 @@ def library() -> ctypes.CDLL | None:
     loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, long, integer, integer)
     loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
-    for name in ("eora_matmul", "eora_repack", "eora_linear", "eora_dequantize"):
+    loaded.eora_large_pages.argtypes = (pointer, long)
+    for name in ("eora_large_pages", "eora_matmul", "eora_repack", "eora_linear", "eora_dequantize"):
         getattr(loaded, name).restype = None
     return loaded
 

@@ -1,6 +1,10 @@
 // What Python calls: repacking once, then a linear layer from its codes or as a matrix product, or Ŵᵀ alone.
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "linear.h"
 
 namespace {
@@ -42,6 +46,15 @@ int eora_best_isa() {
   if (avx2_kernels() && f16) return AVX2;
 #endif
   return PORTABLE;
+}
+
+// Asks for large pages for memory that was not touched yet and starts on one; a refusal costs speed alone.
+void eora_large_pages(void* memory, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(memory, size, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
 }
 
 // The codes of a GPTQ weight in the order of `linear.h`. qweight is words × out, `places` the input at each place.

@@ -93,6 +93,9 @@ void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32
   }
 }
 
+using Even = std::integral_constant<int, 0>;
+using Odd = std::integral_constant<int, 1>;
+
 // Dot products of the four codes in each lane's bytes with the digits of four inputs, for all rows and slices.
 template <int S, int R>
 inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
@@ -101,8 +104,8 @@ inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_str
   }
 }
 
-// The unit's share of the sums: `once` for codes that stand in place, `shifted` for those times 2^SHIFT.
-template <int B, int S, int R>
+// The unit's share of the sums: `once` for codes that stand in place, `shifted` for those that stand higher (`together`).
+template <int B, int S, int R, int ODD>
 inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip, int unit, const int8_t* d, int64_t rs) {
   if constexpr (B == 2) {
     I v = load(strip + unit * 64), w = shr<4>(v);
@@ -112,8 +115,8 @@ inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip,
     take<S, R>(shifted, iand(w, bytes(0x0C)), d + 12, rs);
   } else if constexpr (B == 3) {
     const uint8_t* pair = strip + unit / 2 * 192;
-    I low = load(pair + unit % 2 * 64), high = load(pair + 128);
-    if (unit % 2) high = ror<1>(high);
+    I low = load(pair + ODD * 64), high = load(pair + 128);
+    if constexpr (ODD) high = ror<1>(high);
     take<S, R>(once, three(low, high, 0x03, 0x07), d, rs);
     take<S, R>(shifted, three(low, high, 0x0C, 0x1C), d + 4, rs);
     low = shr<4>(low);
@@ -155,6 +158,16 @@ inline void fetch_up(const Linear& l, int strip) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(up + line);
 }
 
+// Bytes ahead of the codes being read that are asked for, since the processor's own prefetching ends with a 4 KiB page:
+// 0.21 ms instead of 0.24 for 4096 × 4096 at 2 bits; 1, 4 and 8 KiB do no better.
+constexpr int AHEAD = 2048;
+
+template <int B>
+inline void fetch_ahead(const uint8_t* strip, int unit) {
+  const uint8_t* codes = strip + unit * (32 * B) + AHEAD;
+  for (int byte = 0; byte < 32 * B; byte += 64) __builtin_prefetch(codes + byte);
+}
+
 struct Rows {
   const int8_t* digits;
   const int32_t* sums;
@@ -173,9 +186,16 @@ void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
     for (int r = 0; r < R; ++r) {
       for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
     }
-    for (int unit = l.starts[segment]; unit < l.starts[segment + 1]; ++unit) {
-      take_unit<B, S, R>(once, shifted, codes, unit, x.digits + int64_t(unit) * LANES * S, row_stride);
-    }
+    const int end = l.starts[segment + 1];
+    int unit = l.starts[segment];
+    auto next = [&](auto odd) {
+      fetch_ahead<B>(codes, unit);
+      take_unit<B, S, R, odd>(once, shifted, codes, unit, x.digits + int64_t(unit) * LANES * S, row_stride);
+      ++unit;
+    };
+    if (unit % 2 && unit < end) next(Odd{});
+    while (unit + 1 < end) next(Even{}), next(Odd{});
+    if (unit < end) next(Even{});
     const int64_t index = int64_t(strip) * l.segments + segment;
     const I zero = zeros_of(l, index);
     const F scale = load16(l.scales, l.scale_kind, index * LANES);
