@@ -182,6 +182,18 @@ def test_other_kernels_get_their_adapter_in_one_launch(factor_bits: int) -> None
 
 
 @torch.no_grad()
+def test_the_correction_compiles_without_a_graph_break() -> None:
+    adapter = kernel(TorchLinear, 48).adapter
+    x = random_input(3, IN)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return adapter.apply(x=x, out=torch.ones(3, 48))
+
+    wanted = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
+
+
+@torch.no_grad()
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTQMODEL_EORA_EXT_KERNELS_OFF", "triton-correction")
     made = kernel(TorchLinear, 48)

@@ -111,13 +111,13 @@ class EoRA(Lora):
         """The factors on ``device`` as kernels take them, packed if they are stored so; None without any."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        state = (self.lora_A, self.lora_B, self.packed, device, _version(self.lora_A), _version(self.lora_B))
+        state = (self.lora_A, self.lora_B, self.packed, device, version(self.lora_A), version(self.lora_B))
         if self._correction is None or not all(
             old is new or (isinstance(old, (int, torch.device)) and old == new)
             for old, new in zip(self._correction[0], state, strict=True)
         ):
             # What was trained since it was loaded is no longer what is packed.
-            if self.packed is not None and _version(self.lora_A) == _version(self.lora_B) == 0:
+            if self.packed is not None and version(self.lora_A) == version(self.lora_B) == 0:
                 found = Factors(self.packed[0].to(device), self.packed[1].to(device))
             else:
                 found = Factors(self.lora_A.detach().T.to(device), self.lora_B.detach().to(device))
@@ -169,6 +169,6 @@ class EoRA(Lora):
             self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -19,6 +19,7 @@ from gptqmodel.utils.backend import BACKEND
 from ...kernels.dispatch import ALL, DTYPES, SWITCH, TRITON, switched_off
 from ...kernels.layout import WEIGHT_BITS, LayoutError, PackedWeight
 from ...kernels.triton import available, runs_on
+from .adapter import version
 from .fused import EoRAFusedLinear
 
 # Modules of one parent that read the same input, by the names that decoders of the Llama lineage give them. A model
@@ -109,7 +110,7 @@ class EoRATritonLinear(EoRAFusedLinear):
         """What the launches were prepared from: they are prepared again when one of these is replaced or written to."""
         tensors = [self.qweight, self.qzeros, self.scales, self.g_idx, self.bias]
         tensors += [None, None] if self.adapter is None else [self.adapter.lora_A, self.adapter.lora_B]
-        return (*tensors, *(0 if one is None else _version(one) for one in tensors))
+        return (*tensors, *(0 if one is None else version(one) for one in tensors))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
@@ -149,10 +150,10 @@ class SharedInput:
 
     def __call__(self, module: EoRATritonLinear, x: torch.Tensor) -> torch.Tensor:
         """y of ``module``."""
-        version = _version(x)
+        written = version(x)
         if self._waiting is not None:
-            known, known_version, waiting = self._waiting
-            if known is x and known_version == version and id(module) in waiting:
+            known, known_written, waiting = self._waiting
+            if known is x and known_written == written and id(module) in waiting:
                 y = waiting.pop(id(module))
                 if not waiting:
                     self._waiting = None
@@ -162,7 +163,7 @@ class SharedInput:
         ys = dict(zip(map(id, self._modules), self.prepare()(x), strict=True))
         y = ys.pop(id(module))
         if ys:
-            self._waiting = (x, version, ys)
+            self._waiting = (x, written, ys)
         return y
 
     def prepare(self) -> Any:
@@ -198,11 +199,6 @@ class SharedInput:
         self._waiting = None
         for module in self._modules:
             module._shared = SharedInput([module])
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, where it tells."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def share_inputs(kernels: Mapping[str, Any]) -> None:
