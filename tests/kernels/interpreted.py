@@ -105,6 +105,15 @@ def test_one_module(
     assert error(y, oracle(x, weight, factors, added)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_largest_rank(rows: int) -> None:
+    weight = packed_weight(3, 40, 64, 16, sym=False)
+    factors = random_factors(weight, 1024)
+    x = random_input(rows, 64)
+    (y,) = FusedLinears.prepare([weight], [factors], [None])(x)
+    assert error(y, oracle(x, weight, factors, None)) < TOLERANCE[torch.float32]
+
+
 def stacked(bits: int = 2, ranks: tuple[int | None, ...] = (5, None, 18)) -> tuple[Any, Any, Any]:
     """Three modules of different widths that read the same input."""
     weights = [packed_weight(bits, out, 200, 32, sym=False, seed=out) for out in (70, 130, 9)]
