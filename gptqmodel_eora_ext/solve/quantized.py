@@ -49,9 +49,13 @@ class QuantizedFactor:
         """The same on ``device``."""
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
+    def integers(self) -> torch.Tensor:
+        """The codes: int8, rows × features."""
+        return unpack(self.codes, self.bits, self.features)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows × features, in ``dtype``."""
-        integers = unpack(self.codes, self.bits, self.features).to(torch.float32)
+        integers = self.integers().to(torch.float32)
         return (integers * per_feature(self.scales, self.features)).to(dtype)
 
 

@@ -10,6 +10,9 @@ import torch
 from gptqmodel.adapter.adapter import Lora
 
 from ...adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
+from ...kernels.layout import Factors
+from ...kernels.triton import runs_on
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
 
@@ -83,6 +86,8 @@ class EoRA(Lora):
                 f"Name a rank, or leave the objective out."
             )
         self.packed = None
+        self._off = switched_off()
+        self._correction: tuple[tuple[Any, ...], Factors] | None = None
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -110,11 +115,49 @@ class EoRA(Lora):
         """Add (x Aᵀ) Bᵀ to the kernel's output, in place; a module without factors is left as it is."""
         if self.lora_A is None or self.lora_B is None:
             return out
+        if self._fusable(x, out):
+            from ...kernels.triton.ops import add_correction
+
+            factors = self.factors(x.device)
+            assert factors is not None
+            add_correction(x, factors, out)
+            return out
         if self.lora_A.dtype != x.dtype or self.lora_A.device != x.device:
             self.lora_A = self.lora_A.to(device=x.device, dtype=x.dtype)
             self.lora_B = self.lora_B.to(device=x.device, dtype=x.dtype)
         # Some kernels hand over x flattened and out not, others the reverse.
         return out.add_(((x @ self.lora_A) @ self.lora_B).reshape(out.shape))
+
+    def factors(self, device: torch.device) -> Factors | None:
+        """The factors on ``device`` as kernels take them, packed if they are stored so; None without any."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        state = (self.lora_A, self.lora_B, self.packed, device, version(self.lora_A), version(self.lora_B))
+        if self._correction is None or not all(
+            old is new or (isinstance(old, (int, torch.device)) and old == new)
+            for old, new in zip(self._correction[0], state, strict=True)
+        ):
+            # What was trained since it was loaded is no longer what is packed.
+            if self.packed is not None and version(self.lora_A) == version(self.lora_B) == 0:
+                found = Factors(self.packed[0].to(device), self.packed[1].to(device))
+            else:
+                found = Factors(self.lora_A.detach().T.to(device), self.lora_B.detach().to(device))
+            self._correction = (state, found)
+        return self._correction[1]
+
+    def _fusable(self, x: torch.Tensor, out: torch.Tensor) -> bool:
+        """Whether one launch can add the correction to ``out``."""
+        return (
+            runs_on(x.device)
+            and out.device == x.device
+            and x.dtype in DTYPES
+            and out.is_contiguous()
+            and not self._off & {ALL, CORRECTION}
+            and not (
+                torch.is_grad_enabled()
+                and any(one is not None and one.requires_grad for one in (x, out, self.lora_A, self.lora_B))
+            )
+        )
 
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
         """Take a module's factors."""
@@ -145,3 +188,8 @@ class EoRA(Lora):
                 self.attach(factors, device)
         elif self.lora_A is not None and self.lora_B is not None:
             self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...budget import ModuleShape, budget_bytes
-from ...evaluate.smollm2 import cache_folder
+from ...files import cache_folder
 from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
 from ...refine.forecast import forecast, round_to_nearest
 from ...refine.sensitivity import Sensitivity, fingerprint, measure_sensitivity

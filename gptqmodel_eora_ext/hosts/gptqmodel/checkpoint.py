@@ -26,6 +26,7 @@ from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, save_adapter, unif
 from .adapter import EoRA
 from .quantize import RUN_ATTRIBUTE
 from .run import CompensationRun
+from .triton import share_inputs
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +137,16 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels."""
+    """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels; then let
+    those that read the same input share their launches."""
     kernels = _adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
         if adapter.path:
             _attach(AdapterFolder.open(adapter.path), kernels)
-    return original(model, *args, **kwargs)
+    model = original(model, *args, **kwargs)
+    share_inputs(kernels)
+    return model
 
 
 def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> None:

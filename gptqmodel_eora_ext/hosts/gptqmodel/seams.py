@@ -9,6 +9,7 @@
 | `module_looper.ModuleLooper` | a subclass that equips the processor which quantises |
 | `BaseQModel.save_quantized` | writes the adapter and names it in the checkpoint |
 | `BaseQuantizeConfig.from_pretrained` | a checkpoint's adapter that has `eora.json` loads as `EoRA` |
+| `importer.AUTO_BACKEND_KERNEL_MAPPING` | `EoRAFusedLinear` comes first, `EoRATritonLinear` before Triton's kernel |
 | `loader.gptqmodel_post_init` | attaches factors, checked, before kernels are initialised |
 | `GPTQModel.adapter.generate` | an `EoRA` is made by the plugin |
 | `_default_cpu_workers` | at least 2, which the host's own loader pool needs (it crashes on 1 or 2 processors) |
@@ -20,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,9 @@ OLDEST_HOST = Version("7.7.0")
 NEWEST_TESTED_HOST = Version("7.7.0")
 # The host's own model loader asks its CPU pool for two workers.
 LEAST_CPU_WORKERS = 2
+# Stands for a backend in the host's automatic order, where it only names what was tried.
+FUSED_KEY = "gptq_eora_fused"
+TRITON_KEY = "gptq_eora_triton"
 
 _undo: list[Callable[[], None]] = []
 _failure: SeamError | None = None
@@ -112,7 +117,7 @@ def install() -> None:
         return
     check_version()
     seams = list_seams()
-    problems = [problem for seam in seams if (problem := seam.problem())]
+    problems = [problem for seam in seams if (problem := seam.problem())] + kernel_order_problems()
     if problems:
         raise SeamError(
             f"gptqmodel-eora-ext is not active: gptqmodel {host_version()} differs from the tested "
@@ -121,6 +126,7 @@ def install() -> None:
         )
     for seam in seams:
         seam.apply()
+    _register_kernels()
     _register_adapter()
 
 
@@ -207,6 +213,53 @@ def _without_lock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     """The lock guards two dictionaries that belong to the call alone."""
     kwargs["lock"] = None
     return original(*args, **kwargs)
+
+
+def kernel_order_problems() -> list[str]:
+    """What is wrong with the host's automatic order of kernels."""
+    from gptqmodel import BACKEND
+    from gptqmodel.quantization import FORMAT, METHOD
+    from gptqmodel.utils import importer
+
+    where = "importer.AUTO_BACKEND_KERNEL_MAPPING"
+    order = getattr(importer, "AUTO_BACKEND_KERNEL_MAPPING", None)
+    if not isinstance(order, dict):
+        return [f"{where} is missing"]
+    problems = []
+    for name in (FORMAT.GPTQ, FORMAT.GPTQ_V2):
+        kernels = order.get(METHOD.GPTQ, {}).get(name)
+        if not isinstance(kernels, OrderedDict):
+            problems.append(f"{where}[{METHOD.GPTQ}][{name}] is no ordered dict of kernels")
+        elif BACKEND.GPTQ_TRITON not in kernels:
+            problems.append(f"{where}[{METHOD.GPTQ}][{name}] has no {BACKEND.GPTQ_TRITON}")
+    return problems
+
+
+def _register_kernels() -> None:
+    """Enter the fused kernels into the order that `BACKEND.AUTO` tries; they refuse all but `EoRA` adapters themselves.
+
+    On a CPU ours comes first. On a GPU it comes before the host's Triton kernel: at 2 and 3 bits nothing faster stands
+    before that, and at 4 and 8 bits Marlin and its like keep their place, to whose output the adapter is added in one
+    launch. Whether ours would be faster there has not been measured.
+    """
+    from gptqmodel import BACKEND
+    from gptqmodel.quantization import METHOD
+    from gptqmodel.utils.importer import AUTO_BACKEND_KERNEL_MAPPING
+
+    from .fused import EoRAFusedLinear
+    from .triton import EoRATritonLinear
+
+    for name in EoRAFusedLinear.SUPPORTS_FORMATS:
+        order = AUTO_BACKEND_KERNEL_MAPPING[METHOD.GPTQ][name]
+        later = list(order.items())
+        later = later[[backend for backend, _ in later].index(BACKEND.GPTQ_TRITON) :]
+        order[FUSED_KEY] = EoRAFusedLinear
+        order.move_to_end(FUSED_KEY, last=False)
+        order[TRITON_KEY] = EoRATritonLinear
+        for backend, _ in later:
+            order.move_to_end(backend)
+        for key in (FUSED_KEY, TRITON_KEY):
+            _undo.append(functools.partial(order.pop, key, None))
 
 
 def _register_adapter() -> None:

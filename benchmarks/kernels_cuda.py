@@ -1,0 +1,260 @@
+"""How fast are the CUDA kernels, beside GPTQModel's own with stock `Lora.apply`, and beside a dense bfloat16 linear?
+
+linears    y = x Ŵᵀ + (x Aᵀ) Bᵀ, one module: `FusedLinears`, `TorchLinear` and `TritonV2Linear` with `Lora`, dense
+inputs     q, k and v of Qwen3-8B: two launches for all three, against three stock modules
+correction `add_correction` on the output of a kernel that is not ours, against `Lora.apply`
+
+Contenders take turns, and each cycles through copies of its weights that together exceed twice the last-level cache, so
+that weights come from memory. Medians of rounds, in microseconds per call, called from Python and as a CUDA graph.
+Results are compared with the oracle before anything is timed.
+
+    python benchmarks/kernels_cuda.py --json
+
+Needs a CUDA or ROCm device, and was never run: none was at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
+from gptqmodel_eora_ext.kernels.reference import dequantize, linear
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.kernels.cases import packed_weight, random_factors, random_input
+
+# in × out; group 128, the usual size.
+SHAPES = ((4096, 4096), (4096, 12288), (12288, 4096))
+QKV = (4096, (4096, 1024, 1024))
+GROUP_SIZE = 128
+ROWS = (1, 16, 512)
+BITS = (2, 3, 4)
+ROUNDS = 21
+# Largest relative error against the oracle: Ŵ, t and y rounded to bfloat16.
+TOLERANCE = 1e-2
+DTYPE = torch.bfloat16
+Call = Callable[[torch.Tensor], Any]
+
+
+def copies(nbytes: int) -> int:
+    """How many of so many bytes exceed twice the last-level cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-2 * cache // nbytes))
+
+
+def stock(cls: Any, weight: PackedWeight, factors: Factors) -> Any:
+    """GPTQModel's module with its own `Lora`."""
+    module = cls(
+        bits=weight.bits, group_size=weight.group_size, sym=True, desc_act=False, in_features=weight.in_features,
+        out_features=weight.out_features, bias=False, pack_dtype=torch.int32,
+        adapter=Lora(rank=factors.rank, path=None), name="benchmark",
+    )  # fmt: skip
+    down, up = factors.dense(DTYPE)
+    module.qweight, module.qzeros, module.g_idx = weight.qweight, weight.qzeros, weight.g_idx
+    module.scales = weight.scales.to(DTYPE)
+    module.lora_A, module.lora_B = down.T, up
+    module.qzero_format(format=2)
+    module.post_init()
+    return module.eval()
+
+
+def fused(weights: Sequence[PackedWeight], factors: Sequence[Factors]) -> Call:
+    """The plugin's launches for modules that read the same input."""
+    from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears
+
+    return FusedLinears.prepare(weights, factors, [None] * len(weights))
+
+
+def dense(weight: torch.Tensor) -> Call:
+    return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def one_by_one(modules: Sequence[Call]) -> Call:
+    return lambda x: [module(x) for module in modules]
+
+
+def adding(apply: Callable[[torch.Tensor, torch.Tensor], Any], base: torch.Tensor) -> Call:
+    """A correction that is added to its own copy of ``base``."""
+    y = base.clone()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        apply(x, y)
+        return y
+
+    return call
+
+
+def clones(weight: PackedWeight, factors: Factors, device: torch.device) -> list[tuple[PackedWeight, Factors]]:
+    """The pair on the device, as often as it takes to leave the cache."""
+    made = []
+    for _ in range(copies(weight.nbytes)):
+        down, up = (one.to(device) for one in (factors.down, factors.up))
+        made.append((weight.to(device), Factors(down, up)))
+    return made
+
+
+def check(call: Call, x: torch.Tensor, expected: Sequence[torch.Tensor], name: str) -> None:
+    """Stop at a result that is wrong."""
+    found = call(x)
+    for y, right in zip(found if isinstance(found, list) else [found], expected, strict=True):
+        error = float((y.double() - right.double()).norm() / right.double().norm())
+        if not error < TOLERANCE:
+            raise SystemExit(f"{name} is wrong: relative error {error:.3g} at {tuple(x.shape)}.")
+
+
+def measure(contenders: dict[str, list[Call]], x: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Median microseconds per call of each contender's calls, in turn."""
+
+    def run(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call(x)
+
+    graphs = {}
+    for name, calls in contenders.items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(calls)
+        stream.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            run(calls)
+    taken: dict[str, dict[str, list[float]]] = {name: {"eager": [], "graph": []} for name in contenders}
+    for _ in range(ROUNDS):
+        for name, calls in contenders.items():
+            taken[name]["eager"].append(timed(partial(run, calls)) / len(calls))
+            taken[name]["graph"].append(timed(graphs[name].replay) / len(calls))
+    return {name: {mode: sorted(times)[ROUNDS // 2] for mode, times in modes.items()} for name, modes in taken.items()}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Microseconds on the device."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def linears(bits: int, in_features: int, out: int, rank: int, factor_bits: int, device: torch.device) -> list[Any]:
+    weight = packed_weight(bits, out, in_features, GROUP_SIZE)
+    factors = random_factors(weight, rank, factor_bits)
+    pairs = clones(weight, factors, device)
+    contenders: dict[str, list[Call]] = {
+        "fused": [fused([w], [f]) for w, f in pairs],
+        "TorchLinear + Lora": [stock(TorchLinear, w, f) for w, f in pairs],
+    }
+    if bits in TritonV2Linear.SUPPORTS_BITS:
+        contenders["TritonV2Linear + Lora"] = [stock(TritonV2Linear, w, f) for w, f in pairs]
+    plain = dequantize(pairs[0][0], torch.float32).to(DTYPE)
+    denses = [dense(plain.clone()) for _ in range(copies(plain.nbytes))]
+    rows = []
+    for count in ROWS:
+        x = random_input(count, in_features, DTYPE).to(device)
+        expected = [linear(x.double(), *pairs[0], accumulate=torch.float64)]
+        for name, calls in contenders.items():
+            check(calls[0], x, expected, name)
+        times = measure({**contenders, "dense bfloat16": denses}, x)
+        rows += row_of(f"{in_features} → {out}", bits, rank, factor_bits, count, times)
+    return rows
+
+
+def inputs(bits: int, rank: int, device: torch.device) -> list[Any]:
+    in_features, outs = QKV
+    weights = [packed_weight(bits, out, in_features, GROUP_SIZE) for out in outs]
+    factors = [random_factors(weight, rank) for weight in weights]
+    sets = list(zip(*(clones(*pair, device) for pair in zip(weights, factors, strict=True)), strict=False))
+    together = [fused([w for w, _ in pairs], [f for _, f in pairs]) for pairs in sets]
+    apart = [one_by_one([stock(TorchLinear, w, f) for w, f in pairs]) for pairs in sets]
+    contenders = {"fused": together, "TorchLinear + Lora": apart}
+    rows = []
+    for count in ROWS:
+        x = random_input(count, in_features, DTYPE).to(device)
+        expected = [linear(x.double(), *pair, accumulate=torch.float64) for pair in sets[0]]
+        for name, calls in contenders.items():
+            check(calls[0], x, expected, name)
+        rows += row_of("q, k and v", bits, rank, 16, count, measure(contenders, x))
+    return rows
+
+
+def correct(factors: Factors, x: torch.Tensor, y: torch.Tensor) -> None:
+    from gptqmodel_eora_ext.kernels.triton.ops import add_correction
+
+    add_correction(x, factors, y)
+
+
+def correction(in_features: int, out: int, rank: int, device: torch.device) -> list[Any]:
+    weight = packed_weight(4, out, in_features, GROUP_SIZE)
+    factors = random_factors(weight, rank)
+    nbytes = 2 * rank * (in_features + out)
+    pairs = [Factors(*(one.to(DTYPE) for one in factors.dense())) for _ in range(copies(nbytes))]
+    pairs = [Factors(pair.down.to(device), pair.up.to(device)) for pair in pairs]  # type: ignore[union-attr]
+    stocks = [Lora(rank=rank, path=None, lora_A=pair.down.T, lora_B=pair.up) for pair in pairs]  # type: ignore[union-attr]
+    rows = []
+    for count in ROWS:
+        x = random_input(count, in_features, DTYPE).to(device)
+        base = random_input(count, out, DTYPE, seed=3).to(device)
+        down, up = pairs[0].dense(torch.float64)
+        expected = [base.double() + (x.double() @ down.T) @ up]
+        contenders = {
+            "fused": [adding(partial(correct, pair), base) for pair in pairs],
+            "Lora.apply": [adding(one.apply, base) for one in stocks],
+        }
+        for name, calls in contenders.items():
+            check(calls[0], x, expected, name)
+        rows += row_of(f"correction {in_features} → {out}", 16, rank, 16, count, measure(contenders, x))
+    return rows
+
+
+def row_of(
+    what: str, bits: int, rank: int, factor_bits: int, rows: int, times: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    return [
+        {"what": what, "bits": bits, "rank": rank, "factor bits": factor_bits, "rows": rows, "contender": name,
+         "eager µs": modes["eager"], "graph µs": modes["graph"]}
+        for name, modes in times.items()
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def run(ranks: Sequence[int]) -> dict[str, Any]:
+    device = torch.device("cuda", 0)
+    rows: list[Any] = []
+    for rank in ranks:
+        for bits in BITS:
+            for shape in SHAPES:
+                for factor_bits in (16, 4):
+                    rows += linears(bits, *shape, rank, factor_bits, device)
+            rows += inputs(bits, rank, device)
+        rows += correction(4096, 12288, rank, device)
+    return {"device": torch.cuda.get_device_name(device), "dtype": str(DTYPE), "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[64], help="ranks to measure")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("No CUDA or ROCm device: these kernels can only be timed on one. "
+                         "benchmarks/kernels_roofline.py computes what they must move.")  # fmt: skip
+    result = run(options.ranks)
+    common.keep("kernels_cuda", result, as_json=options.json)
+    common.table(tuple(result["rows"][0]), [list(row.values()) for row in result["rows"]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The kernel class that GPTQModel's own selection picks on a CPU for a checkpoint with an `EoRA` adapter."""
+
+# ruff: noqa: RUF012 (what a kernel supports is said in lists, which the host extends)
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.models._const import DEVICE, PLATFORM
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.quantization import FORMAT, METHOD
+from gptqmodel.utils.backend import BACKEND
+
+from ...kernels.cpu.build import library
+from ...kernels.cpu.repack import RepackedWeight, repack_weight
+from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
+from ...kernels.fused import FusedLinear
+from ...kernels.layout import WEIGHT_BITS, Factors, PackedWeight
+from .adapter import EoRA
+
+# The buffers that a weight consists of.
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A layer, and the tensors (`PACKED`, bias, A, B) and versions (A, B) that it was made from."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    versions: tuple[int, int]
+    weight: RepackedWeight
+    layer: FusedLinear
+
+
+class EoRAFusedLinear(TorchLinear):
+    """GPTQ weights and an `EoRA` adapter in one pass on the CPU; on another device, what `TorchLinear` does.
+
+    The checkpoint's tensors stay as buffers beside their repacked copy, for `state_dict` and for saving.
+    """
+
+    SUPPORTS_BACKENDS = [BACKEND.GPTQ_TORCH]
+    # An explicit backend names the host's own kernel; this one is entered into the automatic order by hand (`seams`).
+    SUPPORTS_BACKEND_SELECTION = False
+    SUPPORTS_RAW_PACKING = False
+    SUPPORTS_METHODS = [METHOD.GPTQ]
+    # The priority orders nothing here, but also ranks formats to pack into, where this kernel should not count.
+    SUPPORTS_FORMATS = {FORMAT.GPTQ: 1, FORMAT.GPTQ_V2: 1}
+    SUPPORTS_BITS = list(WEIGHT_BITS)
+    SUPPORTS_GROUP_SIZE = [-1, 16, 32, 64, 128, 256, 512, 1024]
+    SUPPORTS_DESC_ACT = [True, False]
+    SUPPORTS_SYM = [True, False]
+    SUPPORTS_SHARDS = True
+    SUPPORTS_TRAINING = True
+    SUPPORTS_AUTO_PADDING = True
+    SUPPORTS_IN_FEATURES_DIVISIBLE_BY = [1]
+    SUPPORTS_OUT_FEATURES_DIVISIBLE_BY = [1]
+    SUPPORTS_DEVICES = [DEVICE.CPU]
+    SUPPORTS_PLATFORM = [PLATFORM.ALL]
+    SUPPORTS_PACK_DTYPES = [torch.int32]
+    # `EoRA` is added as it is to every kernel that takes `Lora`; `validate` leaves stock adapters to stock kernels.
+    SUPPORTS_ADAPTERS = [Lora]
+    SUPPORTS_DTYPES = list(DTYPES)
+    REQUIRES_FORMAT_V2 = True
+    QUANT_TYPE = "eora_fused"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._off = switched_off()
+        self._fusable_cases: dict[tuple[torch.dtype, bool], bool] = {}
+        self._made: _Made | None = None
+
+    @classmethod
+    def validate(cls, *args: Any, adapter: Any = None, **kwargs: Any) -> tuple[bool, Exception | None]:
+        """Whether this class can serve a module; the reason where it cannot."""
+        if not isinstance(adapter, EoRA):
+            return False, NotImplementedError(f"{cls.__name__} serves models with an EoRA adapter, got {adapter}.")
+        if ALL in switched_off():
+            return False, NotImplementedError(f"{cls.__name__} is switched off by {SWITCH}={ALL}.")
+        return super().validate(*args, adapter=adapter, **kwargs)
+
+    @classmethod
+    def validate_once(cls) -> tuple[bool, Exception | None]:
+        if library() is None:
+            return False, ImportError(f"{cls.__name__}: the CPU kernels could not be compiled.")
+        return True, None
+
+    def optimize(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left for `torch.compile` to fuse."""
+        self.optimized = True
+
+    def post_init(self) -> None:
+        super().post_init()
+        if self.qweight.is_cpu:
+            self._layer(self.adapter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            found = " × ".join(map(str, x.shape))
+            raise ValueError(f"{self.name}: x should be … × {self.in_features}, found {found}.")
+        if not self._fusable(x):
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        adapter = self.adapter
+        if adapter is not None and _trained(adapter) and torch.is_grad_enabled():
+            y = adapter.apply(x=rows, out=self._layer(None)(rows))
+        else:
+            y = self._layer(adapter)(rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def choice(self, x: torch.Tensor) -> Choice:
+        """The kernel that x would be multiplied by."""
+        if self.online_full_had or self.online_partial_had:
+            return Choice(TORCH, reason="the module rotates its input")
+        device = x.device if x.device.type != "cpu" else self.qweight.device
+        return choose(device, x.dtype, self.bits, x.numel() // self.in_features, self._off)
+
+    def _fusable(self, x: torch.Tensor) -> bool:
+        """Whether x can be given to the kernels; once per dtype, since this runs for every token."""
+        if not x.is_cpu or not self._buffers["qweight"].is_cpu or x.numel() == 0:
+            return False
+        key = (x.dtype, x.numel() > FEW_ROWS * self.in_features)
+        if key not in self._fusable_cases:
+            self._fusable_cases[key] = self.choice(x).path != TORCH
+        return self._fusable_cases[key]
+
+    def _layer(self, adapter: EoRA | None) -> FusedLinear:
+        """The layer ready to multiply, made again when the weight, the bias or the factors changed."""
+        buffers = self._buffers
+        lora_A, lora_B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+        tensors = (*map(buffers.__getitem__, PACKED), buffers.get("bias"), lora_A, lora_B)
+        versions = (_version(lora_A), _version(lora_B))
+        made = self._made
+        if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
+            weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
+            weight = weight or self._repack()
+            made = _Made(
+                tensors, versions, weight, FusedLinear(weight, _factors(adapter), buffers.get("bias"), self._off)
+            )
+            self._made = made
+        return made.layer
+
+    def _repack(self) -> RepackedWeight:
+        packed = PackedWeight(
+            **{name: self._buffers[name] for name in PACKED},
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            name=self.name,
+        )
+        return repack_weight(packed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # Values are copied into the buffers that are there.
+        self._made = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the buffers, from which it repacks by itself."""
+        return {**self.__dict__, "_made": None}
+
+
+def _trained(adapter: EoRA) -> bool:
+    return any(factor is not None and factor.requires_grad for factor in (adapter.lora_A, adapter.lora_B))
+
+
+def _factors(adapter: EoRA | None) -> Factors | None:
+    if adapter is None or adapter.lora_A is None or adapter.lora_B is None:
+        return None
+    # What was trained since it was loaded is no longer what is packed.
+    if adapter.packed is not None and _version(adapter.lora_A) == _version(adapter.lora_B) == 0:
+        return Factors(*adapter.packed)
+    return Factors(adapter.lora_A.T, adapter.lora_B)
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

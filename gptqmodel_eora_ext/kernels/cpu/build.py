@@ -1,0 +1,103 @@
+"""The compiled kernels: built on first use, kept in the cache folder, loaded without torch's loader afterwards.
+
+The sources need neither torch's headers nor Python's, so a build takes seconds and serves every version of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from ...files import cache_folder
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+# Each instruction set's file carries its own target attribute; nothing is compiled for the machine that builds.
+FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", *(("-fopenmp",) if sys.platform == "linux" else ()))
+ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled here."""
+
+
+def library_path() -> Path:
+    """Where the library of these sources is kept."""
+    content = hashlib.sha256(" ".join((*FLAGS, platform.machine(), sys.platform)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        content.update(source.name.encode() + source.read_bytes())
+    return cache_folder() / "kernels" / f"eora_cpu_{content.hexdigest()[:16]}.so"
+
+
+def build() -> Path:
+    """Compile the kernels, unless they are there, and return the library's path.
+
+    Raises:
+        BuildError: without a C++ compiler or `ninja`, or when compiling fails; the message tells which.
+    """
+    path = library_path()
+    if path.is_file():
+        return path
+    from torch.utils import cpp_extension
+
+    log.info("EoRA: compiling the CPU kernels, once; they are kept as `%s`.", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    search = os.environ.get("PATH", "")
+    # `ninja` is installed beside Python, which need not be on the path.
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            cpp_extension.load(
+                path.stem,
+                [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
+                extra_cflags=list(FLAGS),
+                extra_ldflags=["-fopenmp"] if "-fopenmp" in FLAGS else [],
+                build_directory=scratch,
+                is_python_module=False,
+            )
+            # In one step, so that two processes that build at once do not see each other's halves.
+            shutil.move(Path(scratch, path.name), path)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()
+        raise BuildError(reason[0] if reason else repr(error)) from error
+    finally:
+        os.environ["PATH"] = search
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels; None, told once in the log, where they cannot be compiled or loaded."""
+    try:
+        loaded = ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        log.warning("EoRA: no CPU kernels (%s); torch is used, which is slow at 2 and 3 bits. Install a C++ compiler, "
+                    "then run: python -m gptqmodel_eora_ext.kernels.cpu --build", error)  # fmt: skip
+        return None
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.eora_repack.argtypes = (pointer, pointer, integer, integer, integer, pointer, integer)
+    loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer)
+    loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, long, integer, integer)
+    loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
+    loaded.eora_large_pages.argtypes = (pointer, long)
+    for name in ("eora_large_pages", "eora_matmul", "eora_repack", "eora_linear", "eora_dequantize"):
+        getattr(loaded, name).restype = None
+    return loaded
+
+
+def best_isa() -> int:
+    """Index into `ISAS` of the best instruction set that this processor has."""
+    loaded = library()
+    assert loaded is not None
+    return int(loaded.eora_best_isa())

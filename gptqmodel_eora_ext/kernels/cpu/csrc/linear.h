@@ -1,0 +1,96 @@
+// A linear layer as the kernels read it, and what they do with it. No dependency but the C++ library, so that the
+// build takes seconds and the result does not hang on torch's version.
+//
+// Outputs lie in vector lanes: a strip is 16 of them. Inputs are sorted by group and cut into segments (a group, or
+// 1,024 inputs of one), padded to units of 16, so that a unit of a strip is 16 × 16 codes in 32 · bits bytes:
+//
+//   codes    strips × units × 32 · bits bytes. A 32-bit lane is an output, its four bytes are four inputs. Input
+//            i = 4k + j of the unit lies in byte j, so that one dot product takes four inputs of 16 outputs:
+//              2 bits  one vector, input i in the bits [2k, 2k + 2) of its byte
+//              4 bits  two vectors of 8 inputs, k even in the low half of the byte
+//              8 bits  four vectors of 4 inputs
+//              3 bits  a pair of units is three vectors: two as at 2 bits hold the low two bits, the third holds the
+//                      high bit of both (see `repack.cpp`); an odd number of units ends in half a pair
+//   scales   strips × segments × 16
+//   zeros    strips × segments × 16, 4 bits each (8 at 8 bits), or one value for all
+//   up       strips × rank × 16, Bᵀ
+//   down     rank × padded_inputs(in), A
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+enum Kind : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3, I4 = 4 };
+
+// Inputs per unit, outputs per strip.
+constexpr int LANES = 16;
+// Features that share a scale of 8- and 4-bit factors.
+constexpr int FACTOR_GROUP = 64;
+
+struct Linear {
+  int32_t bits, in_features, out_features, rank;
+  int32_t segments, units, strips, zero;  // zero: the code of all zeros where `zeros` is null
+  int32_t scale_kind, down_kind, up_kind, unused;
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zeros;
+  const int32_t* starts;       // segments + 1: first unit of each
+  const int32_t* order;        // units · 16: the input at each place, −1 for padding; null where it is the place
+  const void* down;
+  const uint16_t* down_scales;  // float16, rank × ceil(in / 64), for integer kinds
+  const void* up;
+  const uint16_t* up_scales;    // float16, ceil(out / 64) × rank, likewise
+  const float* bias;           // strips · 16, or null
+};
+
+constexpr int64_t strip_bytes(int bits, int units) {
+  return bits == 3 ? (units + 1) / 2 * int64_t(192) : units * int64_t(32) * bits;
+}
+
+// Rows of A, and of x beside them, end in zeros.
+constexpr int padded_inputs(int in_features) { return (in_features + FACTOR_GROUP - 1) / FACTOR_GROUP * FACTOR_GROUP; }
+
+static inline float half_to_float(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7FFF, bits;
+  // Shifted into a float's place the exponent is 112 too small, subnormal or not.
+  const float rebias = 5192296858534827628530496329220096.0f;
+  float value;
+  bits = rest << 13;
+  std::memcpy(&value, &bits, 4);
+  value *= rebias;
+  std::memcpy(&bits, &value, 4);
+  if (rest >= 0x7C00) bits = 0x7F800000 | (rest & 0x3FF) << 13;
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// One instruction set's kernels. x is rows × padded_inputs in float32.
+struct Kernels {
+  // t = x Aᵀ, rows × rank, for the components [first, last).
+  void (*down)(const Linear&, const float* x, int rows, int first, int last, float* t);
+  // x, one row in float32, as integers of 8 bits: x ≈ step · Σ digit · 256^slice, per segment.
+  void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
+  // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
+  void (*widen)(const void* x, int kind, int in_features, float* out);
+  // y of the strips [first, last).
+  void (*strips)(const Linear&, int slices, const int8_t* digits, const int32_t* sums, const float* steps,
+                 const float* t, int rows, int first, int last, void* y, int kind);
+  // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
+  void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
+};
+
+// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank.
+struct Matmul {
+  void (*pack)(const Linear&, const uint16_t* x, const uint16_t* t, int rows, int block, uint16_t* panel);
+  void (*outputs)(const Linear&, int pair, const uint16_t* panels, int rows, uint16_t* weights, uint16_t* y);
+};
+// Rows of x that are multiplied at a time.
+constexpr int BLOCK_ROWS = 12;
+// Pairs of inputs, the components of the adapter among them.
+inline int64_t input_pairs(const Linear& l) { return int64_t(l.units) * (LANES / 2) + (l.rank + 1) / 2; }
+
+const Kernels* avx512_kernels();  // null where it was not compiled in
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+const Matmul* bf16_matmul();       // likewise

@@ -1,0 +1,117 @@
+"""y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias on the CPU, straight from packed weights for few rows, by tiles of Ŵ for many."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+
+from ..layout import to_dense
+from .build import library
+from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
+
+# Outputs of Ŵ that are dequantised at a time.
+TILE_OUTPUTS = 512
+
+
+class _Linear(ctypes.Structure):
+    """`struct Linear` of csrc/linear.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("bits", "in_features", "out_features", "rank", "segments", "units",
+                                              "strips", "zero", "scale_kind", "down_kind", "up_kind", "unused")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "starts", "order", "down", "down_scales",
+                                               "up", "up_scales", "bias")),
+    ]  # fmt: skip
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class CpuLinear:
+    """A linear layer ready to be multiplied with.
+
+    Args:
+        weight: Ŵ.
+        factors: A and B; None for none.
+        bias: of length out.
+    """
+
+    def __init__(
+        self,
+        weight: RepackedWeight,
+        factors: RepackedFactors | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        kernels = library()
+        assert kernels is not None
+        self._kernels = kernels
+        self.weight, self.factors = weight, factors
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.bias = None
+        if bias is not None:
+            self.bias = torch.zeros(weight.strips * LANES, dtype=torch.float32)
+            self.bias[: self.out_features] = bias.detach()
+        self._struct = _Linear(in_features=self.in_features, out_features=self.out_features, bias=_pointer(self.bias))
+        self._set(weight, "bits", "segments", "units", "strips", "zero", "codes", "scales", "zeros", "starts", "order")
+        self._struct.scale_kind = KINDS[weight.scales.dtype]
+        if factors is not None:
+            self._set(factors, "rank", "down", "down_scales", "down_kind", "up", "up_scales", "up_kind")
+        self._address = ctypes.addressof(self._struct)
+
+    def _set(self, source: object, *names: str) -> None:
+        for name in names:
+            value = getattr(source, name)
+            setattr(self._struct, name, value if isinstance(value, int) else _pointer(value))
+
+    def codes(self, x: torch.Tensor, isa: int) -> torch.Tensor:
+        """y straight from the packed codes.
+
+        Args:
+            x: rows × in, contiguous, float32, float16 or bfloat16.
+            isa: index into `build.ISAS`.
+
+        Returns:
+            rows × out, in x's dtype. x is rounded to 2^-15 (float32: 2^-23) of its group's largest at most.
+        """
+        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        self._kernels.eora_linear(self._address, x.data_ptr(), KINDS[x.dtype], x.shape[0], y.data_ptr(), isa,
+                                  torch.get_num_threads())  # fmt: skip
+        return y
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """y of many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and x Aᵀ are
+        rounded to bfloat16, sums are float32."""
+        t = None
+        if self.factors is not None:
+            t = torch.nn.functional.linear(x, to_dense(self.factors.source.down, x.dtype))
+        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        self._kernels.eora_matmul(self._address, x.data_ptr(), _pointer(t), x.shape[0], y.data_ptr(),
+                                  torch.get_num_threads())  # fmt: skip
+        return y
+
+    def tiles(self, x: torch.Tensor, isa: int) -> torch.Tensor:
+        """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
+        wide = x.to(torch.float32)
+        if self.factors is not None:
+            down, up = self.factors.source.dense()
+            wide = torch.cat([wide, wide @ down.T], dim=1)
+        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
+            if self.factors is not None:
+                tile[self.in_features :] = up[:, begin:end]
+            product = wide @ tile
+            y[:, begin:end] = product if self.bias is None else product + self.bias[begin:end]
+        return y
+
+    def dequantized(self, isa: int, extra_rows: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(begin, end, Ŵᵀ of these outputs) in float32, in + extra_rows × outputs; the next one overwrites it."""
+        width = min(TILE_OUTPUTS, self.weight.strips * LANES)
+        tile = torch.empty(self.in_features + extra_rows, width, dtype=torch.float32)
+        for begin in range(0, self.out_features, width):
+            end = min(begin + width, self.out_features)
+            self._kernels.eora_dequantize(self._address, begin // LANES, -(-end // LANES), tile.data_ptr(), width, isa,
+                                          torch.get_num_threads())  # fmt: skip
+            yield begin, end, tile[:, : end - begin]

@@ -1,0 +1,223 @@
+"""Packed weights and factors in the order in which the CPU kernels read them; `csrc/linear.h` draws it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...solve import QuantizedFactor
+from ..layout import Factors, PackedWeight
+from .build import library
+
+# As in csrc/linear.h.
+LANES = 16
+FACTOR_GROUP = 64
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+INTEGER_KINDS = {8: 3, 4: 4}
+# Inputs of a group that share one step when x is turned into integers.
+LONGEST_SEGMENT = 1024
+# Of x86-64 and arm64. One row by 4096 × 4096 at 2 bits takes 0.21 ms instead of 0.25 when page tables are out of cache.
+LARGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True)
+class RepackedWeight:
+    """A weight as the kernels read it. Sizes in `csrc/linear.h`.
+
+    Attributes:
+        codes: uint8.
+        scales: float16, or the checkpoint's dtype where float16 would change values.
+        zeros: uint8; None where one code means zero everywhere.
+        zero: that code.
+        starts: int32, first unit of each segment and the number of units.
+        order: int32, the input at each place, −1 for padding; None where the place is the input.
+        bits: 2, 3, 4 or 8.
+        in_features: inputs.
+        out_features: outputs.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    zero: int
+    starts: torch.Tensor
+    order: torch.Tensor | None
+    bits: int
+    in_features: int
+    out_features: int
+
+    @property
+    def segments(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def units(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def strips(self) -> int:
+        return -(-self.out_features // LANES)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a multiplication reads."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros, self.order) if tensor is not None)
+
+
+@dataclass(frozen=True)
+class RepackedFactors:
+    """Factors as the kernels read them.
+
+    Attributes:
+        down: A, rank × in rounded up to `FACTOR_GROUP`; two 4-bit codes to a byte.
+        down_scales: float16, rank × groups; None for floating factors.
+        up: Bᵀ, strips × rank × 16, likewise.
+        up_scales: float16, groups × rank; None for floating factors.
+        down_kind: dtype of A as csrc/linear.h numbers them.
+        up_kind: dtype of Bᵀ.
+        source: what they were made from.
+    """
+
+    down: torch.Tensor
+    down_scales: torch.Tensor | None
+    up: torch.Tensor
+    up_scales: torch.Tensor | None
+    down_kind: int
+    up_kind: int
+    source: Factors
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def in_features(self) -> int:
+        return self.source.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.source.out_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a multiplication reads."""
+        tensors = (self.down, self.down_scales, self.up, self.up_scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def repack_weight(weight: PackedWeight) -> RepackedWeight:
+    """Reorder a weight, on the CPU. No value changes."""
+    starts, places, group_of_segment = _segments(weight)
+    units = int(starts[-1])
+    strips = -(-weight.out_features // LANES)
+    unit_bytes = -(-units // 2) * 192 if weight.bits == 3 else units * 32 * weight.bits
+    codes = _zeros(strips * unit_bytes)
+    kernels = library()
+    assert kernels is not None
+    qweight = weight.qweight.contiguous()
+    kernels.eora_repack(qweight.data_ptr(), places.data_ptr(), weight.bits, weight.out_features, units,
+                        codes.data_ptr(), torch.get_num_threads())  # fmt: skip
+    zeros = weight.zeros()
+    zero = int(zeros[0, 0])
+    uniform = bool((zeros == zero).all())
+    identity = torch.arange(weight.in_features, dtype=torch.int32)
+    ordered = len(places) == weight.in_features and torch.equal(places, identity)
+    return RepackedWeight(
+        codes=codes,
+        scales=_strips(_narrow(weight.scales)[group_of_segment]),
+        zeros=None if uniform else _pack_zeros(_strips(zeros[group_of_segment]), weight.bits),
+        zero=zero,
+        starts=starts,
+        order=None if ordered else places,
+        bits=weight.bits,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+    )
+
+
+def repack_factors(factors: Factors) -> RepackedFactors:
+    """Reorder factors, on the CPU. No value changes."""
+    inputs = -(-factors.in_features // FACTOR_GROUP) * FACTOR_GROUP
+    down, down_scales, down_kind = _numbers(factors.down)
+    up, up_scales, up_kind = _numbers(factors.up)
+    down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
+    up = _strips(up)
+    return RepackedFactors(
+        down=_pack_factor(down, down_kind),
+        down_scales=down_scales,
+        up=_pack_factor(up, up_kind),
+        up_scales=None if up_scales is None else up_scales.T.contiguous(),
+        down_kind=down_kind,
+        up_kind=up_kind,
+        source=factors,
+    )
+
+
+def _segments(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First unit of each segment and the number of units; the input at each place; the group of each segment."""
+    group = weight.group_of_input()
+    sizes = torch.bincount(group, minlength=weight.groups).tolist()
+    inputs = torch.argsort(group, stable=True).to(torch.int32)
+    starts, pieces, groups = [0], [], []
+    taken = 0
+    for index, size in enumerate(sizes):
+        for begin in range(0, size, LONGEST_SEGMENT):
+            length = min(LONGEST_SEGMENT, size - begin)
+            padded = -(-length // LANES) * LANES
+            pieces.append(torch.nn.functional.pad(inputs[taken : taken + length], (0, padded - length), value=-1))
+            starts.append(starts[-1] + padded // LANES)
+            groups.append(index)
+            taken += length
+    return torch.tensor(starts, dtype=torch.int32), torch.cat(pieces), torch.tensor(groups)
+
+
+def _zeros(size: int) -> torch.Tensor:
+    """Zeroed bytes; many of them on large pages where the system gives them."""
+    if size < LARGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8)
+    kernels = library()
+    assert kernels is not None
+    memory = torch.zeros(size + LARGE_PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % LARGE_PAGE
+    aligned = memory[begin : begin + size]
+    kernels.eora_large_pages(aligned.data_ptr(), size // LARGE_PAGE * LARGE_PAGE)
+    return aligned
+
+
+def _narrow(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in float16 where that is exact: a checkpoint's are, whatever the model's dtype is."""
+    halves = scales.to(torch.float16)
+    return halves if torch.equal(halves.to(scales.dtype), scales) else scales
+
+
+def _strips(by_output: torch.Tensor) -> torch.Tensor:
+    """n × out → strips × n × 16, filled up with zeros."""
+    rows, outputs = by_output.shape
+    strips = -(-outputs // LANES)
+    padded = torch.nn.functional.pad(by_output, (0, strips * LANES - outputs))
+    return padded.view(rows, strips, LANES).transpose(0, 1).contiguous()
+
+
+def _pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    return zeros.to(torch.uint8) if bits == 8 else _nibbles(zeros.to(torch.uint8))
+
+
+def _nibbles(values: torch.Tensor) -> torch.Tensor:
+    """uint8, … × 16 → … × 8: even lanes in the first four bytes, odd lanes in the next."""
+    lanes = values.unflatten(-1, (LANES // 4, 4))
+    even, odd = (lanes[..., first] | (lanes[..., first + 2] << 4) for first in (0, 1))
+    return torch.cat([even, odd], dim=-1)
+
+
+def _numbers(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Values or codes, scales, and the kind."""
+    if isinstance(factor, QuantizedFactor):
+        return factor.integers(), factor.scales.contiguous(), INTEGER_KINDS[factor.bits]
+    return factor.detach(), None, KINDS[factor.dtype]
+
+
+def _pack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
+    if kind != INTEGER_KINDS[4]:
+        return values.contiguous()
+    return _nibbles((values + 8).to(torch.uint8).unflatten(-1, (-1, LANES))).flatten(-2)

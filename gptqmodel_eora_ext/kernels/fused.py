@@ -1,0 +1,89 @@
+"""A linear layer over packed weights with its adapter, computed by whichever kernel is fastest here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cpu.linear import CpuLinear
+from .cpu.repack import RepackedWeight, repack_factors
+from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
+from .layout import Factors
+
+
+class FusedLinear:
+    """y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias on the CPU.
+
+    Differentiable by x; A, B and the bias are constants.
+
+    Args:
+        weight: Ŵ (`repack_weight`).
+        factors: A and B; None for none.
+        bias: of length out.
+        off: what is not to be used (`dispatch.switched_off`).
+    """
+
+    def __init__(
+        self,
+        weight: RepackedWeight,
+        factors: Factors | None = None,
+        bias: torch.Tensor | None = None,
+        off: frozenset[str] = frozenset(),
+    ) -> None:
+        self._layer = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias)
+        self._off = off
+        self._choices: dict[tuple[torch.dtype, bool], Choice] = {}
+
+    def choice(self, dtype: torch.dtype, rows: int) -> Choice:
+        """The kernel for x of this dtype and so many rows."""
+        key = (dtype, rows <= FEW_ROWS)
+        if key not in self._choices:
+            self._choices[key] = choose("cpu", dtype, self._layer.weight.bits, rows, self._off)
+        return self._choices[key]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """y, rows × out in x's dtype, of x, rows × in.
+
+        Raises:
+            ValueError: for an x of another width, another device, or a dtype that no kernel takes.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Differentiable.apply(x, self)
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """y without a gradient."""
+        if x.ndim != 2 or x.shape[1] != self._layer.in_features or not x.is_cpu:
+            raise ValueError(
+                f"x should be rows × {self._layer.in_features} on the CPU, got {tuple(x.shape)} on {x.device}."
+            )
+        choice = self.choice(x.dtype, len(x))
+        if choice.path == TORCH:
+            raise ValueError(f"No kernel can be used: {choice.reason}.")
+        x = x.contiguous()
+        if choice.path == MATMUL:
+            return self._layer.matmul(x)
+        return self._layer.codes(x, choice.isa) if choice.path == CODES else self._layer.tiles(x, choice.isa)
+
+    def transposed(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad (Ŵ + B A): the gradient by x of a gradient by y, rows × in."""
+        rows = grad.to(torch.float32)
+        result = torch.zeros(len(grad), self._layer.in_features)
+        for begin, end, tile in self._layer.dequantized(self.choice(grad.dtype, len(grad)).isa):
+            result.addmm_(rows[:, begin:end], tile.T)
+        if self._layer.factors is not None:
+            down, up = self._layer.factors.source.dense()
+            result.addmm_(rows @ up.T, down)
+        return result.to(grad.dtype)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: FusedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer.transposed(grads[0]), None

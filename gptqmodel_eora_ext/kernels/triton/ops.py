@@ -1,0 +1,297 @@
+"""The Triton kernels as torch operators: what dispatch and hosts call.
+
+Both are custom operators with fake implementations: `torch.compile` sees one node, and CUDA-graph capture meets no
+synchronisation and no allocation whose size depends on data. They have no backward; training takes the torch path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ...solve import GROUP_SIZE, QuantizedFactor
+from ..layout import Factors, LayoutError, PackedWeight, pack_words
+from . import settings
+from .expand import shrink_expand_kernel
+from .gemm import gemm_kernel
+from .gemv import gemv_kernel
+from .shrink import shrink_kernel
+
+# A tile of locks that the shrink kernel zeroes at a time.
+LOCKS = 1024
+# 1.0 as float32 (`codes.mantissa`).
+ONE = 0x3F800000
+# Under Triton's interpreter there are no multiprocessors; with this many, small shapes are split as large ones are.
+INTERPRETED_PROCESSORS = 4
+
+
+@dataclass(frozen=True)
+class FusedLinears:
+    """Weights that read the same input, as `fused_linears` takes them; tensors of a weight are its own, not copies.
+
+    Attributes:
+        qweights, scales: of `PackedWeight`.
+        qzeros: of version 2; None for a weight whose zeros all are 2^(bits − 1).
+        g_idx: int32; None for inputs in the order of their groups.
+        biases: each of length out, or None.
+        down: A of all modules, stacked: Σ ranks × in (codes, if packed); None without any adapter.
+        down_scales: scales of ``down``, if packed.
+        ups: Bᵀ of each module, or its codes; None for a module without adapter.
+        up_scales: scales of ``ups``, if packed.
+        bits, group_size, factor_bits: of all modules alike; factor_bits 16 for floating factors.
+        in_features: inputs.
+    """
+
+    qweights: list[torch.Tensor]
+    qzeros: list[torch.Tensor | None]
+    scales: list[torch.Tensor]
+    g_idx: list[torch.Tensor | None]
+    biases: list[torch.Tensor | None]
+    down: torch.Tensor | None
+    down_scales: torch.Tensor | None
+    ups: list[torch.Tensor | None]
+    up_scales: list[torch.Tensor | None]
+    bits: int
+    group_size: int
+    factor_bits: int
+    in_features: int
+
+    @classmethod
+    def prepare(
+        cls,
+        weights: Sequence[PackedWeight],
+        factors: Sequence[Factors | None],
+        biases: Sequence[torch.Tensor | None],
+    ) -> FusedLinears:
+        """Bring weights into the form of the kernels: zeros to version 2, A stacked. Synchronises; meant for loading.
+
+        Raises:
+            LayoutError: when the modules differ in inputs, bits, group size or the kind of their factors, or factors
+                do not fit their weight.
+        """
+        kinds = {(one.in_features, one.bits, one.group_size) for one in weights}
+        if len(kinds) != 1:
+            raise LayoutError(f"modules that are to share a launch differ in (inputs, bits, group size): {kinds}.")
+        for weight, pair in zip(weights, factors, strict=True):
+            if pair is not None:
+                pair.check(weight)
+        adapted = [pair for pair in factors if pair is not None]
+        factor_kinds = {_kind(factor) for pair in adapted for factor in (pair.down, pair.up)}
+        if len(factor_kinds) > 1:
+            raise LayoutError(f"modules that are to share a launch differ in their factors: {factor_kinds}.")
+        first = weights[0]
+        indexed = not settings.tile_inputs(first.bits, first.row_group_size, first.in_features)
+        downs = [_tensors(pair.down) for pair in adapted]
+        ups = [(None, None) if pair is None else _tensors(pair.up) for pair in factors]
+        return cls(
+            qweights=[one.qweight.contiguous() for one in weights],
+            qzeros=[_zeros(one) for one in weights],
+            scales=[one.scales.contiguous() for one in weights],
+            g_idx=[one.group_of_input().to(torch.int32) if indexed or not one.ordered else None for one in weights],
+            biases=list(biases),
+            down=torch.cat([codes for codes, _ in downs]) if downs else None,
+            down_scales=torch.cat([scales for _, scales in downs if scales is not None])
+            if downs and downs[0][1] is not None
+            else None,
+            ups=[codes for codes, _ in ups],
+            up_scales=[scales for _, scales in ups],
+            bits=first.bits,
+            group_size=first.row_group_size,
+            factor_bits=adapted[0].down.bits if adapted and isinstance(adapted[0].down, QuantizedFactor) else 16,
+            in_features=first.in_features,
+        )
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias of every module, in two launches (one without adapters).
+
+        Args:
+            x: … × in; float16, bfloat16 or float32.
+
+        Returns:
+            … × out of each module, in x's dtype.
+        """
+        rows = x.reshape(-1, self.in_features)
+        ys: list[torch.Tensor] = fused_linears(
+            rows.contiguous(), self.qweights, self.qzeros, self.scales, self.g_idx, self.biases,
+            self.down, self.down_scales, self.ups, self.up_scales, self.bits, self.group_size, self.factor_bits,
+        )  # fmt: skip
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+@torch.library.custom_op("gptqmodel_eora_ext::fused_linears", mutates_args=())
+def fused_linears(
+    x: torch.Tensor,
+    qweights: Sequence[torch.Tensor],
+    qzeros: Sequence[torch.Tensor | None],
+    scales: Sequence[torch.Tensor],
+    g_idx: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    down: torch.Tensor | None,
+    down_scales: torch.Tensor | None,
+    ups: Sequence[torch.Tensor | None],
+    up_scales: Sequence[torch.Tensor | None],
+    bits: int,
+    group_size: int,
+    factor_bits: int,
+) -> list[torch.Tensor]:
+    """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `FusedLinears`."""
+    rows, in_features = x.shape
+    outs = [qweight.shape[1] for qweight in qweights]
+    ys = [x.new_empty(rows, out) for out in outs]
+    if rows == 0:
+        return ys
+    processors = _processors(x.device)
+    ranks = [0 if up is None else up.shape[0] for up in ups]
+    indexed = any(one is not None for one in g_idx)
+    if rows == 1:
+        chosen = settings.gemv(outs, in_features, bits, indexed, processors)
+    else:
+        block_k = 0 if indexed else settings.tile_inputs(bits, group_size, in_features)
+        chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
+    m_tiles = -(-rows // chosen.block_m)
+    tiles = sum(-(-out // chosen.block_n) for out in outs)
+    # One float and one lock stand for none where the inputs are not split: kernels take pointers.
+    partials = x.new_empty(chosen.splits * rows * sum(outs) if chosen.splits > 1 else 1, dtype=torch.float32)
+    lock_count = m_tiles * tiles if chosen.splits > 1 else 1
+    # The shrink kernel zeroes the locks; without it a memset does.
+    locks = (x.new_zeros if down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
+    if down is None:
+        parts, parts_splits = partials, 1
+    else:
+        parts, parts_splits = _shrink(x, down, down_scales, factor_bits, locks, processors)
+    arguments = (
+        x, parts, tuple(ys), tuple(qweights), tuple(qzeros), tuple(scales), tuple(g_idx), tuple(biases), tuple(ups),
+        tuple(up_scales), tuple(outs), tuple(ranks), partials, locks,
+    )  # fmt: skip
+    sizes = (in_features, sum(outs), sum(ranks), parts_splits)
+    codes = settings.unit_codes(bits)
+    constants: dict[str, Any] = {
+        "MODULES": len(outs), "BITS": bits, "CODES": codes, "FACTOR_BITS": factor_bits,
+        "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
+        **chosen.options(),
+    }  # fmt: skip
+    if rows == 1:
+        windows = codes // settings.window_codes(bits)
+        gemv_kernel[(tiles, chosen.splits)](
+            *arguments, *sizes, windows, ONE, chosen.per_split, **constants,
+            # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
+            GROUP_UNITS=-(-group_size // codes), EVEN=in_features % codes == 0, BLOCK_U=chosen.block_k,
+        )  # fmt: skip
+    else:
+        gemm_kernel[(m_tiles, tiles, chosen.splits)](
+            *arguments, rows, *sizes, chosen.per_split, **constants, GROUP_SIZE=group_size, BLOCK_M=chosen.block_m,
+            BLOCK_K=chosen.block_k,
+        )  # fmt: skip
+    return ys
+
+
+@fused_linears.register_fake
+def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
+
+
+def _shrink(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_scales: torch.Tensor | None,
+    factor_bits: int,
+    locks: torch.Tensor,
+    processors: int,
+) -> tuple[torch.Tensor, int]:
+    """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
+    rows, in_features = x.shape
+    rank = down.shape[0]
+    chosen = settings.shrink(rows, rank, in_features, x.dtype, processors)
+    parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
+    grid = (-(-rank // chosen.block_r), -(-rows // chosen.block_m), chosen.splits)
+    shrink_kernel[grid](
+        x, down, down_scales, parts, locks, rows, rank, in_features, chosen.per_split, locks.numel(),
+        FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m, BLOCK_R=chosen.block_r,
+        BLOCK_K=chosen.block_k, LOCKS=LOCKS, **chosen.options(),
+    )  # fmt: skip
+    return parts, chosen.splits
+
+
+def add_correction(x: torch.Tensor, factors: Factors, y: torch.Tensor) -> None:
+    """y += (x Aᵀ) Bᵀ in place, in one launch (and a memset of its counters).
+
+    Args:
+        x: … × in, float16, bfloat16 or float32.
+        factors: A and Bᵀ, both floating or both packed with the same bits.
+        y: … × out, contiguous; of as many rows as x, in whatever shape.
+
+    Raises:
+        LayoutError: when the two factors are of different kinds.
+    """
+    down, down_scales = _tensors(factors.down)
+    up, up_scales = _tensors(factors.up)
+    if _kind(factors.down) != _kind(factors.up):
+        raise LayoutError(f"A and B differ in kind: {_kind(factors.down)} and {_kind(factors.up)}.")
+    bits = factors.down.bits if isinstance(factors.down, QuantizedFactor) else 16
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    shrink_expand(rows, down, down_scales, up, up_scales, bits, y.view(-1, y.shape[-1]))
+
+
+@torch.library.custom_op("gptqmodel_eora_ext::shrink_expand", mutates_args=("y",))
+def shrink_expand(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_scales: torch.Tensor | None,
+    up: torch.Tensor,
+    up_scales: torch.Tensor | None,
+    factor_bits: int,
+    y: torch.Tensor,
+) -> None:
+    """y += (x Aᵀ) Bᵀ, on x (rows × in) and y (rows × out), both contiguous; factors as in `FusedLinears`."""
+    rows, in_features = x.shape
+    rank, columns = down.shape[0], y.shape[1]
+    if rows == 0:
+        return
+    chosen = settings.shrink_expand(rows, rank, in_features, x.dtype, _processors(x.device))
+    m_tiles = -(-rows // chosen.block_m)
+    shares = -(-rank // chosen.block_r) * chosen.splits
+    parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
+    locks = x.new_zeros(1 + m_tiles, dtype=torch.int32)
+    shrink_expand_kernel[(m_tiles * (shares + -(-columns // chosen.block_n)),)](
+        x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, chosen.per_split,
+        chosen.splits, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, BLOCK_R=chosen.block_r, **chosen.options(),
+    )  # fmt: skip
+
+
+@shrink_expand.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _zeros(weight: PackedWeight) -> torch.Tensor | None:
+    """`qzeros` in version 2, or None where every zero is the middle code."""
+    zeros = weight.zeros()
+    if bool((zeros == 1 << (weight.bits - 1)).all()):
+        return None
+    if weight.stores_zero_minus_one:
+        return pack_words(zeros.T, weight.bits).T.contiguous()
+    return weight.qzeros.contiguous()
+
+
+def _kind(factor: torch.Tensor | QuantizedFactor) -> str:
+    return f"{factor.bits} bits" if isinstance(factor, QuantizedFactor) else str(factor.dtype)
+
+
+def _tensors(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the kernels read of a factor: values, or codes (int8 at 8 bits) and scales."""
+    if not isinstance(factor, QuantizedFactor):
+        return factor.contiguous(), None
+    codes = factor.codes.view(torch.int8) if factor.bits == 8 else factor.codes
+    return codes.contiguous(), factor.scales.contiguous()

@@ -1,0 +1,79 @@
+"""t = x Aᵀ for the stacked A of all modules that read x, cut along the inputs into partial sums.
+
+The parts are added by the kernels that read them, in order: the sum is deterministic and needs no launch of its own.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codes import load_factor
+
+
+@triton.jit
+def shrink_tile(
+    x, down, down_scales, parts, m_tile, r_tile, split, rows, rank, in_features, inputs_per_split,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one part: parts[split, m, r] = Σ_k x[m, k] A[r, k] over the split's inputs."""
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = r_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_m = m < rows
+    in_r = r < rank
+    first = split * inputs_per_split
+    last = tl.minimum(first + inputs_per_split, in_features)
+    # One row is multiplied without tensor cores, for which it would be padded to sixteen.
+    sums = tl.zeros((BLOCK_R, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_k = k < last
+        a = load_factor(down, down_scales, r[:, None], k[None, :], in_r[:, None] & in_k[None, :], in_features,
+                        FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
+        if BLOCK_M == 1:
+            sums += tl.load(x + k[None, :], mask=in_k[None, :], other=0).to(tl.float32) * a
+        else:
+            xs = tl.load(x + m.to(tl.int64)[None, :] * in_features + k[:, None],
+                         mask=in_m[None, :] & in_k[:, None], other=0)  # fmt: skip
+            sums = tl.dot(a.to(xs.dtype), xs, sums, input_precision="ieee")
+    if BLOCK_M == 1:
+        sums = tl.sum(sums, 1)[:, None]
+    place = parts + (split * rows + m.to(tl.int64)[None, :]) * rank + r[:, None]
+    tl.store(place, sums, mask=in_m[None, :] & in_r[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def shrink_kernel(
+    x, down, down_scales, parts, locks, rows, rank, in_features, inputs_per_split, lock_count,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, LOCKS: tl.constexpr,
+):  # fmt: skip
+    """Grid: rank tiles × row tiles × splits. Also zeroes the locks that the next launch counts with."""
+    r_tile = tl.program_id(0)
+    m_tile = tl.program_id(1)
+    split = tl.program_id(2)
+    if r_tile + m_tile + split == 0:
+        for start in range(0, lock_count, LOCKS):
+            place = start + tl.arange(0, LOCKS)
+            tl.store(locks + place, tl.zeros((LOCKS,), tl.int32), mask=place < lock_count)
+    shrink_tile(
+        x, down, down_scales, parts, m_tile, r_tile, split, rows, rank, in_features, inputs_per_split,
+        FACTOR_BITS, FACTOR_GROUP, BLOCK_M, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_parts(parts, m, r, live, splits, rows, rank):
+    """t of ``m`` × ``r``: the parts of `shrink_kernel`, added in order; float32.
+
+    Read past the first-level cache, which does not see what other programs of the same launch wrote.
+    """
+    place = parts + m.to(tl.int64) * rank + r
+    total = tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
+    for _ in range(1, splits):
+        place += rows * rank
+        total += tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
+    return total

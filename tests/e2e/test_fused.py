@@ -1,0 +1,72 @@
+"""SmolLM2's layers through the fused kernels: the logits and the text of the unfused path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gptqmodel import BACKEND, QuantizeConfig
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint import adapters_off
+from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
+from gptqmodel_eora_ext.kernels.cpu.build import library
+from tests.e2e import helpers
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(library() is None, reason="no C++ compiler")]
+# Share of the logits' size by which two roundings of the same sums differ, two layers and the head on. Stock adds the
+# base's output and the adapter's, both rounded, with Ŵ rounded to the dtype.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(two_layers: Path, calibration: helpers.Batches, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused") / "checkpoint"
+    adapter = EoRA(rank=24, factor_bits=4)
+    return helpers.quantize(
+        two_layers, folder, QuantizeConfig(bits=2, group_size=64), calibration, adapter=adapter
+    ).folder
+
+
+def unfused(folder: Path, dtype: torch.dtype) -> Any:
+    """GPTQModel's torch kernel; it loads 16 bits alone, of which float16 are what the file holds."""
+    if dtype == torch.float32:
+        return helpers.load(folder, dtype=torch.float16).float()
+    return helpers.load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_logits_and_text_of_the_unfused_path(checkpoint: Path, token_ids: list[int], dtype: torch.dtype) -> None:
+    fused = helpers.load(checkpoint, dtype=dtype, backend=BACKEND.AUTO)
+    kernels = helpers.kernels(fused)
+    assert len(kernels) == 14 and all(isinstance(kernel, EoRAFusedLinear) for kernel in kernels.values())
+    stock = unfused(checkpoint, dtype)
+    prompt = torch.tensor([token_ids[:100]])
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        for tokens in (prompt, prompt[:, :9]):
+            wanted, found = stock(tokens).logits.float(), fused(tokens).logits.float()
+            assert float((found - wanted).norm()) < ROUNDING[dtype] * float(wanted.norm())
+        with adapters_off(fused), adapters_off(stock):
+            bare = fused(prompt).logits.float()
+            assert float((bare - stock(prompt).logits.float()).norm()) < ROUNDING[dtype] * float(bare.norm())
+            assert float((bare - fused(prompt).logits.float()).abs().max()) == 0
+        if dtype == torch.float32:
+            texts = [
+                model.generate(prompt[:, :20], max_new_tokens=64, min_new_tokens=64, do_sample=False)
+                for model in (fused, stock)
+            ]
+            assert texts[0].shape == (1, 84) and torch.equal(*texts)
+
+
+def test_saved_again_it_is_the_same_checkpoint(checkpoint: Path, token_ids: list[int], tmp_path: Path) -> None:
+    from gptqmodel import GPTQModel
+
+    prompt = torch.tensor([token_ids[:30]])
+    with helpers.quiet():
+        host = GPTQModel.load(str(checkpoint), dtype=torch.float32)
+        logits = host.model(prompt).logits
+        host.save(str(tmp_path / "again"))
+    again = helpers.load(tmp_path / "again", dtype=torch.float32, backend=BACKEND.AUTO)
+    assert torch.equal(again(prompt).logits, logits)

@@ -1,0 +1,202 @@
+"""`EoRATritonLinear` and `EoRA.apply` under Triton's interpreter: run by `test_triton.py` in a process of its own.
+
+TRITON_INTERPRET=1 python -m pytest tests/hosts/triton_interpreted.py
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear, share_inputs
+from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
+from gptqmodel_eora_ext.kernels.reference import linear
+from gptqmodel_eora_ext.solve import QuantizedFactor
+from tests.kernels.cases import packed_weight, random_factors, random_input
+
+assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+
+IN = 64
+OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
+FUSED = "gptqmodel_eora_ext::fused_linears"
+CORRECTION = "gptqmodel_eora_ext::shrink_expand"
+
+
+class Launches(TorchDispatchMode):
+    """Counts the plugin's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name] += func._schema.name.startswith("gptqmodel_eora_ext")
+        return func(*args, **(kwargs or {}))
+
+
+def kernel(cls: Any, out: int, *, bits: int = 2, rank: int = 5, factor_bits: int = 16, seed: int = 0) -> Any:
+    """A kernel as loading leaves it, and nothing moved to a GPU."""
+    weight = packed_weight(bits, out, IN, 32, sym=False, seed=seed)
+    made = cls(
+        bits=bits, group_size=32, sym=False, desc_act=False, in_features=IN, out_features=out, bias=True,
+        pack_dtype=torch.int32, adapter=EoRA(rank=rank), name=f"layer.{out}",
+    )  # fmt: skip
+    made.qweight, made.qzeros, made.scales = weight.qweight, weight.qzeros, weight.scales
+    made.bias = torch.linspace(-1, 1, out)
+    factors = random_factors(weight, rank, factor_bits, seed=seed + 1)
+    down, up = factors.dense()
+    made.adapter.lora_A, made.adapter.lora_B = down.T, up.contiguous()
+    if isinstance(factors.down, QuantizedFactor) and isinstance(factors.up, QuantizedFactor):
+        made.adapter.packed = (factors.down, factors.up)
+    return made.eval()
+
+
+def expected(made: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = PackedWeight(made.qweight, made.qzeros, made.scales, made.g_idx, made.bits, 32, IN, made.out_features)
+    y = linear(x, weight, None, made.bias)
+    return y if made.adapter is None else y + (x @ made.adapter.lora_A) @ made.adapter.lora_B
+
+
+class Attention(torch.nn.Module):
+    """Three kernels that read one input."""
+
+    def __init__(self, factor_bits: int = 16) -> None:
+        super().__init__()
+        for index, (name, out) in enumerate(OUTS.items()):
+            self.add_module(name, kernel(EoRATritonLinear, out, rank=3 + index, factor_bits=factor_bits, seed=index))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def shared(model: torch.nn.Module) -> torch.nn.Module:
+    share_inputs({f"attention.{name}": child for name, child in model.named_children()})
+    return model
+
+
+def check(model: Any, x: torch.Tensor) -> None:
+    wanted = torch.cat([expected(model.get_submodule(name), x) for name in OUTS], -1)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor_bits", [16, 4])
+@torch.no_grad()
+def test_one_call_for_all_that_read_an_input(factor_bits: int) -> None:
+    model = shared(Attention(factor_bits))
+    for rows in (1, 5):
+        x = random_input(rows, IN).reshape(1, rows, IN)
+        with Launches() as launches:
+            check(model, x)
+        assert launches.counts[FUSED] == 1 and launches.counts[CORRECTION] == 0
+    assert all(child._shared._waiting is None for child in model.children())
+
+
+@torch.no_grad()
+def test_without_sharing_each_goes_alone() -> None:
+    with Launches() as launches:
+        check(Attention(), random_input(1, IN))
+    assert launches.counts[FUSED] == 3
+
+
+@torch.no_grad()
+def test_modules_that_turn_out_to_read_other_inputs() -> None:
+    model = shared(Attention())
+    first, second = random_input(1, IN), random_input(1, IN, seed=9)
+    for _ in range(2):
+        torch.testing.assert_close(model.q_proj(first), expected(model.q_proj, first), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.k_proj(second), expected(model.k_proj, second), rtol=1e-4, atol=1e-5)
+    check(model, first)
+
+
+@torch.no_grad()
+def test_an_input_written_to_in_between() -> None:
+    model, x = shared(Attention()), random_input(1, IN)
+    model.q_proj(x)
+    x *= 2
+    torch.testing.assert_close(model.k_proj(x), expected(model.k_proj, x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_taken_away_or_changed() -> None:
+    model, x = shared(Attention()), random_input(1, IN)
+    check(model, x)
+    adapter, model.k_proj.adapter = model.k_proj.adapter, None
+    check(model, x)
+    model.k_proj.adapter = adapter
+    adapter.lora_B.mul_(3)
+    check(model, x)
+
+
+def test_gradients_take_the_torch_path() -> None:
+    model = shared(Attention())
+    x = random_input(2, IN).requires_grad_()
+    with Launches() as launches:
+        model.q_proj(x).sum().backward()
+    assert launches.counts[FUSED] == launches.counts[CORRECTION] == 0
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_copies_and_pickles_compute_alone() -> None:
+    model, x = shared(Attention()), random_input(1, IN)
+    check(copy.deepcopy(model), x)
+    check(pickle.loads(pickle.dumps(model)), x)
+    check(model, x)
+
+
+@torch.no_grad()
+def test_compiled_without_a_graph_break() -> None:
+    model, x = shared(Attention()), random_input(3, IN)
+    wanted = model(x)
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(found, wanted)
+
+
+def test_a_checkpoint_that_points_past_its_groups() -> None:
+    model = Attention()
+    model.k_proj.g_idx = torch.full((IN,), 7, dtype=torch.int32)
+    with pytest.raises(LayoutError, match=r"layer\.16: g_idx should be 0 to 1"):
+        shared(model)
+
+
+@pytest.mark.parametrize("factor_bits", [16, 4])
+@torch.no_grad()
+def test_other_kernels_get_their_adapter_in_one_launch(factor_bits: int) -> None:
+    made = kernel(TorchLinear, 48, factor_bits=factor_bits)
+    for x in (random_input(1, IN), random_input(6, IN).reshape(2, 3, IN)):
+        out = random_input(x.numel() // IN, 48, seed=4).reshape(*x.shape[:-1], 48)
+        wanted = out + (x @ made.adapter.lora_A) @ made.adapter.lora_B
+        with Launches() as launches:
+            found = made.adapter.apply(x=x, out=out)
+        assert found is out and launches.counts[CORRECTION] == 1
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_correction_compiles_without_a_graph_break() -> None:
+    adapter = kernel(TorchLinear, 48).adapter
+    x = random_input(3, IN)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return adapter.apply(x=x, out=torch.ones(3, 48))
+
+    wanted = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
+
+
+@torch.no_grad()
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQMODEL_EORA_EXT_KERNELS_OFF", "triton-correction")
+    made = kernel(TorchLinear, 48)
+    with Launches() as launches:
+        made.adapter.apply(x=random_input(1, IN), out=torch.zeros(1, 48))
+    assert launches.counts[CORRECTION] == 0
