@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,6 +22,7 @@ from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
 from .hosts.peft import AdapterError, AdapterFolder, export_peft
+from .plan import SWEEP, plan_points
 from .summary import AdapterSummary, find_adapter, summarize
 
 app = typer.Typer(
@@ -109,6 +110,19 @@ def _adapter_options(
             budget_bytes(budget, [ModuleShape("", 1 << 10, 1 << 10)])
             return {**options, "rank": AUTO, "budget": budget, "sensitivity": sensitivity}
         return {**options, "rank": validate_rank(DEFAULT_RANK if rank is None else rank, what="--rank")}
+
+
+def _counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """Wrap a sequence so that ``report`` hears how far it is."""
+
+    def wrap(items: Iterable[Any]) -> Iterator[Any]:
+        known = list(items)
+        for done, item in enumerate(known):
+            report(done, len(known))
+            yield item
+        report(len(known), len(known))
+
+    return wrap
 
 
 def _check_model(model: str) -> None:
@@ -264,6 +278,64 @@ def inspect(
         left = f"{report['error_after'] / before:.0%}" if before else "-"
         table.add_row(name, str(report["rank"]), str(report["tokens"]), f"{before / signal:.2%}",
                       f"{report['error_after'] / signal:.2%}", left)  # fmt: skip
+    out.print(table)
+
+
+@app.command(epilog="Example:  eora plan Qwen/Qwen3-8B --bits 2 --calibration c4.jsonl")
+def plan(
+    model: Model,
+    calibration: Calibration,
+    bits: Annotated[int, typer.Option(help="Bits of the weights.", min=2, max=4)] = 2,
+    group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budget", help="A budget; give it once for each. By default a sweep.")
+    ] = None,
+    factor_bits: Annotated[
+        list[int] | None, typer.Option("--factor-bits", help="Once for each width to compare. By default 16, 8 and 4.")
+    ] = None,
+    sensitivity: Sensitivity = SENSITIVITIES[0],
+    samples: Samples = DEFAULT_SAMPLES,
+    seqlen: SeqLen = DEFAULT_SEQLEN,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict what budgets buy before anything is quantised: loss against bytes, uniform beside chosen ranks."""
+    if group_size not in GROUP_SIZES:
+        _fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+    widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
+    for width in widths:
+        for budget in sweep:
+            _adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
+    _check_model(model)
+    texts = _texts(calibration)
+
+    from .hosts.gptqmodel.output import quiet
+
+    with _errors(), _progress() as bar, quiet():
+        from gptqmodel import GPTQModel, QuantizeConfig
+        from transformers import AutoTokenizer
+
+        from .hosts.gptqmodel.auto import survey
+
+        data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
+        config = QuantizeConfig(bits=bits, group_size=group_size)
+        host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
+        shapes, linears, measured = survey(host, data, kind=sensitivity)
+        points = plan_points(
+            shapes, {name: linear.weight.data for name, linear in linears.items()}, measured, bits=bits,
+            group_size=group_size, factor_bits=widths, budgets=sweep, progress=_counted(bar("forecasting modules")),
+        )  # fmt: skip
+    if as_json:
+        out.print_json(json.dumps([point.as_json() for point in points]))
+        return
+    table = Table("bits", "factors", "ranks", "budget", "total", "bpw", "predicted loss", "",
+                  caption="predicted loss: nats a token, to compare points by. dominated: another is no larger and no "
+                          "worse. knee: beyond it a byte buys less than on average.")  # fmt: skip
+    for point in sorted(points, key=lambda one: one.total_bytes):
+        note = ", ".join(word for word, true in (("knee", point.knee), ("dominated", point.dominated)) if true)
+        factors = f"{point.factor_bits} bits, {readable(point.adapter_bytes)}" if point.factor_bits else ""
+        table.add_row(str(point.bits), factors, point.ranks, point.budget, readable(point.total_bytes),
+                      f"{point.bpw:.3f}", f"{point.loss:.4f}", note)  # fmt: skip
     out.print(table)
 
 

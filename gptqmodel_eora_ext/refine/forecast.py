@@ -51,13 +51,24 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, options: 
         sensitivity: of the model.
         options: ranks on offer.
     """
+    total, gains = forecast_gains(name, delta, sensitivity, options.ranks[-1])
+    return rank_curve(gains, total, options.ranks, options.nbytes)
+
+
+def forecast_gains(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int) -> tuple[float, torch.Tensor]:
+    """Predicted loss of a module without an adapter, and what each of ``rank`` components takes off, largest first.
+
+    Args:
+        name: full module name.
+        delta: ΔW, out × in, float32.
+        sensitivity: of the model.
+        rank: 0 for no components.
+    """
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
     total = error_loss(delta, second_moment, output_moment)
-    most = options.ranks[-1]
-    if most == 0:
-        return Curve(options.nbytes, (total,))
+    if rank == 0:
+        return total, delta.new_zeros(0, dtype=torch.float64)
     solver = diagonal if second_moment.ndim == 1 else eora
-    lora_A, lora_B = solver(delta, second_moment, most)
-    gains = component_gains(lora_A, lora_B, second_moment, output_moment).sort(descending=True).values
-    return rank_curve(gains, total, options.ranks, options.nbytes)
+    lora_A, lora_B = solver(delta, second_moment, rank)
+    return total, component_gains(lora_A, lora_B, second_moment, output_moment).sort(descending=True).values

@@ -43,9 +43,7 @@ def allocate_ranks(
     Raises:
         ValueError: for a budget in no known form, or a model without modules to compensate.
     """
-    shapes = _module_shapes(model)
-    if not shapes:
-        raise ValueError("EoRA: the model has no linear module to compensate.")
+    shapes, linears, sensitivity = survey(model, batches, kind=adapter.sensitivity, budget=adapter.budget)
     budget = budget_bytes(adapter.budget, shapes)
     most = most_rank(shapes, budget, adapter.factor_bits)
     options: dict[str, RankOptions] = {}
@@ -53,9 +51,6 @@ def allocate_ranks(
         rank = fixed_rank(shape.name)
         options[shape.name] = rank_options(shape, most, adapter.factor_bits, fixed=rank)
     log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
-    dense = _full_precision(model)
-    linears: dict[str, Any] = {shape.name: dense.get_submodule(shape.name) for shape in shapes}
-    sensitivity = cached_sensitivity(dense, linears, batches, kind=adapter.sensitivity)
     config = model.quantize_config
     forecasts = {}
     for name, linear in _bar(linears.items(), "EoRA: forecasting modules"):
@@ -68,6 +63,30 @@ def allocate_ranks(
             approximation = quantized(name, weight)
         forecasts[name] = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name])
     return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+
+def survey(
+    model: Any, batches: Sequence[Mapping[str, Any]], *, kind: str, budget: int | str | None = None
+) -> tuple[list[ModuleShape], dict[str, torch.nn.Linear], Sensitivity]:
+    """What the loop will quantise, in its order; the same modules at full precision; and their sensitivities.
+
+    Args:
+        model: GPTQModel's model object, full precision, before its loop.
+        batches: prepared calibration batches.
+        kind: of sensitivity.
+        budget: checked before anything long starts, if given.
+
+    Raises:
+        ValueError: for a budget in no known form, or a model without modules to compensate.
+    """
+    shapes = module_shapes(model)
+    if not shapes:
+        raise ValueError("EoRA: the model has no linear module to compensate.")
+    if budget is not None:
+        budget_bytes(budget, shapes)
+    dense = _full_precision(model)
+    linears: dict[str, Any] = {shape.name: dense.get_submodule(shape.name) for shape in shapes}
+    return shapes, linears, cached_sensitivity(dense, linears, batches, kind=kind)
 
 
 def cached_sensitivity(
@@ -107,7 +126,7 @@ def _first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Map
     return taken
 
 
-def _module_shapes(model: Any) -> list[ModuleShape]:
+def module_shapes(model: Any) -> list[ModuleShape]:
     """Linear modules in the order in which the loop quantises them."""
     config = model.quantize_config
     known = dict(model.model.named_modules())
