@@ -5,23 +5,43 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
-from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
-from .budget import ModuleShape, budget_bytes
-from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
+from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_rank
+from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
-from .hosts.peft import AdapterError, AdapterFolder, export_peft
+from .hosts.peft import AdapterFolder, export_peft
+from .options import (
+    DEFAULT_RANK,
+    GROUP_SIZES,
+    QUANTIZED_BITS,
+    BatchSize,
+    Budget,
+    Calibration,
+    FactorBits,
+    Json,
+    Model,
+    Objective,
+    Rank,
+    Samples,
+    Sensitivity,
+    SeqLen,
+    adapter_options,
+    check_model,
+    check_out,
+    counted,
+    errors,
+    fail,
+    out,
+    progress_bars,
+    read_calibration,
+)
 from .plan import SWEEP, plan_points
 from .summary import AdapterSummary, find_adapter, summarize
 
@@ -32,117 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-# Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
-out = Console()
-err = Console(stderr=True)
-
-QUANTIZED_BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 WORST_MODULES = 10
-DEFAULT_RANK = 32
-
-Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
-Rank = Annotated[
-    int | None, typer.Option(help=f"Components per module; {DEFAULT_RANK} without --budget. 16 to 256 are usual.")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="In place of --rank: bytes of all factors, as `300MB`, `0.25bpw` (bits per quantised weight) or "
-                      "`r32` (what a 16-bit rank 32 takes). Each module gets the rank that buys most."),
-]  # fmt: skip
-Sensitivity = Annotated[
-    str,
-    typer.Option(help="For --budget, what an error is taken to cost: fisher or empirical (gradients), or relative."),
-]
-Calibration = Annotated[
-    str,
-    typer.Option(help="Text (.txt), JSON lines (.jsonl, column `text`) or a dataset name (`allenai/c4:en`)."),
-]
-Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
-SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
-Objective = Annotated[str, typer.Option(help="What the factors minimise: eora, output, diagonal or svd.")]
-FactorBits = Annotated[int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[bold red]error:[/] {message}", highlight=False)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Mistakes in the input end with one line; anything else keeps its traceback."""
-    try:
-        yield
-    except (AdapterError, ValueError, NotImplementedError, NotADirectoryError) as error:
-        _fail(str(error))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """A bar with an estimate; yields a maker of `report(done, total)` callbacks."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=err) as progress:
-
-        def start(what: str) -> Callable[[int, int], None]:
-            task = progress.add_task(what, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield start
-
-
-def _adapter_options(
-    rank: int | None, budget: str | None, sensitivity: str, objective: str, factor_bits: int
-) -> dict[str, Any]:
-    """What `EoRA` takes, checked before anything is loaded."""
-    if rank is not None and budget is not None:
-        _fail("--rank and --budget exclude each other.")
-    with _errors():
-        validate_choice(objective, OBJECTIVES, what="--objective")
-        validate_choice(factor_bits, FACTOR_BITS, what="--factor-bits")
-        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
-        options = {"objective": objective, "factor_bits": factor_bits}
-        if budget is not None:
-            # Any model shows whether the form is right.
-            budget_bytes(budget, [ModuleShape("", 1 << 10, 1 << 10)])
-            return {**options, "rank": AUTO, "budget": budget, "sensitivity": sensitivity}
-        return {**options, "rank": validate_rank(DEFAULT_RANK if rank is None else rank, what="--rank")}
-
-
-def _counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """Wrap a sequence so that ``report`` hears how far it is."""
-
-    def wrap(items: Iterable[Any]) -> Iterator[Any]:
-        known = list(items)
-        for done, item in enumerate(known):
-            report(done, len(known))
-            yield item
-        report(len(known), len(known))
-
-    return wrap
-
-
-def _check_model(model: str) -> None:
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        _fail(f"`{model}` has no config.json; it is no model folder.")
-    if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
-        _fail(f"there is no model folder `{model}`. Pass a folder, or a hub name like `Qwen/Qwen3-8B`.")
-
-
-def _check_out(folder: Path, force: bool) -> None:
-    if folder.is_file():
-        _fail(f"`{folder}` is a file; pass a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        _fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
-
-
-def _texts(source: str) -> Any:
-    with _errors():
-        return read_texts(source)
 
 
 @app.callback(invoke_without_command=True)
@@ -174,19 +84,19 @@ def quantize(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Quantise a model by GPTQ and compensate each module right after it is quantised."""
-    adapter_options = _adapter_options(rank, budget, sensitivity, objective, factor_bits)
+    chosen = adapter_options(rank, budget, sensitivity, objective, factor_bits)
     if bits not in QUANTIZED_BITS:
-        _fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
+        fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     if group_size not in GROUP_SIZES:
-        _fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
-    _check_model(model)
-    _check_out(output, force)
-    texts = _texts(calibration)
+        fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+    check_model(model)
+    check_out(output, force)
+    texts = read_calibration(calibration)
 
     from .hosts.gptqmodel.output import quiet, watch_layers
 
     start = time.perf_counter()
-    with _errors(), _progress() as bar, quiet():
+    with errors(), progress_bars() as bar, quiet():
         from gptqmodel import GPTQModel, QuantizeConfig
         from transformers import AutoTokenizer
 
@@ -196,7 +106,7 @@ def quantize(
         config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, mse=mse)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
         watch_layers(host, bar("quantising layers"))
-        adapter = EoRA(**adapter_options)
+        adapter = EoRA(**chosen)
         host.quantize(data, batch_size=batch_size, adapter=adapter)
         host.save(str(output))
     _print_summary(summarize(output), time.perf_counter() - start)
@@ -224,16 +134,16 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
-    adapter_options = _adapter_options(rank, budget, sensitivity, objective, factor_bits)
-    _check_model(model)
+    chosen = adapter_options(rank, budget, sensitivity, objective, factor_bits)
+    check_model(model)
     if not (checkpoint / "config.json").is_file():
-        _fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
-    texts = _texts(calibration)
+        fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+    texts = read_calibration(calibration)
 
     from .hosts.gptqmodel.output import quiet
 
     start = time.perf_counter()
-    with _errors(), _progress() as bar, quiet():
+    with errors(), progress_bars() as bar, quiet():
         from transformers import AutoTokenizer
 
         from .hosts.gptqmodel.adapter import EoRA
@@ -241,7 +151,7 @@ def generate(
 
         data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
         folder = generate_adapter(
-            EoRA(path=output, **adapter_options),
+            EoRA(path=output, **chosen),
             model,
             checkpoint,
             data,
@@ -259,7 +169,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Tell what an adapter is: ranks, bytes, objective, calibration, versions, error before and after per module."""
-    with _errors():
+    with errors():
         summary = summarize(path)
     if as_json:
         out.print_json(json.dumps(summary.as_json()))
@@ -301,17 +211,17 @@ def plan(
 ) -> None:
     """Predict what budgets buy before anything is quantised: loss against bytes, uniform beside chosen ranks."""
     if group_size not in GROUP_SIZES:
-        _fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+        fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
     widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
     for width in widths:
         for budget in sweep:
-            _adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
-    _check_model(model)
-    texts = _texts(calibration)
+            adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
+    check_model(model)
+    texts = read_calibration(calibration)
 
     from .hosts.gptqmodel.output import quiet
 
-    with _errors(), _progress() as bar, quiet():
+    with errors(), progress_bars() as bar, quiet():
         from gptqmodel import GPTQModel, QuantizeConfig
         from transformers import AutoTokenizer
 
@@ -323,7 +233,7 @@ def plan(
         shapes, linears, measured = survey(host, data, kind=sensitivity)
         points = plan_points(
             shapes, {name: linear.weight.data for name, linear in linears.items()}, measured, bits=bits,
-            group_size=group_size, factor_bits=widths, budgets=sweep, progress=_counted(bar("forecasting modules")),
+            group_size=group_size, factor_bits=widths, budgets=sweep, progress=counted(bar("forecasting modules")),
         )  # fmt: skip
     if as_json:
         out.print_json(json.dumps([point.as_json() for point in points]))
@@ -346,8 +256,8 @@ def export(
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
     """Write a copy of an adapter that PEFT, vLLM and GPTQModel open without this plugin."""
-    _check_out(peft, force)
-    with _errors():
+    check_out(peft, force)
+    with errors():
         folder = find_adapter(path)
         assert folder is not None
         export_peft(AdapterFolder.open(folder), peft)
@@ -367,17 +277,17 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, with and without the adapter."""
     if not text.is_file():
-        _fail(f"there is no file `{text}`.")
+        fail(f"there is no file `{text}`.")
     if not (path / "config.json").is_file():
-        _fail(f"`{path}` has no config.json; it is no checkpoint folder.")
-    with _errors():
+        fail(f"`{path}` has no config.json; it is no checkpoint folder.")
+    with errors():
         folder = adapter or find_adapter(path, required=False)
         if folder is not None:
             AdapterFolder.open(folder)
 
     from .evaluate.report import measure_checkpoint
 
-    with _errors(), _progress() as bar:
+    with errors(), progress_bars() as bar:
         rows = measure_checkpoint(path, folder, text, window=window, max_windows=max_windows, progress=bar)
     if as_json:
         out.print_json(json.dumps(rows))
@@ -396,12 +306,12 @@ def demo(
     rank: Annotated[int, typer.Option(help="Components per module.")] = DEFAULT_RANK,
 ) -> None:
     """Quantise SmolLM2-135M with an adapter, load it again in a new process, and show what was won back."""
-    with _errors():
+    with errors():
         validate_rank(rank, what="--rank")
 
     from .evaluate.demo import run_demo
 
-    with _errors(), _progress() as bar:
+    with errors(), progress_bars() as bar:
         rows, seconds = run_demo(output, bits=bits, rank=rank, progress=bar)
     table = Table("model", "perplexity", "on disk", "of it adapter", "seconds", title=f"SmolLM2-135M, {bits} bits")
     for row in rows:

@@ -1,0 +1,132 @@
+"""What the commands of `eora` share: their options, and how they check, report and fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from .budget import ModuleShape, budget_bytes
+from .calibration import read_texts
+from .hosts.peft import AdapterError
+
+# Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
+out = Console()
+err = Console(stderr=True)
+
+QUANTIZED_BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+DEFAULT_RANK = 32
+
+Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
+Rank = Annotated[
+    int | None, typer.Option(help=f"Components per module; {DEFAULT_RANK} without --budget. 16 to 256 are usual.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="In place of --rank: bytes of all factors, as `300MB`, `0.25bpw` (bits per quantised weight) or "
+                      "`r32` (what a 16-bit rank 32 takes). Each module gets the rank that buys most."),
+]  # fmt: skip
+Sensitivity = Annotated[
+    str,
+    typer.Option(help="For --budget, what an error is taken to cost: fisher or empirical (gradients), or relative."),
+]
+Calibration = Annotated[
+    str,
+    typer.Option(help="Text (.txt), JSON lines (.jsonl, column `text`) or a dataset name (`allenai/c4:en`)."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
+Objective = Annotated[str, typer.Option(help="What the factors minimise: eora, output, diagonal or svd.")]
+FactorBits = Annotated[int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def fail(message: str) -> NoReturn:
+    """Tell a mistake and leave with status 2."""
+    err.print(f"[bold red]error:[/] {message}", highlight=False)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Mistakes in the input end with one line; anything else keeps its traceback."""
+    try:
+        yield
+    except (AdapterError, ValueError, NotImplementedError, NotADirectoryError) as error:
+        fail(str(error))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A bar with an estimate; yields a maker of `report(done, total)` callbacks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err) as progress:
+
+        def start(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield start
+
+
+def adapter_options(
+    rank: int | None, budget: str | None, sensitivity: str, objective: str, factor_bits: int
+) -> dict[str, Any]:
+    """What `EoRA` takes, checked before anything is loaded."""
+    if rank is not None and budget is not None:
+        fail("--rank and --budget exclude each other.")
+    with errors():
+        validate_choice(objective, OBJECTIVES, what="--objective")
+        validate_choice(factor_bits, FACTOR_BITS, what="--factor-bits")
+        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
+        options = {"objective": objective, "factor_bits": factor_bits}
+        if budget is not None:
+            # Any model shows whether the form is right.
+            budget_bytes(budget, [ModuleShape("", 1 << 10, 1 << 10)])
+            return {**options, "rank": AUTO, "budget": budget, "sensitivity": sensitivity}
+        return {**options, "rank": validate_rank(DEFAULT_RANK if rank is None else rank, what="--rank")}
+
+
+def counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """Wrap a sequence so that ``report`` hears how far it is."""
+
+    def wrap(items: Iterable[Any]) -> Iterator[Any]:
+        known = list(items)
+        for done, item in enumerate(known):
+            report(done, len(known))
+            yield item
+        report(len(known), len(known))
+
+    return wrap
+
+
+def check_model(model: str) -> None:
+    """Fail unless this is a model folder or has the form of a hub name."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        fail(f"`{model}` has no config.json; it is no model folder.")
+    if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
+        fail(f"there is no model folder `{model}`. Pass a folder, or a hub name like `Qwen/Qwen3-8B`.")
+
+
+def check_out(folder: Path, force: bool) -> None:
+    """Fail unless this is a folder that may be written into."""
+    if folder.is_file():
+        fail(f"`{folder}` is a file; pass a folder to write to.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
+
+
+def read_calibration(source: str) -> Any:
+    """The documents of a source; fail where there are none."""
+    with errors():
+        return read_texts(source)
