@@ -78,7 +78,7 @@ class CpuLinear:
             isa: index into `build.ISAS`.
 
         Returns:
-            rows × out, in x's dtype. x is rounded to 2^-15 (float32: 2^-23) of its group's largest at most.
+            rows × out, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
         """
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         rows, size = x.shape[0], x.element_size()
