@@ -29,6 +29,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/kernels_cpu.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/stability.py
 	$(BIN)/python benchmarks/autoload.py

@@ -17,6 +17,7 @@ from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
 from .hosts.peft import AdapterFolder, export_peft
+from .kernel_report import MANY_ROWS, kernel_report
 from .options import (
     DEFAULT_RANK,
     GROUP_SIZES,
@@ -166,15 +167,29 @@ def generate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint with an adapter, or an adapter folder.")],
     modules: Annotated[bool, typer.Option("--modules", help="List every module, not only the worst.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List which kernel multiplies each module here, and why not a faster one.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tell what an adapter is: ranks, bytes, objective, calibration, versions, error before and after per module."""
     with errors():
         summary = summarize(path)
+        rows = kernel_report(path, summary) if kernels else []
     if as_json:
-        out.print_json(json.dumps(summary.as_json()))
+        listed = {"kernels": [row.as_json() for row in rows]} if kernels else {}
+        out.print_json(json.dumps({**summary.as_json(), **listed}))
         return
     _print_summary(summary)
+    if kernels:
+        table = Table(
+            "module", "out × in", "bits", "group", "rank", "one row", f"{MANY_ROWS} rows", "why not a faster one"
+        )
+        for row in rows:
+            table.add_row(row.module, f"{row.out_features} × {row.in_features}", str(row.bits), str(row.group_size),
+                          str(row.rank), row.one_row, row.many_rows, row.reason)  # fmt: skip
+        out.print(table)
+        return
     worst = sorted(summary.modules.items(), key=lambda item: -item[1]["error_after"] / (item[1]["signal"] or 1))
     if not worst:
         out.print("No eora.json: another tool made this adapter, so errors are not known.")

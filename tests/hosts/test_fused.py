@@ -208,6 +208,15 @@ def test_copies_pickles_and_states() -> None:
 
 
 @needs_kernels
+def test_inside_a_compiled_model() -> None:
+    weight, x = packed_weight(2, 40, 96, 32), random_input(2, 96)
+    kernel = module(weight)
+    compiled = torch.compile(torch.nn.Sequential(kernel, torch.nn.ReLU()), backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), kernel(x).relu())
+
+
+@needs_kernels
 def test_moved_and_cast() -> None:
     weight, x = packed_weight(2, 40, 96, 32), random_input(2, 96)
     kernel = module(weight)

@@ -13,6 +13,7 @@ from gptqmodel.models._const import DEVICE
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import FORMAT, METHOD
+from gptqmodel.utils import importer
 from gptqmodel.utils.importer import select_quant_linear
 from packaging.version import Version
 
@@ -29,6 +30,7 @@ def test_every_seam_has_the_expected_shape() -> None:
     seams.uninstall()
     try:
         assert [problem for seam in seams.list_seams() if (problem := seam.problem())] == []
+        assert seams.kernel_order_problems() == []
     finally:
         seams.install()
 
@@ -62,9 +64,11 @@ def test_selection_finds_a_kernel_for_an_eora_adapter() -> None:
 
 def test_undone_and_done_again() -> None:
     patched = BaseQModel.quantize
+    order = importer.AUTO_BACKEND_KERNEL_MAPPING[METHOD.GPTQ][FORMAT.GPTQ]
+    assert next(iter(order)) == seams.FUSED_KEY
     seams.uninstall()
     try:
-        assert not seams.installed()
+        assert not seams.installed() and seams.FUSED_KEY not in order
         assert "eora" not in ADAPTER_MAPPING
         assert BaseQModel.quantize is patched.__wrapped__  # type: ignore[attr-defined]
         assert not any(EoRA in kernel.SUPPORTS_ADAPTERS for kernel in kernels())
@@ -83,6 +87,16 @@ def test_a_host_of_another_shape_is_refused_and_left_alone(monkeypatch: pytest.M
         with pytest.raises(seams.SeamError, match=r"BaseQModel\.quantize lacks the parameters .*'adapter'"):
             seams.install()
         assert not seams.installed() and "eora" not in ADAPTER_MAPPING
+    seams.install()
+
+
+def test_another_order_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    seams.uninstall()
+    with monkeypatch.context() as patch:
+        patch.setattr(importer, "AUTO_BACKEND_KERNEL_MAPPING", {METHOD.GPTQ: {FORMAT.GPTQ: []}})
+        with pytest.raises(seams.SeamError, match=r"AUTO_BACKEND_KERNEL_MAPPING.* is no ordered dict of kernels"):
+            seams.install()
+        assert not seams.installed()
     seams.install()
 
 

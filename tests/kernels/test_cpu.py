@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.kernels.cpu.build import ISAS, best_isa, library
-from gptqmodel_eora_ext.kernels.cpu.linear import CpuLinear
+from gptqmodel_eora_ext.kernels.cpu.linear import MATMUL_ROWS, CpuLinear
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, repack_weight
 from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
@@ -201,6 +201,16 @@ def test_blocks_of_rows_that_are_not_full(rows: int) -> None:
     weight = packed_weight(2, 72, 128, 32)
     x = random_input(rows, 128, torch.bfloat16)
     assert error(prepared(weight).matmul(x), linear(x.double(), weight, accumulate=torch.float64)) < MATMUL_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_are_taken_at_a_time(dtype: torch.dtype) -> None:
+    weight = packed_weight(2, 20, 32, 16)
+    layer, x = prepared(weight, random_factors(weight, 3)), random_input(MATMUL_ROWS + 7, 32, dtype)
+    expected = linear(x.double(), weight, layer.factors.source, accumulate=torch.float64)
+    assert error(layer.codes(x, best_isa()), expected) < TOLERANCE[dtype]
+    if dtype == torch.bfloat16 and HAS_BF16:
+        assert error(layer.matmul(x), expected) < MATMUL_TOLERANCE
 
 
 def test_codes_are_those_of_the_checkpoint() -> None:

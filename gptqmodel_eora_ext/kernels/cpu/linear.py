@@ -13,6 +13,10 @@ from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
 
 # Outputs of Ŵ that are dequantised at a time.
 TILE_OUTPUTS = 512
+# Rows taken at a time, which bounds the memory that a thread keeps: 22 MB at 12,288 inputs in float32, and 25 MB. A
+# strip's codes, and the dequantised Ŵᵀ, serve enough rows then; the second is a multiple of csrc's blocks of 12.
+CODES_ROWS = 256
+MATMUL_ROWS = 1020
 
 
 class _Linear(ctypes.Structure):
@@ -74,22 +78,26 @@ class CpuLinear:
             isa: index into `build.ISAS`.
 
         Returns:
-            rows × out, in x's dtype. x is rounded to 2^-15 (float32: 2^-23) of its group's largest at most.
+            rows × out, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
         """
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
-        self._kernels.eora_linear(self._address, x.data_ptr(), KINDS[x.dtype], x.shape[0], y.data_ptr(), isa,
-                                  torch.get_num_threads())  # fmt: skip
+        rows, size = x.shape[0], x.element_size()
+        for begin in range(0, rows, CODES_ROWS):
+            self._kernels.eora_linear(self._address, x.data_ptr() + begin * self.in_features * size, KINDS[x.dtype],
+                                      min(rows - begin, CODES_ROWS), y.data_ptr() + begin * self.out_features * size,
+                                      isa, torch.get_num_threads())  # fmt: skip
         return y
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """y of many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and x Aᵀ are
         rounded to bfloat16, sums are float32."""
-        t = None
-        if self.factors is not None:
-            t = torch.nn.functional.linear(x, to_dense(self.factors.source.down, x.dtype))
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
-        self._kernels.eora_matmul(self._address, x.data_ptr(), _pointer(t), x.shape[0], y.data_ptr(),
-                                  torch.get_num_threads())  # fmt: skip
+        down = None if self.factors is None else to_dense(self.factors.source.down, x.dtype)
+        for begin in range(0, x.shape[0], MATMUL_ROWS):
+            rows = x[begin : begin + MATMUL_ROWS]
+            t = None if down is None else torch.nn.functional.linear(rows, down)
+            self._kernels.eora_matmul(self._address, rows.data_ptr(), _pointer(t), rows.shape[0], y[begin:].data_ptr(),
+                                      torch.get_num_threads())  # fmt: skip
         return y
 
     def tiles(self, x: torch.Tensor, isa: int) -> torch.Tensor:

@@ -32,6 +32,14 @@ T* scratch(int64_t count) {
   return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
 }
 
+// The inputs of a row at their places.
+const float* in_order(const Linear& l, const float* x, float* out) {
+  for (int64_t place = 0; place < int64_t(l.units) * LANES; ++place) {
+    out[place] = l.order[place] < 0 ? 0.0f : x[l.order[place]];
+  }
+  return out;
+}
+
 }  // namespace
 
 extern "C" {
@@ -113,7 +121,9 @@ void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* 
 #pragma omp for schedule(dynamic, 1)
     for (int work = 0; work < rows + components; ++work) {
       if (work < rows) {
-        k.quantize(l, wide + work * inputs, slices, digits + work * places * slices,
+        const float* row = wide + work * inputs;
+        if (l.order) row = in_order(l, row, scratch<float, 7>(places));
+        k.quantize(l, row, slices, digits + work * places * slices,
                    sums + int64_t(work) * l.segments * slices, steps + int64_t(work) * l.segments);
       } else {
         const int first = (work - rows) * COMPONENTS, end = first + COMPONENTS;

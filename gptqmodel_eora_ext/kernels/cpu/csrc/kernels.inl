@@ -1,8 +1,8 @@
 // The kernels, written once for the lanes of any instruction set. Included after one of the `vec_*.h`.
 //
-// Each row of x becomes integers of `slices` signed bytes with a power of two per segment, so that the sum
-// over a segment of (code − zero) · x is an exact integer, taken by byte products straight from the packed codes.
-// Two slices (an error of 2^-15 of the segment's largest input at most) serve 16-bit inputs, three (2^-23) float32.
+// Each row of x becomes integers of `slices` signed bytes with a power of two per segment, so that the sum over a
+// segment of (code − zero) · x is an exact integer, taken by byte products straight from the packed codes. Two slices
+// (an error of some 2^-15 of the segment's largest input) serve 16-bit inputs, three (2^-23) float32.
 #include "codes.inl"
 
 namespace {
@@ -54,16 +54,10 @@ void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32
   const float highest = slices == 2 ? 32639.0f : 8355711.0f;
   for (int segment = 0; segment < l.segments; ++segment) {
     const int begin = l.starts[segment] * LANES, end = l.starts[segment + 1] * LANES;
-    auto value = [&](int place) {
-      if (!l.order) return fload(x + place);
-      alignas(64) float gathered[LANES];
-      for (int i = 0; i < LANES; ++i) gathered[i] = l.order[place + i] < 0 ? 0.0f : x[l.order[place + i]];
-      return fload(gathered);
-    };
     F size = fzero(), poison = fzero();
     for (int place = begin; place < end; place += LANES) {
-      size = fmax16(fabs16(value(place)), size);
-      poison = fma(value(place), fzero(), poison);
+      size = fmax16(fabs16(fload(x + place)), size);
+      poison = fma(fload(x + place), fzero(), poison);
     }
     const float largest_input = largest(size), bad = sum(poison);
     float scale = 0.0f;
@@ -80,7 +74,7 @@ void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32
     I total[3] = {izero(), izero(), izero()};
     for (int place = begin; place < end; place += LANES) {
       // A NaN times 0 is NaN, whose integer is arbitrary; the step poisons the sum anyway.
-      I rest = to_int(fmul(value(place), fset(scale)));
+      I rest = to_int(fmul(fload(x + place), fset(scale)));
       int8_t* out = digits + int64_t(place) * slices;
       for (int s = 0; s < slices; ++s) {
         I digit = sar<24>(shl<24>(rest));

@@ -69,7 +69,7 @@ static inline float half_to_float(uint16_t half) {
 struct Kernels {
   // t = x Aᵀ, rows × rank, for the components [first, last).
   void (*down)(const Linear&, const float* x, int rows, int first, int last, float* t);
-  // x, one row in float32, as integers of 8 bits: x ≈ step · Σ digit · 256^slice, per segment.
+  // One row, its inputs at their places, as integers of 8 bits: x ≈ step · Σ digit · 256^slice, per segment.
   void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
