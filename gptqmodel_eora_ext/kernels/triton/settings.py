@@ -23,9 +23,10 @@ GEMV_UNITS = 16
 # With a scale and a zero to each weight, eight outputs to a thread spill.
 GEMV_INDEXED_UNITS = 8
 # NVIDIA's assembler spills a few bytes for the sake of occupancy where some kernels could have more registers; told
-# that they may have so many, it does not. Four and three programs of 128 threads fit a multiprocessor.
-GEMM_REGISTERS = 128
-GEMV_REGISTERS = 168
+# that they may have so many, it does not. Of 128 threads, four programs of the first fit a multiprocessor, and three of
+# the second, which the GEMV at 3 bits and tiles of 64 rows need.
+FEWER_REGISTERS = 128
+MORE_REGISTERS = 168
 # Rank components per step without tensor cores.
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
@@ -94,7 +95,7 @@ def gemv(outs: Sequence[int], in_features: int, bits: int, indexed: bool, proces
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
     units = GEMV_INDEXED_UNITS if indexed else GEMV_UNITS
     splits, per_split = _split(-(-in_features // unit_codes(bits)), units, -(-GEMV_PROGRAMS * processors // tiles))
-    limit = GEMV_REGISTERS if bits == 3 and not indexed else None
+    limit = MORE_REGISTERS if bits == 3 and not indexed else None
     return Settings(1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2, registers=limit)
 
 
@@ -115,8 +116,11 @@ def gemm(
         block_m, block_n, num_warps = 128, 128, 8
     tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
-    return Settings(block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3,
-                    registers=GEMM_REGISTERS if block_m <= 32 else None)  # fmt: skip
+    # Tiles of 64 rows that look groups up take up to 229, and spill under any limit.
+    limits = {16: FEWER_REGISTERS, 32: FEWER_REGISTERS, 64: None if indexed else MORE_REGISTERS}
+    return Settings(
+        block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3, registers=limits.get(block_m)
+    )
 
 
 def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
