@@ -11,13 +11,15 @@ import torch
 from safetensors import safe_open
 
 from .hosts.peft import AdapterError
-from .kernels.dispatch import TORCH, Choice, choose, switched_off
+from .kernels.dispatch import TORCH, TRITON, Choice, choose, switched_off
 from .kernels.layout import WORD_BITS
 from .summary import QUANTIZE_CONFIG, AdapterSummary
 
 # Rows of x in generation at batch 1, and in a prompt.
 ONE_ROW, MANY_ROWS = 1, 512
 FORMATS = ("gptq", "gptq_v2")
+# Bits that GPTQModel has fused kernels for on CUDA, which its automatic order puts before ours.
+HOST_FIRST_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def kernel_report(checkpoint: Path, summary: AdapterSummary) -> list[ModuleKerne
             one, many = (choose(device, dtype, bits, count, switched_off()) for count in (ONE_ROW, MANY_ROWS))
         else:
             one = many = Choice(TORCH, reason=f"the kernels read the formats {' and '.join(FORMATS)}, not {form}")
+        reason = one.reason or many.reason
+        if (one.path, bits in HOST_FIRST_BITS) == (TRITON, True):
+            reason = f"Marlin, Machete, Swordfish or ExLlamaV2 come first where they take {bits} bits of this shape"
         rows.append(
             ModuleKernels(
                 module=name,
@@ -87,7 +92,7 @@ def kernel_report(checkpoint: Path, summary: AdapterSummary) -> list[ModuleKerne
                 rank=summary.ranks.get(name, 0),
                 one_row=str(one),
                 many_rows=str(many),
-                reason=one.reason or many.reason,
+                reason=reason,
             )
         )
     return rows

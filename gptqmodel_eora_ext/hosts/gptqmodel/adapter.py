@@ -104,8 +104,8 @@ class EoRA(Lora):
         source = self._gptqmodel_checkpoint_source
         return {
             "name": self.name(),
-            "path": source[1] if source else self.path,
             "rank": self.rank,
+            "path": source[1] if source else self.path,
             "objective": self.objective,
             "factor_bits": self.factor_bits,
             **({"budget": self.budget, "sensitivity": self.sensitivity} if self.rank == AUTO else {}),

@@ -19,8 +19,8 @@ from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
 from ...kernels.fused import FusedLinear
-from ...kernels.layout import WEIGHT_BITS, Factors, PackedWeight
-from .adapter import EoRA
+from ...kernels.layout import WEIGHT_BITS, PackedWeight
+from .adapter import EoRA, version
 
 # The buffers that a weight consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -31,7 +31,7 @@ class _Made:
     """A layer, and the tensors (`PACKED`, bias, A, B) and versions (A, B) that it was made from."""
 
     tensors: tuple[torch.Tensor | None, ...]
-    versions: tuple[int, int]
+    versions: tuple[int, ...]
     weight: RepackedWeight
     layer: FusedLinear
 
@@ -132,14 +132,13 @@ class EoRAFusedLinear(TorchLinear):
         buffers = self._buffers
         lora_A, lora_B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
         tensors = (*map(buffers.__getitem__, PACKED), buffers.get("bias"), lora_A, lora_B)
-        versions = (_version(lora_A), _version(lora_B))
+        versions = tuple(0 if one is None else version(one) for one in (lora_A, lora_B))
         made = self._made
         if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
             weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
             weight = weight or self._repack()
-            made = _Made(
-                tensors, versions, weight, FusedLinear(weight, _factors(adapter), buffers.get("bias"), self._off)
-            )
+            factors = None if adapter is None else adapter.factors(weight.codes.device)
+            made = _Made(tensors, versions, weight, FusedLinear(weight, factors, buffers.get("bias"), self._off))
             self._made = made
         return made.layer
 
@@ -166,16 +165,3 @@ class EoRAFusedLinear(TorchLinear):
 
 def _trained(adapter: EoRA) -> bool:
     return any(factor is not None and factor.requires_grad for factor in (adapter.lora_A, adapter.lora_B))
-
-
-def _factors(adapter: EoRA | None) -> Factors | None:
-    if adapter is None or adapter.lora_A is None or adapter.lora_B is None:
-        return None
-    # What was trained since it was loaded is no longer what is packed.
-    if adapter.packed is not None and _version(adapter.lora_A) == _version(adapter.lora_B) == 0:
-        return Factors(*adapter.packed)
-    return Factors(adapter.lora_A.T, adapter.lora_B)
-
-
-def _version(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
