@@ -90,7 +90,11 @@ class RankAllocation:
 
     def begin(self, names: Iterable[str]) -> None:
         """Set the price for a subset of modules, before any of it chooses."""
+        # A module that no token reached was not asked.
+        for name in self._caps:
+            self.ranks.setdefault(name, 0)
         now = [name for name in names if name in self.options and name not in self.ranks]
+        self._caps = {}
         if not now:
             return
         left = self.budget - self._spent
@@ -104,8 +108,9 @@ class RankAllocation:
         self._price = price(list(open_curves.values()), left)
         likely = {name: open_curves[name].nbytes[open_curves[name].best_at(self._price)] for name in now}
         total = sum(likely.values())
-        # However the subset's own spectra turn out, it cannot spend more than there is.
-        self._caps = {name: left * (likely[name] / total if total else 1 / len(now)) for name in now}
+        # However the subset's own spectra turn out, it cannot spend more than there is, nor what others need at least.
+        most = left - sum(curve.nbytes[0] for name, curve in open_curves.items() if name not in now)
+        self._caps = {name: most * (likely[name] / total if total else 1 / len(now)) for name in now}
 
     def choose(
         self,
@@ -128,16 +133,17 @@ class RankAllocation:
         gains = component_gains(lora_A, lora_B, second_moment, output_moment)
         order = gains.argsort(descending=True)
         options = self.options[name]
-        known = [index for index, rank in enumerate(options.ranks) if rank <= len(gains)]
+        # Few tokens or a narrow module may not carry a rank on offer; then larger ones buy no more.
+        ranks = [min(rank, len(gains)) for rank in options.ranks]
         total = error_loss(delta, second_moment, output_moment)
-        curve = rank_curve(gains[order], total, [options.ranks[i] for i in known], [options.nbytes[i] for i in known])
+        curve = rank_curve(gains[order], total, ranks, options.nbytes)
         with self._lock:
             index = curve.best_at(self._price, self._caps.get(name, float("inf")))
-            self.ranks[name] = options.ranks[index]
+            self.ranks[name] = ranks[index]
             self.losses[name] = curve.losses[index]
             self._spent += curve.nbytes[index]
             self._found[name] = total
-        return order[: options.ranks[index]].sort().values
+        return order[: ranks[index]].sort().values
 
     def report(self) -> dict[str, Any]:
         """Budget and spending, ready for JSON."""

@@ -148,3 +148,24 @@ def test_round_to_nearest_keeps_to_a_grid(group_size: int) -> None:
         assert all(len(row.unique()) <= 4 for row in group)
     assert (weight - rounded).norm() < 0.6 * weight.norm()
     assert (weight - round_to_nearest(weight, 8, group_size)).norm() < 0.01 * weight.norm()
+
+
+def test_modules_that_cannot_take_what_is_on_offer(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    """One that few tokens reach is solved at a lower rank; one that none reach is not asked and reserves nothing."""
+    chosen = allocation(shapes, weights, sensitivity, 20_000)
+    name, unreached = "0.q_proj", "0.k_proj"
+    chosen.begin([name, unreached])
+    moment = sensitivity.second_moments[name]
+    kept = chosen.choose(name, *eora(weights[name], moment, 3), moment, weights[name])
+    assert chosen.ranks[name] == len(kept) <= 3
+    chosen.begin(["0.o_proj"])
+    assert chosen.ranks[unreached] == 0
+
+
+def test_what_no_token_reached_is_forecast_to_lose_nothing(shapes: list[ModuleShape]) -> None:
+    nothing = Sensitivity({}, {}, 0, "fisher", "")
+    shape = shapes[0]
+    curve = forecast(shape.name, torch.ones(64, 96), nothing, rank_options(shape, 16, 4))
+    assert set(curve.losses) == {0.0}

@@ -64,6 +64,9 @@ def forecast_gains(name: str, delta: torch.Tensor, sensitivity: Sensitivity, ran
         sensitivity: of the model.
         rank: 0 for no components.
     """
+    if name not in sensitivity.output_moments:
+        # No calibration token reached it: nothing is known to be lost.
+        return 0.0, delta.new_zeros(rank, dtype=torch.float64)
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
     total = error_loss(delta, second_moment, output_moment)

@@ -48,7 +48,7 @@ def allocate_ranks(
     most = most_rank(shapes, budget, adapter.factor_bits)
     options: dict[str, RankOptions] = {}
     for shape in shapes:
-        rank = fixed_rank(shape.name)
+        rank = fixed_rank(shape.name) if shape.name in sensitivity.output_moments else 0
         options[shape.name] = rank_options(shape, most, adapter.factor_bits, fixed=rank)
     log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
     config = model.quantize_config
@@ -85,7 +85,14 @@ def survey(
     if budget is not None:
         budget_bytes(budget, shapes)
     dense = _full_precision(model)
-    linears: dict[str, Any] = {shape.name: dense.get_submodule(shape.name) for shape in shapes}
+    known = dict(dense.named_modules())
+    strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
+    if strange:
+        raise NotImplementedError(
+            f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share one tensor), so "
+            f"its sensitivity cannot be measured. Name a rank in place of the budget."
+        )
+    linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
     return shapes, linears, cached_sensitivity(dense, linears, batches, kind=kind)
 
 
@@ -147,5 +154,7 @@ def _full_precision(model: Any) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model.model_local_path, dtype="auto").to(device)
-    return dense
+    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
+    )
+    return dense.to(device)
