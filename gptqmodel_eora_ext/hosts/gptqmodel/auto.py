@@ -89,7 +89,7 @@ def survey(
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
         raise NotImplementedError(
-            f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share one tensor), so "
+            f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share a tensor), so "
             f"its sensitivity cannot be measured. Name a rank in place of the budget."
         )
     linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
