@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .triton import share_inputs
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = "eora"
+_uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 # Saving --------------------------------------------------------------------------------------------------------
@@ -136,6 +138,17 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
     return config
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Kernels loaded meanwhile are not compiled: GPTQModel's torch kernel compiles its unpacking anew for every shape,
+    for more time than it then saves where each weight is unpacked once."""
+    token = _uncompiled.set(True)
+    try:
+        yield
+    finally:
+        _uncompiled.reset(token)
+
+
 def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels; then let
     those that read the same input share their launches."""
@@ -144,6 +157,10 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
         adapter = next(iter(kernels.values())).adapter
         if adapter.path:
             _attach(AdapterFolder.open(adapter.path), kernels)
+    if _uncompiled.get():
+        for module in model.modules():
+            if isinstance(module, BaseQuantLinear):
+                module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
     return model

@@ -17,6 +17,7 @@ from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
 
 from ...capture import OutputErrorMoment
+from ...memory import release_free_memory
 from .processors import Compensation, Moment
 
 # Inputs of last modules, and in- and outputs of norms, that are kept for a layer, over all batches: each of the two.
@@ -40,6 +41,9 @@ class CheckpointCompensation(Compensation):
         self._reused: list[_ReusedBlock | _RememberedBlock] = []
         self._inputs: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0
+
+    def _trim_memory(self) -> None:
+        """Once a layer (`_enter_layer`): nothing is quantised here, so there is less to give back."""
 
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         weight = module.module.weight.data
@@ -101,6 +105,7 @@ class CheckpointCompensation(Compensation):
         if path == self._layer:
             return
         self._release_blocks()
+        release_free_memory()
         self._layer = path
         self._blocks = dict(model.model.get_submodule(path).named_children())
         budget = [KEPT_BYTES]

@@ -19,7 +19,7 @@ from gptqmodel.utils.torch import torch_empty_cache
 from ..peft import save_adapter
 from .adapter import EoRA
 from .awq import move_scales
-from .checkpoint import DEFAULT_FOLDER, name_adapter
+from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
 from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, require_rank
@@ -117,9 +117,7 @@ def generate_adapter(
             calibration_concat_separator=calibration_concat_separator,
             batch_size=batch_size,
         )
-        # GPTQModel's torch kernel compiles its unpacking anew for every shape, for more time than it then saves.
-        with torch.compiler.set_stance("force_eager"):
-            CompensatingLooper(model, processors=[processor]).loop()
+        CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
     save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
     if folder.resolve().is_relative_to(checkpoint.resolve()):
@@ -141,7 +139,8 @@ def _load_kernels(
             f"{', '.join(str(known.value) for known in TORCH_BACKENDS)} checkpoints."
         )
     log.info("EoRA: loading the quantised checkpoint `%s`.", checkpoint)
-    quantized = GPTQModel.load(str(checkpoint), backend=TORCH_BACKENDS[method], **loading)
+    with uncompiled():
+        quantized = GPTQModel.load(str(checkpoint), backend=TORCH_BACKENDS[method], **loading)
     kernels = {name: module for name, module in quantized.model.named_modules() if isinstance(module, BaseQuantLinear)}
     if not kernels:
         raise ValueError(f"EoRA: `{checkpoint}` holds no quantised linear layer. Is it a quantised checkpoint?")

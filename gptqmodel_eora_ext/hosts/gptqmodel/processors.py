@@ -47,6 +47,7 @@ class Compensation:
         self._cross_moments: dict[str, CrossMoment] = {}
         self._leaders: dict[str, str] = {}
         self._modules: dict[str, NamedModule] = {}
+        self._threads = self._threads_each = torch.get_num_threads()
 
     # Capture ---------------------------------------------------------------------------------------------------
 
@@ -60,10 +61,12 @@ class Compensation:
     ) -> dict[str, str]:
         """Called before hooks are set for a subset: drop the last subset's sums, elect who captures for whom."""
         host_leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)  # type: ignore[misc]
-        release_free_memory()
+        self._trim_memory()
         if self.run.allocation is not None:
             self.run.allocation.begin([self._modules[name].full_name for name in subset_names if name in self._modules])
         widths = {name: _width(self._modules[name]) for name in subset_names if name in self._modules}
+        self._threads = torch.get_num_threads()
+        self._threads_each = max(1, self._threads // max(1, len(widths)))
         self._moments.clear()
         self._cross_moments.clear()
         self._leaders = {} if is_lm_head_module else shared_leaders(list(widths), _shared_groups(model), widths)
@@ -75,6 +78,9 @@ class Compensation:
             if self.run.native_inputs is not None and not is_lm_head_module:
                 self._cross_moments[name] = CrossMoment(width, self._modules[name].full_name)
         return host_leaders
+
+    def _trim_memory(self) -> None:
+        release_free_memory()
 
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         """An empty sum for a module's inputs, which it shares with others unless ``alone``."""
@@ -177,14 +183,19 @@ class Compensation:
         linear = module.module
         quantized = linear.weight.data
         transposed = isinstance(linear, transformers.Conv1D)
-        factors = compensate(
-            weight.T if transposed else weight,
-            quantized.T if transposed else quantized,
-            moment,
-            self.run.recipe_for(self.qcfg, module.full_name),
-            name=module.full_name,
-            cross_moment=self._cross_moments.get(self._leaders.get(module.name, module.name)),
-        )
+        # A subset's modules are compensated at once; together they would take the processors several times over.
+        torch.set_num_threads(self._threads_each)
+        try:
+            factors = compensate(
+                weight.T if transposed else weight,
+                quantized.T if transposed else quantized,
+                moment,
+                self.run.recipe_for(self.qcfg, module.full_name),
+                name=module.full_name,
+                cross_moment=self._cross_moments.get(self._leaders.get(module.name, module.name)),
+            )
+        finally:
+            torch.set_num_threads(self._threads)
         update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
         module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
         linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
