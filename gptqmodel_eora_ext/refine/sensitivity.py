@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..adapter import SENSITIVITIES, validate_choice
 from ..capture import DiagonalMoment, SecondMoment
 from ..files import replaced_file
 from ..solve import error_loss
 
 log = logging.getLogger(__name__)
 
-KINDS = ("fisher", "empirical", "relative")
 # Both moments of all modules together may take this many bytes; beyond, only their diagonals are kept.
 FULL_BYTES = 4 << 30
 # Values of each weight that its fingerprint reads.
@@ -46,7 +46,7 @@ class Sensitivity:
         second_moments: C of the full-precision model's inputs, in × in or its diagonal; modules that read one input
             share one tensor.
         tokens: that they stand on.
-        kind: one of `KINDS`.
+        kind: one of `SENSITIVITIES`.
         fingerprint: of model, data, kind and seed.
     """
 
@@ -117,8 +117,7 @@ def measure_sensitivity(
     Raises:
         ValueError: for an unknown kind, or a module whose gradient holds NaN or infinity.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    validate_choice(kind, SENSITIVITIES, what="kind")
     full = 4 * sum(one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
     watch = _Watch(modules, full=full)
     generator = torch.Generator().manual_seed(seed)
