@@ -18,7 +18,7 @@ from .adapter import EoRA
 
 log = logging.getLogger(__name__)
 
-# Tokens of the calibration data that sensitivities stand on: half a minute for SmolLM2 on two cores. More were not tried.
+# Tokens of the calibration data that sensitivities stand on: half a minute for SmolLM2 on two cores. More: not tried.
 SENSITIVITY_TOKENS = 4096
 # Tokens of a forward and backward pass; a longer window goes alone. The vocabulary's scores are what takes memory.
 PASS_TOKENS = 1024
@@ -106,7 +106,7 @@ def cached_sensitivity(
     kind: str,
 ) -> Sensitivity:
     """Sensitivities from the cache of the user, or measured and put there."""
-    some = _first_tokens(batches, SENSITIVITY_TOKENS)
+    some = first_tokens(batches, SENSITIVITY_TOKENS)
     path = cache_folder() / "sensitivity" / f"{fingerprint(model, linears, some, kind)}.safetensors"
     if path.is_file():
         log.info("EoRA: sensitivities from `%s`.", path)
@@ -125,7 +125,7 @@ def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
     return bar
 
 
-def _first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
+def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
     """As many windows as have so many tokens, in passes of `PASS_TOKENS`."""
     taken: list[Mapping[str, Any]] = []
     for batch in batches:
