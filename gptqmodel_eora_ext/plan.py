@@ -37,7 +37,8 @@ class Point:
         total_bytes: with the quantised weights, their scales and zeros.
         bpw: total bits per quantised weight.
         loss: predicted.
-        dominated: another point is no larger and no worse.
+        dominated: another point is no larger and no worse. A model without an adapter is never marked: rounded to
+            nearest, outlier channels cost it far more than GPTQ lets them.
         knee: beyond it, a byte buys less than on average.
     """
 
@@ -113,7 +114,10 @@ def plan_points(
             for ranks in (_uniform, _chosen)
         ]
         points += _with_knee(points[0], swept)
-    return [replace(point, dominated=any(_beats(other, point) for other in points)) for point in points]
+    return [
+        replace(point, dominated=point.factor_bits > 0 and any(_beats(other, point) for other in points))
+        for point in points
+    ]
 
 
 def _plain(shapes: Sequence[ModuleShape], bits: int, group_size: int, loss: float) -> Point:

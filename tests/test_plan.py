@@ -75,7 +75,7 @@ def test_dominated_is_larger_and_worse(points: list[Point]) -> None:
             for other in points
             if other is not point and other.total_bytes <= point.total_bytes and other.loss <= point.loss
         ]
-        assert point.dominated == bool(better)
+        assert point.dominated == (bool(better) and point.factor_bits > 0)
 
 
 def test_without_a_next_width(inputs: dict[str, Any]) -> None:
