@@ -13,6 +13,7 @@ goes on.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -76,6 +77,7 @@ def cell_of(run: dict[str, Any]) -> Cell:
     return Cell(**{one.name: run[one.name] for one in fields(Cell) if one.name in run})
 
 
+@functools.cache
 def module_shapes() -> list[ModuleShape]:
     """The modules that share a budget."""
     from accelerate import init_empty_weights

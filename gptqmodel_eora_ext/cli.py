@@ -20,7 +20,6 @@ from .hosts.peft import AdapterFolder, export_peft
 from .kernel_report import MANY_ROWS, kernel_report
 from .options import (
     DEFAULT_RANK,
-    GROUP_SIZES,
     QUANTIZED_BITS,
     BatchSize,
     Budget,
@@ -34,6 +33,7 @@ from .options import (
     Sensitivity,
     SeqLen,
     adapter_options,
+    check_group_size,
     check_model,
     check_out,
     counted,
@@ -88,8 +88,7 @@ def quantize(
     chosen = adapter_options(rank, budget, sensitivity, objective, factor_bits)
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
-    if group_size not in GROUP_SIZES:
-        fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+    check_group_size(group_size)
     check_model(model)
     check_out(output, force)
     texts = read_calibration(calibration)
@@ -225,8 +224,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict what budgets buy before anything is quantised: loss against bytes, uniform beside chosen ranks."""
-    if group_size not in GROUP_SIZES:
-        fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+    check_group_size(group_size)
     widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
     for width in widths:
         for budget in sweep:
@@ -240,12 +238,13 @@ def plan(
         from gptqmodel import GPTQModel, QuantizeConfig
         from transformers import AutoTokenizer
 
-        from .hosts.gptqmodel.auto import survey
+        from .hosts.gptqmodel.auto import module_shapes, survey
 
         data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
         config = QuantizeConfig(bits=bits, group_size=group_size)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
-        shapes, linears, measured = survey(host, data, kind=sensitivity)
+        shapes = module_shapes(host)
+        linears, measured = survey(host, shapes, data, kind=sensitivity)
         points = plan_points(
             shapes, {name: linear.weight.data for name, linear in linears.items()}, measured, bits=bits,
             group_size=group_size, factor_bits=widths, budgets=sweep, progress=counted(bar("forecasting modules")),

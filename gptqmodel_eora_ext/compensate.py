@@ -114,12 +114,11 @@ def compensate(
             made = partial(made, requested_rank=rank)
     if rank == 0:
         lora_A, lora_B = _without_effect(delta, dtype)
+    elif recipe.factor_bits == 16:
+        lora_A, lora_B = _round(lora_A, lora_B, target, dtype)
     else:
-        if recipe.factor_bits == 16:
-            lora_A, lora_B = _round(lora_A, lora_B, target, dtype)
-        else:
-            packed = quantize_factors(target, metric, balance(lora_A, lora_B)[0], recipe.factor_bits)
-            lora_A, lora_B = packed[0].dequantize(dtype), packed[1].dequantize(dtype).T.contiguous()
+        packed = quantize_factors(target, metric, balance(lora_A, lora_B)[0], recipe.factor_bits)
+        lora_A, lora_B = packed[0].dequantize(dtype), packed[1].dequantize(dtype).T.contiguous()
     after = energy_left(delta, second_moment, lora_A, lora_B, before)
     return made(lora_A=lora_A, lora_B=lora_B, packed=packed, signal=signal, error_before=before, error_after=after)
 

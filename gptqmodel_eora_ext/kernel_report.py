@@ -80,7 +80,7 @@ def kernel_report(checkpoint: Path, summary: AdapterSummary) -> list[ModuleKerne
         else:
             one = many = Choice(TORCH, reason=f"the kernels read the formats {' and '.join(FORMATS)}, not {form}")
         reason = one.reason or many.reason
-        if (one.path, bits in HOST_FIRST_BITS) == (TRITON, True):
+        if one.path == TRITON and bits in HOST_FIRST_BITS:
             reason = f"Marlin, Machete, Swordfish or ExLlamaV2 come first where they take {bits} bits of this shape"
         rows.append(
             ModuleKernels(

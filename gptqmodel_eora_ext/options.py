@@ -109,6 +109,12 @@ def counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Ite
     return wrap
 
 
+def check_group_size(group_size: int) -> None:
+    """Fail unless GPTQModel quantises in groups of this size."""
+    if group_size not in GROUP_SIZES:
+        fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
+
+
 def check_model(model: str) -> None:
     """Fail unless this is a model folder or has the form of a hub name."""
     path = Path(model)

@@ -133,10 +133,7 @@ class EoRA(Lora):
         if self.lora_A is None or self.lora_B is None:
             return None
         state = (self.lora_A, self.lora_B, self.packed, device, version(self.lora_A), version(self.lora_B))
-        if self._correction is None or not all(
-            old is new or (isinstance(old, (int, torch.device)) and old == new)
-            for old, new in zip(self._correction[0], state, strict=True)
-        ):
+        if self._correction is None or not unchanged(self._correction[0], state):
             # What was trained since it was loaded is no longer what is packed.
             if self.packed is not None and version(self.lora_A) == version(self.lora_B) == 0:
                 found = Factors(self.packed[0].to(device), self.packed[1].to(device))
@@ -144,6 +141,11 @@ class EoRA(Lora):
                 found = Factors(self.lora_A.detach().T.to(device), self.lora_B.detach().to(device))
             self._correction = (state, found)
         return self._correction[1]
+
+    @property
+    def trained(self) -> bool:
+        """Whether a factor wants a gradient."""
+        return any(one is not None and one.requires_grad for one in (self.lora_A, self.lora_B))
 
     def _fusable(self, x: torch.Tensor, out: torch.Tensor) -> bool:
         """Whether one launch can add the correction to ``out``."""
@@ -153,10 +155,7 @@ class EoRA(Lora):
             and x.dtype in DTYPES
             and out.is_contiguous()
             and not self._off & {ALL, CORRECTION}
-            and not (
-                torch.is_grad_enabled()
-                and any(one is not None and one.requires_grad for one in (x, out, self.lora_A, self.lora_B))
-            )
+            and not (torch.is_grad_enabled() and (self.trained or x.requires_grad or out.requires_grad))
         )
 
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
@@ -193,3 +192,10 @@ class EoRA(Lora):
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def unchanged(known: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether something made from the tensors, versions and devices ``known`` still serves."""
+    return all(
+        old is new or (isinstance(old, (int, torch.device)) and old == new) for old, new in zip(known, now, strict=True)
+    )

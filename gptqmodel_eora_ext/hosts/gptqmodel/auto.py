@@ -45,8 +45,9 @@ def allocate_ranks(
     Raises:
         ValueError: for a budget in no known form, or a model without modules to compensate.
     """
-    shapes, linears, sensitivity = survey(model, batches, kind=adapter.sensitivity, budget=adapter.budget)
+    shapes = module_shapes(model)
     budget = budget_bytes(adapter.budget, shapes)
+    linears, sensitivity = survey(model, shapes, batches, kind=adapter.sensitivity)
     most = most_rank(shapes, budget, adapter.factor_bits)
     options: dict[str, RankOptions] = {}
     for shape in shapes:
@@ -68,24 +69,19 @@ def allocate_ranks(
 
 
 def survey(
-    model: Any, batches: Sequence[Mapping[str, Any]], *, kind: str, budget: int | str | None = None
-) -> tuple[list[ModuleShape], dict[str, torch.nn.Linear], Sensitivity]:
-    """What the loop will quantise, in its order; the same modules at full precision; and their sensitivities.
+    model: Any, shapes: Sequence[ModuleShape], batches: Sequence[Mapping[str, Any]], *, kind: str
+) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
+    """What the loop will quantise at full precision, and its sensitivities.
 
     Args:
         model: GPTQModel's model object, full precision, before its loop.
+        shapes: its `module_shapes`.
         batches: prepared calibration batches.
         kind: of sensitivity.
-        budget: checked before anything long starts, if given.
 
     Raises:
-        ValueError: for a budget in no known form, or a model without modules to compensate.
+        NotImplementedError: for a module that is no linear layer in transformers' own model.
     """
-    shapes = module_shapes(model)
-    if not shapes:
-        raise ValueError("EoRA: the model has no linear module to compensate.")
-    if budget is not None:
-        budget_bytes(budget, shapes)
     dense = _full_precision(model)
     known = dict(dense.named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
@@ -95,7 +91,7 @@ def survey(
             f"its sensitivity cannot be measured. Name a rank in place of the budget."
         )
     linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
-    return shapes, linears, cached_sensitivity(dense, linears, batches, kind=kind)
+    return linears, cached_sensitivity(dense, linears, batches, kind=kind)
 
 
 def cached_sensitivity(
@@ -142,7 +138,11 @@ def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapp
 
 
 def module_shapes(model: Any) -> list[ModuleShape]:
-    """Linear modules in the order in which the loop quantises them."""
+    """Linear modules in the order in which the loop quantises them.
+
+    Raises:
+        ValueError: for a model without any.
+    """
     config = model.quantize_config
     known = dict(model.model.named_modules())
     names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]
@@ -154,6 +154,8 @@ def module_shapes(model: Any) -> list[ModuleShape]:
                 linear = known.get(full)
                 if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
                     shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
+    if not shapes:
+        raise ValueError("EoRA: the model has no linear module to compensate.")
     return shapes
 
 

@@ -105,7 +105,7 @@ class EoRAFusedLinear(TorchLinear):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         adapter = self.adapter
-        if adapter is not None and _trained(adapter) and torch.is_grad_enabled():
+        if adapter is not None and adapter.trained and torch.is_grad_enabled():
             y = adapter.apply(x=rows, out=self._layer(None)(rows))
         else:
             y = self._layer(adapter)(rows)
@@ -136,14 +136,19 @@ class EoRAFusedLinear(TorchLinear):
         made = self._made
         if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
             weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
-            weight = weight or self._repack()
+            weight = weight or repack_weight(self.packed())
             factors = None if adapter is None else adapter.factors(weight.codes.device)
             made = _Made(tensors, versions, weight, FusedLinear(weight, factors, buffers.get("bias"), self._off))
             self._made = made
         return made.layer
 
-    def _repack(self) -> RepackedWeight:
-        packed = PackedWeight(
+    def packed(self) -> PackedWeight:
+        """The buffers, checked: what a checkpoint says is not trusted.
+
+        Raises:
+            LayoutError: for shapes, dtypes or group indices that do not belong together.
+        """
+        return PackedWeight(
             **{name: self._buffers[name] for name in PACKED},
             bits=self.bits,
             group_size=self.group_size,
@@ -151,7 +156,6 @@ class EoRAFusedLinear(TorchLinear):
             out_features=self.out_features,
             name=self.name,
         )
-        return repack_weight(packed)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -161,7 +165,3 @@ class EoRAFusedLinear(TorchLinear):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the buffers, from which it repacks by itself."""
         return {**self.__dict__, "_made": None}
-
-
-def _trained(adapter: EoRA) -> bool:
-    return any(factor is not None and factor.requires_grad for factor in (adapter.lora_A, adapter.lora_B))

@@ -17,9 +17,9 @@ from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils.backend import BACKEND
 
 from ...kernels.dispatch import ALL, DTYPES, SWITCH, TRITON, switched_off
-from ...kernels.layout import WEIGHT_BITS, LayoutError, PackedWeight
+from ...kernels.layout import WEIGHT_BITS, LayoutError
 from ...kernels.triton import available, runs_on
-from .adapter import version
+from .adapter import unchanged, version
 from .fused import EoRAFusedLinear
 
 # Modules of one parent that read the same input, by the names that decoders of the Llama lineage give them. A model
@@ -33,6 +33,7 @@ class EoRATritonLinear(EoRAFusedLinear):
     Weights stay as the checkpoint has them; nothing is repacked or copied but the factors A, which are stacked.
     """
 
+    # The host reads what a class supports from its own body, so nothing of it can be left to the base.
     SUPPORTS_BACKENDS = [BACKEND.GPTQ_TRITON]
     SUPPORTS_BACKEND_SELECTION = False
     SUPPORTS_RAW_PACKING = False
@@ -81,29 +82,9 @@ class EoRATritonLinear(EoRAFusedLinear):
             and x.shape[-1] == self.in_features
             and not (self.online_full_had or self.online_partial_had)
             and not self._off & {ALL, TRITON}
-            and not (torch.is_grad_enabled() and (x.requires_grad or self._trained()))
-        )
-
-    def _trained(self) -> bool:
-        factors = () if self.adapter is None else (self.adapter.lora_A, self.adapter.lora_B)
-        return any(one is not None and one.requires_grad for one in factors)
-
-    def packed(self) -> PackedWeight:
-        """The buffers, checked: what a checkpoint says is not trusted.
-
-        Raises:
-            LayoutError: for shapes, dtypes or group indices that do not belong together.
-        """
-        return PackedWeight(
-            qweight=self.qweight,
-            qzeros=self.qzeros,
-            scales=self.scales,
-            g_idx=self.g_idx,
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            out_features=self.out_features,
-            name=self.name,
+            and not (
+                torch.is_grad_enabled() and (x.requires_grad or (self.adapter is not None and self.adapter.trained))
+            )
         )
 
     def state(self) -> tuple[Any, ...]:
@@ -175,10 +156,7 @@ class SharedInput:
         if self._prepared is not None and torch.compiler.is_compiling():
             return self._prepared[1]
         state = tuple(entry for module in self._modules for entry in module.state())
-        if self._prepared is None or not all(
-            old is new or (isinstance(old, int) and old == new)
-            for old, new in zip(self._prepared[0], state, strict=True)
-        ):
+        if self._prepared is None or not unchanged(self._prepared[0], state):
             from ...kernels.triton.ops import FusedLinears
 
             factors = [
