@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,9 @@ from gptqmodel_eora_ext.hosts.gptqmodel import seams
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
 from gptqmodel_eora_ext.kernels.dispatch import SWITCH
 
-pytest.importorskip("triton")
+from ..interpreter import assert_passes_interpreted
 
-ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton")
 
 
 def select(bits: int, adapter: Any, device: DEVICE = DEVICE.CUDA, format: FORMAT = FORMAT.GPTQ) -> Any:
@@ -34,12 +31,7 @@ def select(bits: int, adapter: Any, device: DEVICE = DEVICE.CUDA, format: FORMAT
 
 
 def test_under_the_interpreter() -> None:
-    tests = Path(__file__).with_name("triton_interpreted.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(Path(__file__).with_name("triton_interpreted.py"))
 
 
 @pytest.mark.parametrize("format", [FORMAT.GPTQ, FORMAT.GPTQ_V2])

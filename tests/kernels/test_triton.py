@@ -12,18 +12,13 @@ import torch
 
 from gptqmodel_eora_ext.kernels.dispatch import SWITCH, TORCH, TRITON, Choice, choose
 
-pytest.importorskip("triton")
+from ..interpreter import ROOT, assert_passes_interpreted
 
-ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton")
 
 
 def test_under_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
 def test_importing_the_kernels_does_not_import_triton() -> None:
