@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,17 +230,16 @@ def row_of(
 
 
 @torch.inference_mode()
-def run(ranks: Sequence[int]) -> dict[str, Any]:
+def run(ranks: Sequence[int]) -> Iterator[list[Any]]:
+    """Rows of the table, question by question."""
     device = torch.device("cuda", 0)
-    rows: list[Any] = []
     for rank in ranks:
+        yield correction(4096, 12288, rank, device)
         for bits in BITS:
+            yield inputs(bits, rank, device)
             for shape in SHAPES:
                 for factor_bits in (16, 4):
-                    rows += linears(bits, *shape, rank, factor_bits, device)
-            rows += inputs(bits, rank, device)
-        rows += correction(4096, 12288, rank, device)
-    return {"device": torch.cuda.get_device_name(device), "dtype": str(DTYPE), "rows": rows}
+                    yield linears(bits, *shape, rank, factor_bits, device)
 
 
 def main() -> None:
@@ -251,7 +250,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("No CUDA or ROCm device: these kernels can only be timed on one. "
                          "benchmarks/kernels_roofline.py computes what they must move.")  # fmt: skip
-    result = run(options.ranks)
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "dtype": str(DTYPE), "rows": []}
+    for rows in run(options.ranks):
+        result["rows"] += rows
+        common.keep("kernels_cuda", result, as_json=False)
     common.keep("kernels_cuda", result, as_json=options.json)
     common.table(tuple(result["rows"][0]), [list(row.values()) for row in result["rows"]])
 

@@ -1,4 +1,4 @@
-"""GPTQModel's own selection on a GPU that is not here, and `triton_interpreted.py` in a process of its own."""
+"""GPTQModel's own selection on a GPU that is not here, and `triton_linear.py` in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from gptqmodel_eora_ext.hosts.gptqmodel import seams
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
 from gptqmodel_eora_ext.kernels.dispatch import SWITCH
 
-from ..interpreter import assert_passes_interpreted
+from ..triton_process import assert_passes
 
 pytest.importorskip("triton")
+
+LINEAR = Path(__file__).with_name("triton_linear.py")
 
 
 def select(bits: int, adapter: Any, device: DEVICE = DEVICE.CUDA, format: FORMAT = FORMAT.GPTQ) -> Any:
@@ -31,7 +33,12 @@ def select(bits: int, adapter: Any, device: DEVICE = DEVICE.CUDA, format: FORMAT
 
 
 def test_under_the_interpreter() -> None:
-    assert_passes_interpreted(Path(__file__).with_name("triton_interpreted.py"))
+    assert_passes(LINEAR, interpreted=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_this_gpu() -> None:
+    assert_passes(LINEAR, interpreted=False)
 
 
 @pytest.mark.parametrize("format", [FORMAT.GPTQ, FORMAT.GPTQ_V2])

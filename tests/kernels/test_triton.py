@@ -1,4 +1,4 @@
-"""Runs the tests of `interpreted.py` where Triton's kernels are interpreted, in a process of their own."""
+"""Runs the tests of `triton_kernels.py` in a process of their own: interpreted, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import torch
 
 from gptqmodel_eora_ext.kernels.dispatch import SWITCH, TORCH, TRITON, Choice, choose
 
-from ..interpreter import ROOT, assert_passes_interpreted
+from ..triton_process import ROOT, assert_passes
 
 pytest.importorskip("triton")
 
+KERNELS = Path(__file__).with_name("triton_kernels.py")
+
 
 def test_under_the_interpreter() -> None:
-    assert_passes_interpreted(Path(__file__).with_name("interpreted.py"))
+    assert_passes(KERNELS, interpreted=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_this_gpu() -> None:
+    assert_passes(KERNELS, interpreted=False)
 
 
 def test_importing_the_kernels_does_not_import_triton() -> None:

@@ -1,6 +1,7 @@
-"""`EoRATritonLinear` and `EoRA.apply` under Triton's interpreter: run by `test_triton.py` in a process of its own.
+"""`EoRATritonLinear` and `EoRA.apply` on a GPU or by Triton's interpreter: run by `test_triton.py` in its own process.
 
-TRITON_INTERPRET=1 python -m pytest tests/hosts/triton_interpreted.py
+python -m pytest tests/hosts/triton_linear.py                        on a GPU
+TRITON_INTERPRET=1 python -m pytest tests/hosts/triton_linear.py     anywhere
 """
 
 from __future__ import annotations
@@ -14,16 +15,13 @@ import pytest
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear, share_inputs
 from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.solve import QuantizedFactor
-from tests.kernels.cases import packed_weight, random_factors, random_input
-
-assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+from tests.kernels.on_device import DEVICE, packed_weight, random_factors, random_input
 
 IN = 64
 OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
@@ -51,13 +49,13 @@ def kernel(cls: Any, out: int, *, bits: int = 2, rank: int = 5, factor_bits: int
         pack_dtype=torch.int32, adapter=EoRA(rank=rank), name=f"layer.{out}",
     )  # fmt: skip
     made.qweight, made.qzeros, made.scales = weight.qweight, weight.qzeros, weight.scales
-    made.bias = torch.linspace(-1, 1, out)
+    made.bias = torch.linspace(-1, 1, out, device=DEVICE)
     factors = random_factors(weight, rank, factor_bits, seed=seed + 1)
     down, up = factors.dense()
     made.adapter.lora_A, made.adapter.lora_B = down.T, up.contiguous()
     if isinstance(factors.down, QuantizedFactor) and isinstance(factors.up, QuantizedFactor):
         made.adapter.packed = (factors.down, factors.up)
-    return made.eval()
+    return made.eval().to(DEVICE)
 
 
 def expected(made: Any, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +161,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 def test_a_checkpoint_that_points_past_its_groups() -> None:
     model = Attention()
-    model.k_proj.g_idx = torch.full((IN,), 7, dtype=torch.int32)
+    model.k_proj.g_idx = torch.full((IN,), 7, dtype=torch.int32, device=DEVICE)
     with pytest.raises(LayoutError, match=r"layer\.16: g_idx should be 0 to 1"):
         shared(model)
 
@@ -187,7 +185,7 @@ def test_the_correction_compiles_without_a_graph_break() -> None:
     x = random_input(3, IN)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return adapter.apply(x=x, out=torch.ones(3, 48))
+        return adapter.apply(x=x, out=torch.ones(3, 48, device=DEVICE))
 
     wanted = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
@@ -198,5 +196,5 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTQMODEL_EORA_EXT_KERNELS_OFF", "triton-correction")
     made = kernel(TorchLinear, 48)
     with Launches() as launches:
-        made.adapter.apply(x=random_input(1, IN), out=torch.zeros(1, 48))
+        made.adapter.apply(x=random_input(1, IN), out=torch.zeros(1, 48, device=DEVICE))
     assert launches.counts[CORRECTION] == 0

@@ -1,8 +1,7 @@
-"""The Triton kernels against the oracle, under Triton's interpreter: run by `test_triton.py` in a process of its own.
+"""The Triton kernels against the oracle: run by `test_triton.py` in a process of its own.
 
-Kernels are interpreted only where TRITON_INTERPRET=1 is set before they are imported:
-
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted.py
+python -m pytest tests/kernels/triton_kernels.py                        on a GPU
+TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_kernels.py     anywhere, by Triton's interpreter
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops, settings
 from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears, add_correction
 
-from .cases import packed_weight, random_factors, random_input
-
-assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+from .on_device import DEVICE, packed_weight, random_factors, random_input
 
 # Largest relative error of y, ‖y − ŷ‖ / ‖ŷ‖: float32 sums; half a unit in the last place of y, of Ŵ and of t where
 # they are rounded; the interpreter cuts bfloat16 off instead of rounding it.
@@ -41,6 +38,9 @@ DTYPES = tuple(TOLERANCE)
 @pytest.fixture(autouse=True, scope="module")
 def bfloat16_dots() -> Any:
     """Triton 3.8's interpreter keeps bfloat16 as integers and multiplies those in `dot`; give it their values."""
+    if not knobs.runtime.interpret:
+        yield
+        return
     create_dot = InterpreterBuilder.create_dot
 
     def widened(operand: TensorHandle) -> TensorHandle:
@@ -98,7 +98,7 @@ def test_one_module(
     in_features, out_features = shape
     weight = packed_weight(bits, out_features, in_features, group_size, sym=sym, desc_act=desc_act, version_1=version_1)
     factors = random_factors(weight, rank, factor_bits) if rank else None
-    added = torch.linspace(-1, 1, out_features).to(dtype) if bias else None
+    added = torch.linspace(-1, 1, out_features, device=DEVICE).to(dtype) if bias else None
     x = random_input(rows, in_features, dtype)
     (y,) = FusedLinears.prepare([weight], [factors], [added])(x)
     assert y.shape == (rows, out_features) and y.dtype == dtype
@@ -118,7 +118,7 @@ def stacked(bits: int = 2, ranks: tuple[int | None, ...] = (5, None, 18)) -> tup
     """Three modules of different widths that read the same input."""
     weights = [packed_weight(bits, out, 200, 32, sym=False, seed=out) for out in (70, 130, 9)]
     factors = [random_factors(one, rank, seed=7) if rank else None for one, rank in zip(weights, ranks, strict=True)]
-    return weights, factors, [torch.ones(70), None, torch.ones(9)]
+    return weights, factors, [torch.ones(70, device=DEVICE), None, torch.ones(9, device=DEVICE)]
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -172,7 +172,7 @@ def test_correction_takes_any_shape_of_the_rows() -> None:
     weight = packed_weight(4, 20, 64, 64)
     factors = random_factors(weight, 4)
     x = random_input(6, 64)
-    flat, shaped = torch.zeros(6, 20), torch.zeros(2, 3, 20)
+    flat, shaped = torch.zeros(6, 20, device=DEVICE), torch.zeros(2, 3, 20, device=DEVICE)
     add_correction(x, factors, flat)
     add_correction(x.reshape(2, 3, 64), factors, shaped)
     assert torch.equal(flat, shaped.reshape(6, 20)) and flat.abs().max() > 0
@@ -180,10 +180,10 @@ def test_correction_takes_any_shape_of_the_rows() -> None:
 
 def test_no_rows() -> None:
     weights, factors, biases = stacked()
-    ys = FusedLinears.prepare(weights, factors, biases)(torch.zeros(0, 200))
+    ys = FusedLinears.prepare(weights, factors, biases)(torch.zeros(0, 200, device=DEVICE))
     assert [tuple(y.shape) for y in ys] == [(0, 70), (0, 130), (0, 9)]
-    y = torch.zeros(0, 130)
-    add_correction(torch.zeros(0, 200), random_factors(weights[1], 4), y)
+    y = torch.zeros(0, 130, device=DEVICE)
+    add_correction(torch.zeros(0, 200, device=DEVICE), random_factors(weights[1], 4), y)
     assert y.shape == (0, 130)
 
 
@@ -211,7 +211,7 @@ def test_operators_as_torch_wants_them(rows: int) -> None:
     assert up is not None
     torch.library.opcheck(
         ops.shrink_expand,
-        (x, fused.down[:5].contiguous(), None, up, None, 16, torch.zeros(rows, 70)),
+        (x, fused.down[:5].contiguous(), None, up, None, 16, torch.zeros(rows, 70, device=DEVICE)),
         test_utils=checks,
     )
 

@@ -1,4 +1,4 @@
-"""Runs tests of Triton's kernels where they are interpreted, in a process of their own."""
+"""Runs tests of Triton's kernels in a process of their own: Triton decides once whether it interprets kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def assert_passes_interpreted(tests: Path) -> None:
-    """Run a file of tests under `TRITON_INTERPRET=1`."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def assert_passes(tests: Path, *, interpreted: bool) -> None:
+    """Run a file of tests under Triton's interpreter, or on the GPU of this machine."""
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
