@@ -14,31 +14,42 @@ from typing import Any
 import pytest
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear, share_inputs
 from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
+from gptqmodel_eora_ext.kernels.triton import ops
 from gptqmodel_eora_ext.solve import QuantizedFactor
 from tests.kernels.on_device import DEVICE, packed_weight, random_factors, random_input
 
 IN = 64
 OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
-FUSED = "gptqmodel_eora_ext::fused_linears"
-CORRECTION = "gptqmodel_eora_ext::shrink_expand"
+FUSED, CORRECTION = "_linears", "_shrink_expand"
 
 
-class Launches(TorchDispatchMode):
-    """Counts the plugin's operators."""
+class Launches:
+    """Counts the calls of the plugin's launches."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.counts: Counter[str] = Counter()
+        self._originals = {name: getattr(ops, name) for name in (FUSED, CORRECTION)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name] += func._schema.name.startswith("gptqmodel_eora_ext")
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> Launches:
+        def counting(name: str, original: Any) -> Any:
+            def call(*args: Any) -> Any:
+                self.counts[name] += 1
+                return original(*args)
+
+            return call
+
+        for name, original in self._originals.items():
+            setattr(ops, name, counting(name, original))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, original in self._originals.items():
+            setattr(ops, name, original)
 
 
 def kernel(cls: Any, out: int, *, bits: int = 2, rank: int = 5, factor_bits: int = 16, seed: int = 0) -> Any:

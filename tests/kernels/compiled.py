@@ -38,7 +38,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 * 1024,
 }
 RANK = 64
-KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "shrink_expand_kernel")
+KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "shrink_expand_kernel", "dequantize_kernel", "factor_kernel")
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,11 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every tile of `settings.py` at every width in float16, and of each further variant the tiles that need most."""
-    widths: tuple[int | None, ...] = (2, 3, 4, 8, None)
+    widths = (2, 3, 4, 8)
     most = (1, 64, 512)
     return [
+        *(Case(None, rows, factor_bits=bits) for bits in (4, 8) for rows in (1, 16, 32, 64)),
+        *(Case(None, rows, dtype, factor_bits=4) for dtype in (torch.bfloat16, torch.float32) for rows in (1, 64)),
         *(Case(bits, rows) for bits in widths for rows in (1, 16, 32, 64, 512)),
         *(Case(bits, rows, torch.bfloat16) for bits in widths for rows in most),
         *(Case(bits, rows, torch.float32) for bits in widths for rows in (1, 16)),

@@ -30,7 +30,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.5e-2}
 GROUP_SIZES = (16, 32, 64, 128, 1024, -1)
 # in × out: multiples of tiles, of nothing, and smaller than a tile.
 SHAPES = ((128, 64), (201, 37), (72, 130), (33, 5))
-MANY_ROWS = (2, 17)
+# A tile of rows, more, and so many that the weight is made dense.
+MANY_ROWS = (2, 17, 70)
 RANKS = (None, 1, 16, 21)
 DTYPES = tuple(TOLERANCE)
 
@@ -145,9 +146,9 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
     for processors in (1, 64):
         monkeypatch.setattr(ops, "_processors", lambda device, processors=processors: processors)
         if rows == 1:
-            found.add(settings.gemv([out_features], 264, 2, False, processors).splits)
+            found.add(settings.gemv((out_features,), 264, 2, False, processors).splits)
         else:
-            found.add(settings.gemm(rows, [out_features], 264, 64, x.dtype, processors).splits)
+            found.add(settings.gemm(rows, (out_features,), 264, 64, x.dtype, processors).splits)
         (y,) = fused(x)
         assert error(y, expected) < TOLERANCE[torch.float32]
         assert torch.equal(y, fused(x)[0])

@@ -19,8 +19,8 @@ from .shrink import load_parts, shrink_tile
 
 @triton.jit
 def _expand_tile(
-    parts, y, up, up_scales, m_tile, tile, splits, rows, rank, columns,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, INPUT: tl.constexpr,
+    parts, y, up, up_scales, m_tile, tile, part_count, rows, rank, columns,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, INPUT: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -33,7 +33,7 @@ def _expand_tile(
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         in_r = r < rank
-        t = load_parts(parts, m[:, None], r[None, :], in_m[:, None] & in_r[None, :], splits, rows, rank)
+        t = load_parts(parts, m[:, None], r[None, :], in_m[:, None] & in_r[None, :], part_count, rows, rank, PARTS)
         b = load_factor(up, up_scales, r[:, None], n[None, :], in_r[:, None] & in_n[None, :], columns,
                         FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
         if BLOCK_M == 1:
@@ -45,8 +45,8 @@ def _expand_tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def shrink_expand_kernel(
-    x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, inputs_per_split, splits,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, inputs_per_split,
+    part_count, FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: one dimension, row tiles × (rank tiles × splits + output tiles).
@@ -55,7 +55,7 @@ def shrink_expand_kernel(
     """
     m_tiles = tl.cdiv(rows, BLOCK_M)
     r_tiles = tl.cdiv(rank, BLOCK_R)
-    shares = r_tiles * splits
+    shares = r_tiles * PARTS
     ticket = tl.atomic_add(locks, 1, sem="relaxed", scope="gpu")
     if ticket < m_tiles * shares:
         m_tile = ticket // shares
@@ -74,6 +74,6 @@ def shrink_expand_kernel(
         while tl.atomic_add(locks + 1 + m_tile, 0, sem="acquire", scope="gpu") < shares:
             pass
         _expand_tile(
-            parts, y, up, up_scales, m_tile, tile, splits, rows, rank, columns,
-            FACTOR_BITS, FACTOR_GROUP, x.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R,
+            parts, y, up, up_scales, m_tile, tile, part_count, rows, rank, columns,
+            FACTOR_BITS, FACTOR_GROUP, x.dtype.element_ty, PARTS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from .store import finish_tile
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns,
     BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -46,10 +46,10 @@ def _weight_tile(
 @triton.jit
 def _gemm_tile(
     x, parts, y, qweight, qzeros, scales, g_idx, bias, up, up_scales, partials, locks, lock, m_tile, tile, split,
-    rows, in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, parts_splits,
+    rows, in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, part_count,
     inputs_per_split,
     BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -62,15 +62,15 @@ def _gemm_tile(
     for start in range(first, tl.minimum(first + inputs_per_split, in_features), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         xs = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k < in_features)[None, :], other=0)
-        weight = _weight_tile(qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns,
-                              BITS, CODES, GROUP_SIZE, BLOCK_N, BLOCK_K)  # fmt: skip
+        weight = weight_tile(qweight, qzeros, scales, g_idx, start, n, in_n, in_features, columns,
+                             BITS, CODES, GROUP_SIZE, BLOCK_N, BLOCK_K)  # fmt: skip
         acc = tl.dot(xs, weight.to(xs.dtype), acc, input_precision="ieee")
     if up is not None:
         for start in range(split * BLOCK_R, rank, SPLITS * BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             in_r = r < rank
             t = load_parts(parts, m[:, None], (first_rank + r)[None, :], in_m[:, None] & in_r[None, :],
-                           parts_splits, rows, all_ranks)  # fmt: skip
+                           part_count, rows, all_ranks, PARTS)  # fmt: skip
             b = load_factor(up, up_scales, r[:, None], n[None, :], in_r[:, None] & in_n[None, :], columns,
                             FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
             acc = tl.dot(t.to(x.dtype.element_ty), b.to(x.dtype.element_ty), acc, input_precision="ieee")
@@ -80,9 +80,9 @@ def _gemm_tile(
 @triton.jit(do_not_specialize=["rows"])
 def gemm_kernel(
     x, parts, ys, qweights, qzeros, scales, g_idx, biases, ups, up_scales, outs, ranks, partials, locks,
-    rows, in_features, all_columns, all_ranks, parts_splits, inputs_per_split,
+    rows, in_features, all_columns, all_ranks, part_count, inputs_per_split,
     MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: row tiles × tiles of outputs, module after module × splits."""
@@ -98,9 +98,9 @@ def gemm_kernel(
             _gemm_tile(
                 x, parts, ys[j], qweights[j], qzeros[j], scales[j], g_idx[j], biases[j], ups[j], up_scales[j],
                 partials, locks, lock, m_tile, tile, tl.program_id(2),
-                rows, in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, parts_splits,
-                inputs_per_split,
-                BITS, CODES, GROUP_SIZE, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                rows, in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, part_count,
+                inputs_per_split, BITS, CODES, GROUP_SIZE, FACTOR_BITS, FACTOR_GROUP, PARTS, SPLITS,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

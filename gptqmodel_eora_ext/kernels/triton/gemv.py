@@ -73,10 +73,10 @@ def _scaled(weight, qzeros, scales, group, n, live, columns, BITS: tl.constexpr)
 @triton.jit
 def _gemv_tile(
     x, parts, y, qweight, qzeros, scales, g_idx, bias, up, up_scales, partials, locks, lock, tile, split,
-    in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, parts_splits,
+    in_features, columns, first_column, all_columns, rank, first_rank, all_ranks, part_count,
     windows, one, units_per_split,
     BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,7 +91,7 @@ def _gemv_tile(
         corrections = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for start in range(split * BLOCK_R, rank, SPLITS * BLOCK_R):
             r = (start + tl.arange(0, BLOCK_R))[:, None]
-            t = load_parts(parts, tl.zeros_like(r), first_rank + r, r < rank, parts_splits, 1, all_ranks)
+            t = load_parts(parts, tl.zeros_like(r), first_rank + r, r < rank, part_count, 1, all_ranks, PARTS)
             b = load_factor(up, up_scales, r, n[None, :], (r < rank) & in_n[None, :], columns,
                             FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
             corrections += t * b
@@ -103,9 +103,9 @@ def _gemv_tile(
 @triton.jit
 def gemv_kernel(
     x, parts, ys, qweights, qzeros, scales, g_idx, biases, ups, up_scales, outs, ranks, partials, locks,
-    in_features, all_columns, all_ranks, parts_splits, windows, one, units_per_split,
+    in_features, all_columns, all_ranks, part_count, windows, one, units_per_split,
     MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of outputs, module after module × splits.
@@ -124,9 +124,9 @@ def gemv_kernel(
             _gemv_tile(
                 x, parts, ys[j], qweights[j], qzeros[j], scales[j], g_idx[j], biases[j], ups[j], up_scales[j],
                 partials, locks, lock, tile, tl.program_id(1),
-                in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, parts_splits,
+                in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, part_count,
                 windows, one, units_per_split,
-                BITS, CODES, GROUP_UNITS, EVEN, FACTOR_BITS, FACTOR_GROUP, SPLITS, BLOCK_N, BLOCK_U, BLOCK_R,
+                BITS, CODES, GROUP_UNITS, EVEN, FACTOR_BITS, FACTOR_GROUP, PARTS, SPLITS, BLOCK_N, BLOCK_U, BLOCK_R,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

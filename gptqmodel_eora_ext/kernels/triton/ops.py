@@ -7,7 +7,7 @@ synchronisation and no allocation whose size depends on data. They have no backw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from ...solve import GROUP_SIZE, QuantizedFactor
 from ..layout import Factors, LayoutError, PackedWeight, pack_words
 from . import settings
+from .dense import dequantize_kernel, factor_kernel
 from .expand import shrink_expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel
@@ -114,11 +115,9 @@ class FusedLinears:
         Returns:
             … × out of each module, in x's dtype.
         """
-        rows = x.reshape(-1, self.in_features)
-        ys: list[torch.Tensor] = fused_linears(
-            rows.contiguous(), self.qweights, self.qzeros, self.scales, self.g_idx, self.biases,
-            self.down, self.down_scales, self.ups, self.up_scales, self.bits, self.group_size, self.factor_bits,
-        )  # fmt: skip
+        rows = x.reshape(-1, self.in_features).contiguous()
+        # The operator is for those who trace: to call it takes as long as a launch.
+        ys: list[torch.Tensor] = fused_linears(rows, *_fields(self)) if traced(x) else _linears(rows, self)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -139,18 +138,36 @@ def fused_linears(
     factor_bits: int,
 ) -> list[torch.Tensor]:
     """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `FusedLinears`."""
+    return _linears(
+        x,
+        FusedLinears(
+            list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
+            list(up_scales), bits, group_size, factor_bits, x.shape[1],
+        ),
+    )  # fmt: skip
+
+
+@fused_linears.register_fake
+def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
+
+
+def _linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
     rows, in_features = x.shape
-    outs = [qweight.shape[1] for qweight in qweights]
+    outs = tuple(qweight.shape[1] for qweight in fused.qweights)
+    bits, factor_bits = fused.bits, fused.factor_bits
+    indexed = any(one is not None for one in fused.g_idx)
+    block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
+    if rows > settings.MOST_FUSED_ROWS:
+        return _dense_linears(x, fused, block_k)
     ys = [x.new_empty(rows, out) for out in outs]
     if rows == 0:
         return ys
     processors = _processors(x.device)
-    ranks = [0 if up is None else up.shape[0] for up in ups]
-    indexed = any(one is not None for one in g_idx)
+    ranks = [0 if up is None else up.shape[0] for up in fused.ups]
     if rows == 1:
         chosen = settings.gemv(outs, in_features, bits, indexed, processors)
     else:
-        block_k = 0 if indexed else settings.tile_inputs(bits, group_size, in_features)
         chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
@@ -158,20 +175,21 @@ def fused_linears(
     partials = x.new_empty(chosen.splits * rows * sum(outs) if chosen.splits > 1 else 1, dtype=torch.float32)
     lock_count = m_tiles * tiles if chosen.splits > 1 else 1
     # The shrink kernel zeroes the locks; without it a memset does.
-    locks = (x.new_zeros if down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
-    if down is None:
-        parts, parts_splits = partials, 1
+    locks = (x.new_zeros if fused.down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
+    if fused.down is None:
+        parts, part_count = partials, 1
     else:
-        parts, parts_splits = _shrink(x, down, down_scales, factor_bits, locks, processors)
+        parts, part_count = _shrink(x, fused.down, fused.down_scales, factor_bits, locks, processors)
     arguments = (
-        x, parts, tuple(ys), tuple(qweights), tuple(qzeros), tuple(scales), tuple(g_idx), tuple(biases), tuple(ups),
-        tuple(up_scales), tuple(outs), tuple(ranks), partials, locks,
+        x, parts, tuple(ys), tuple(fused.qweights), tuple(fused.qzeros), tuple(fused.scales), tuple(fused.g_idx),
+        tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
     )  # fmt: skip
-    sizes = (in_features, sum(outs), sum(ranks), parts_splits)
+    sizes = (in_features, sum(outs), sum(ranks), part_count)
     codes = settings.unit_codes(bits)
     constants: dict[str, Any] = {
         "MODULES": len(outs), "BITS": bits, "CODES": codes, "FACTOR_BITS": factor_bits,
-        "FACTOR_GROUP": GROUP_SIZE, "SPLITS": chosen.splits, "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
+        "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
+        "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
         **chosen.options(),
     }  # fmt: skip
     if rows == 1:
@@ -179,19 +197,54 @@ def fused_linears(
         gemv_kernel[(tiles, chosen.splits)](
             *arguments, *sizes, windows, ONE, chosen.per_split, **constants,
             # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
-            GROUP_UNITS=-(-group_size // codes), EVEN=in_features % codes == 0, BLOCK_U=chosen.block_k,
+            GROUP_UNITS=-(-fused.group_size // codes), EVEN=in_features % codes == 0, BLOCK_U=chosen.block_k,
         )  # fmt: skip
     else:
         gemm_kernel[(m_tiles, tiles, chosen.splits)](
-            *arguments, rows, *sizes, chosen.per_split, **constants, GROUP_SIZE=group_size, BLOCK_M=chosen.block_m,
-            BLOCK_K=chosen.block_k,
+            *arguments, rows, *sizes, chosen.per_split, **constants, GROUP_SIZE=fused.group_size,
+            BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k,
         )  # fmt: skip
     return ys
 
 
-@fused_linears.register_fake
-def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
+def _dense_linears(x: torch.Tensor, fused: FusedLinears, block_k: int) -> list[torch.Tensor]:
+    """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
+    in_features = x.shape[1]
+    t, first = None, 0
+    if fused.down is not None:
+        t = x @ _dense_factor(fused.down, fused.down_scales, in_features, fused.factor_bits, x.dtype).T
+    chosen = settings.dequantize(block_k)
+    ys = []
+    for qweight, qzeros, scales, g_idx, bias, up, up_scales in zip(
+        fused.qweights, fused.qzeros, fused.scales, fused.g_idx, fused.biases, fused.ups, fused.up_scales, strict=True
+    ):
+        out = qweight.shape[1]
+        weight = x.new_empty(in_features, out)
+        dequantize_kernel[(-(-out // chosen.block_n), -(-in_features // chosen.block_k))](
+            weight, qweight, qzeros, scales, g_idx, in_features, out, BITS=fused.bits,
+            CODES=settings.unit_codes(fused.bits), GROUP_SIZE=fused.group_size, BLOCK_N=chosen.block_n,
+            BLOCK_K=chosen.block_k, **chosen.options(),
+        )  # fmt: skip
+        y = x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+        if t is not None and up is not None:
+            rank = up.shape[0]
+            y.addmm_(t[:, first : first + rank], _dense_factor(up, up_scales, out, fused.factor_bits, x.dtype))
+            first += rank
+        ys.append(y)
+    return ys
+
+
+def _dense_factor(
+    codes: torch.Tensor, scales: torch.Tensor | None, features: int, factor_bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """A factor's values (rank × features) in ``dtype``."""
+    if scales is None:
+        return codes.to(dtype)
+    dense = torch.empty(codes.shape[0], features, dtype=dtype, device=codes.device)
+    factor_kernel[(-(-features // settings.FACTOR_COLUMNS), codes.shape[0])](
+        dense, codes, scales, features, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK=settings.FACTOR_COLUMNS
+    )
+    return dense
 
 
 def _shrink(
@@ -233,7 +286,8 @@ def add_correction(x: torch.Tensor, factors: Factors, y: torch.Tensor) -> None:
         raise LayoutError(f"A and B differ in kind: {_kind(factors.down)} and {_kind(factors.up)}.")
     bits = factors.down.bits if isinstance(factors.down, QuantizedFactor) else 16
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    shrink_expand(rows, down, down_scales, up, up_scales, bits, y.view(-1, y.shape[-1]))
+    call = shrink_expand if traced(x) else _shrink_expand
+    call(rows, down, down_scales, up, up_scales, bits, y.view(-1, y.shape[-1]))
 
 
 @torch.library.custom_op("gptqmodel_eora_ext::shrink_expand", mutates_args=("y",))
@@ -247,8 +301,29 @@ def shrink_expand(
     y: torch.Tensor,
 ) -> None:
     """y += (x Aᵀ) Bᵀ, on x (rows × in) and y (rows × out), both contiguous; factors as in `FusedLinears`."""
+    _shrink_expand(x, down, down_scales, up, up_scales, factor_bits, y)
+
+
+@shrink_expand.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _shrink_expand(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_scales: torch.Tensor | None,
+    up: torch.Tensor,
+    up_scales: torch.Tensor | None,
+    factor_bits: int,
+    y: torch.Tensor,
+) -> None:
     rows, in_features = x.shape
     rank, columns = down.shape[0], y.shape[1]
+    if rows > settings.most_correction_rows(factor_bits):
+        t = x @ _dense_factor(down, down_scales, in_features, factor_bits, x.dtype).T
+        y.addmm_(t, _dense_factor(up, up_scales, columns, factor_bits, x.dtype))
+        return
     if rows == 0:
         return
     chosen = settings.shrink_expand(rows, rank, in_features, x.dtype, _processors(x.device))
@@ -258,14 +333,19 @@ def shrink_expand(
     locks = x.new_zeros(1 + m_tiles, dtype=torch.int32)
     shrink_expand_kernel[(m_tiles * (shares + -(-columns // chosen.block_n)),)](
         x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, chosen.per_split,
-        chosen.splits, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m,
+        chosen.splits, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, PARTS=chosen.splits, BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, BLOCK_R=chosen.block_r, **chosen.options(),
     )  # fmt: skip
 
 
-@shrink_expand.register_fake
-def _(*_: Any) -> None:
-    return None
+def _fields(fused: FusedLinears) -> tuple[Any, ...]:
+    """What `fused_linears` takes after x."""
+    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name != "in_features")
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether somebody looks on: a compiler, or a tensor that stands for another."""
+    return torch.compiler.is_compiling() or type(x) is not torch.Tensor
 
 
 @cache

@@ -1,13 +1,13 @@
 """How each launch is cut into tiles. Pure functions of the shape, so that every setting can be compiled beforehand.
 
-None of these numbers was measured: no GPU was at hand. They follow from what tests/kernels/test_triton_compile.py
-checks (no spilled register, shared memory that fits the smallest target) and from the reasons beside them.
+What is called measured was measured on one H100 at 2 to 4 bits, rank 64, 4096 and 12288 features. Registers and shared
+memory are checked for all targets by tests/kernels/test_triton_compile.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -31,11 +31,22 @@ MORE_REGISTERS = 168
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
 GEMM_RANKS = 16
-# More splits than this cost more partial sums than they bring parallelism at 4096 inputs.
+# Measured: 8 and 32 are slower, but for the product of one row with A, which has few tiles and cheap sums.
 MOST_SPLITS = 16
+MOST_ROW_SPLITS = 32
 # Inputs of one step of a tensor-core tile.
 BLOCK_K = 64
 SMALLEST_DOT = 16
+# Measured: 4 warps and 1 are slower.
+GEMV_WARPS = 2
+# Rank components and inputs of a step of x Aᵀ; measured: 32 components leave too few programs, 64 inputs are slower.
+SHRINK_RANKS = 16
+SHRINK_INPUTS = 128
+# Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
+MOST_FUSED_ROWS = 64
+# The same for a correction of another kernel's output, by the bits of its factors.
+MOST_CORRECTION_ROWS = {16: 0, 8: 64, 4: 64}
+FACTOR_COLUMNS = 1024
 FLOAT32_COLUMNS = 32
 
 
@@ -90,53 +101,65 @@ def tile_inputs(bits: int, group_size: int, in_features: int) -> int:
     return min(power, BLOCK_K) if power >= max(SMALLEST_DOT, unit_codes(bits)) else 0
 
 
-def gemv(outs: Sequence[int], in_features: int, bits: int, indexed: bool, processors: int) -> Settings:
+@lru_cache(maxsize=1024)
+def gemv(outs: tuple[int, ...], in_features: int, bits: int, indexed: bool, processors: int) -> Settings:
     """For `gemv.gemv_kernel`, one row; ``indexed`` where each input's group is looked up."""
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
     units = GEMV_INDEXED_UNITS if indexed else GEMV_UNITS
     splits, per_split = _split(-(-in_features // unit_codes(bits)), units, -(-GEMV_PROGRAMS * processors // tiles))
     limit = MORE_REGISTERS if bits == 3 and not indexed else None
-    return Settings(1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=4, num_stages=2, registers=limit)
+    return Settings(
+        1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=GEMV_WARPS, num_stages=2, registers=limit
+    )
 
 
+@lru_cache(maxsize=1024)
 def gemm(
-    rows: int, outs: Sequence[int], in_features: int, block_k: int, dtype: torch.dtype, processors: int
+    rows: int, outs: tuple[int, ...], in_features: int, block_k: int, dtype: torch.dtype, processors: int
 ) -> Settings:
-    """For `gemm.gemm_kernel`; ``block_k`` from `tile_inputs`, 0 where each input's group is looked up."""
+    """For `gemm.gemm_kernel`, up to `MOST_FUSED_ROWS`; ``block_k`` from `tile_inputs`, 0 where groups are looked up."""
     indexed = block_k == 0
     block_k = block_k or BLOCK_K
     if dtype == torch.float32:
         # Multiplied without tensor cores, whole operands in registers.
-        block_m, block_n, num_warps = SMALLEST_DOT, FLOAT32_COLUMNS, 4
+        block_m, block_n = SMALLEST_DOT, FLOAT32_COLUMNS
         block_k = min(block_k, 32)
-    elif rows <= 64 or indexed:
-        # Scales and zeros of all of a tile's weights would not fit beside a larger one.
-        block_m, block_n, num_warps = min(max(_power(rows), SMALLEST_DOT), 64), 64, 4
     else:
-        block_m, block_n, num_warps = 128, 128, 8
+        block_m, block_n = _row_tile(rows), 64
     tiles = -(-rows // block_m) * sum(-(-out // block_n) for out in outs)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
     # Tiles of 64 rows that look groups up take up to 229, and spill under any limit.
     limits = {16: FEWER_REGISTERS, 32: FEWER_REGISTERS, 64: None if indexed else MORE_REGISTERS}
     return Settings(
-        block_m, block_n, block_k, GEMM_RANKS, splits, per_split, num_warps, num_stages=3, registers=limits.get(block_m)
+        block_m,
+        block_n,
+        block_k,
+        GEMM_RANKS,
+        splits,
+        per_split,
+        num_warps=4,
+        num_stages=3,
+        registers=limits.get(block_m),
     )
 
 
+@lru_cache(maxsize=1024)
 def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
     """For `shrink.shrink_kernel`; ``rank`` of all modules together."""
+    block_m, block_k, most = _row_tile(rows), SHRINK_INPUTS, MOST_SPLITS
     if rows == 1:
-        block_m, block_r = 1, GEMV_RANKS
+        block_m, most = 1, MOST_ROW_SPLITS
     elif dtype == torch.float32:
-        block_m, block_r = SMALLEST_DOT, 16
-    else:
-        block_m, block_r = min(max(_power(rows), SMALLEST_DOT), 64), min(max(_power(rank), SMALLEST_DOT), 64)
-    block_k = BLOCK_K if dtype != torch.float32 else 32
-    tiles = -(-rows // block_m) * -(-rank // block_r)
-    splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles))
-    return Settings(block_m, 0, block_k, block_r, splits, per_split, num_warps=4, num_stages=3)
+        block_m, block_k = SMALLEST_DOT, 32
+    elif block_m == 64:
+        # More would not fit AMD's shared memory.
+        block_k = 64
+    tiles = -(-rows // block_m) * -(-rank // SHRINK_RANKS)
+    splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles), most)
+    return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3)
 
 
+@lru_cache(maxsize=1024)
 def shrink_expand(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
     """For `expand.shrink_expand_kernel`: as `shrink`, with tiles of outputs."""
     base = shrink(rows, rank, in_features, dtype, processors)
@@ -146,18 +169,29 @@ def shrink_expand(rows: int, rank: int, in_features: int, dtype: torch.dtype, pr
     )
 
 
-def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
-    """Parts of a length that are multiples of a block: how many, at most ``wanted`` and `MOST_SPLITS`, and their size.
+def dequantize(block_k: int) -> Settings:
+    """For `dense.dequantize_kernel`; ``block_k`` from `tile_inputs`, 0 where each input's group is looked up."""
+    return Settings(1, 64, block_k or BLOCK_K, 1, 1, 0, num_warps=4, num_stages=1)
+
+
+def most_correction_rows(factor_bits: int) -> int:
+    """Rows up to which `expand.shrink_expand_kernel` beats the vendor's two products."""
+    return MOST_CORRECTION_ROWS[factor_bits]
+
+
+def _split(length: int, block: int, wanted: int, most: int = MOST_SPLITS) -> tuple[int, int]:
+    """Parts of a length that are multiples of a block: how many, at most ``wanted`` and ``most``, and their size.
 
     The last may be shorter, or empty.
     """
     steps = -(-length // block)
-    parts = min(max(wanted, 1), MOST_SPLITS, steps)
+    parts = min(max(wanted, 1), most, steps)
     # The count is compiled in; powers of two keep the number of variants small.
     parts = 1 << (parts.bit_length() - 1)
     per_part = -(-steps // parts)
     return parts, per_part * block
 
 
-def _power(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+def _row_tile(rows: int) -> int:
+    """The power of two that holds the rows, within what tensor cores and registers take."""
+    return min(max(1 << (rows - 1).bit_length(), SMALLEST_DOT), 64)

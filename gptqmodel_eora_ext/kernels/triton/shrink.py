@@ -12,6 +12,9 @@ import triton.language as tl
 
 from .codes import load_factor
 
+# Values of a tile of which threads can hold all parts in registers, beside an accumulator.
+UNROLLED = tl.constexpr(512)
+
 
 @triton.jit
 def shrink_tile(
@@ -66,14 +69,19 @@ def shrink_kernel(
 
 
 @triton.jit
-def load_parts(parts, m, r, live, splits, rows, rank):
+def load_parts(parts, m, r, live, count, rows, rank, PARTS: tl.constexpr):
     """t of ``m`` × ``r``: the parts of `shrink_kernel`, added in order; float32.
 
-    Read past the first-level cache, which does not see what other programs of the same launch wrote.
+    Read past the first-level cache, which does not see what other programs of the same launch wrote. All reads of a
+    small tile are under way at once: one after the other, they took longer than the product. ``count`` is PARTS as a
+    number of run time: larger tiles would spill if the compiler unrolled their loop.
     """
     place = parts + m.to(tl.int64) * rank + r
     total = tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
-    for _ in range(1, splits):
-        place += rows * rank
-        total += tl.load(place, mask=live, other=0.0, cache_modifier=".cg")
+    if live.shape[0] * live.shape[1] <= UNROLLED:
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(place + part * (rows * rank), mask=live, other=0.0, cache_modifier=".cg")
+    else:
+        for part in range(1, count):
+            total += tl.load(place + part * (rows * rank), mask=live, other=0.0, cache_modifier=".cg")
     return total

@@ -7,6 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Values of a tile of which threads can hold all splits in registers.
+UNROLLED = tl.constexpr(1024)
+
 
 @triton.jit
 def finish_tile(
@@ -31,8 +34,12 @@ def finish_tile(
         arrived = tl.atomic_add(locks + lock, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLITS - 1:
             acc = tl.zeros_like(acc)
-            for other in range(SPLITS):
-                acc += tl.load(place + other * step, mask=live, other=0.0, cache_modifier=".cg")
+            if acc.shape[0] * acc.shape[1] <= UNROLLED:
+                for other in tl.static_range(SPLITS):
+                    acc += tl.load(place + other * step, mask=live, other=0.0, cache_modifier=".cg")
+            else:
+                for other in range(SPLITS):
+                    acc += tl.load(place + other * step, mask=live, other=0.0, cache_modifier=".cg")
             _store(acc, y, bias, m, n, columns, live)
     else:
         _store(acc, y, bias, m, n, columns, live)
