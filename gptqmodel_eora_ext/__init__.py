@@ -22,4 +22,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "EoRA":
+        # Without the autoload, `model.quantize` would be looked up before the `EoRA(…)` among its arguments is made.
+        import_module(".hosts.gptqmodel.seams", __name__).install_or_log()
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -41,6 +41,11 @@ def test_the_switch_turns_it_off() -> None:
     assert "active: False" in done.stdout, done.stderr
 
 
+def test_without_it_the_import_of_eora_is_enough() -> None:
+    done = run(f"from gptqmodel_eora_ext import EoRA; {ACTIVE}", **{OFF_SWITCH: "1"})
+    assert "active: True" in done.stdout, done.stderr
+
+
 def test_import_torch_does_not_import_the_host() -> None:
     done = run("import torch, sys; print('gptqmodel' in sys.modules, 'gptqmodel_eora_ext.hosts' in sys.modules)")
     assert done.stdout.split() == ["False", "False"], done.stderr
