@@ -82,9 +82,9 @@ class WeightedError:
         """Y ΔW C / unit from Y ΔW."""
         return self.weigh(projected / self.unit)
 
-    def lift(self, weighed: torch.Tensor) -> torch.Tensor:
-        """Y S / unit from Y ΔW C / unit, to propose directions: in bfloat16 from float32 where that is faster."""
-        if weighed.dtype == self.dtype == torch.float32 and multiplies_bfloat16(self.device):
+    def lift(self, weighed: torch.Tensor, *, rounded: bool) -> torch.Tensor:
+        """Y S / unit from Y ΔW C / unit; with ``rounded`` in bfloat16 from float32, where that is faster."""
+        if rounded and weighed.dtype == self.dtype == torch.float32 and multiplies_bfloat16(self.device):
             return _rounded_times(weighed, self.delta)
         return times(weighed, self.delta.T)
 
@@ -142,7 +142,7 @@ class OutputError:
         """Y S / unit."""
         return times(projected / self.unit, self.moment)
 
-    def lift(self, weighed: torch.Tensor) -> torch.Tensor:
+    def lift(self, weighed: torch.Tensor, *, rounded: bool) -> torch.Tensor:
         """As `WeightedError.lift`: Y S / unit already."""
         return weighed
 

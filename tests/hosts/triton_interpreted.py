@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear, share_inputs
+from gptqmodel_eora_ext.hosts.gptqmodel.shared import share_inputs
+from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
 from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.solve import QuantizedFactor
@@ -97,7 +98,7 @@ def test_one_call_for_all_that_read_an_input(factor_bits: int) -> None:
         with Launches() as launches:
             check(model, x)
         assert launches.counts[FUSED] == 1 and launches.counts[CORRECTION] == 0
-    assert all(child._shared._waiting is None for child in model.children())
+    assert all(child.shared._waiting is None for child in model.children())
 
 
 @torch.no_grad()
