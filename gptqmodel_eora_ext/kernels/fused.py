@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .cpu.linear import CpuLinear
+from .cpu.linear import CpuLinear, CpuLinears
 from .cpu.repack import RepackedWeight, repack_factors
 from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
 from .layout import Factors
@@ -31,7 +32,8 @@ class FusedLinear:
         bias: torch.Tensor | None = None,
         off: frozenset[str] = frozenset(),
     ) -> None:
-        self._layer = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias)
+        self.cpu = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias)
+        self._alone = CpuLinears([self.cpu])
         self._off = off
         self._choices: dict[tuple[torch.dtype, bool], Choice] = {}
 
@@ -39,7 +41,7 @@ class FusedLinear:
         """The kernel for x of this dtype and so many rows."""
         key = (dtype, rows <= FEW_ROWS)
         if key not in self._choices:
-            self._choices[key] = choose("cpu", dtype, self._layer.weight.bits, rows, self._off)
+            self._choices[key] = choose("cpu", dtype, self.cpu.weight.bits, rows, self._off)
         return self._choices[key]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,28 +56,55 @@ class FusedLinear:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """y without a gradient."""
-        if x.ndim != 2 or x.shape[1] != self._layer.in_features or not x.is_cpu:
+        return self.multiply_all(x, self._alone)[0]
+
+    def multiply_all(self, x: torch.Tensor, layers: CpuLinears) -> list[torch.Tensor]:
+        """y of each of the layers that read what this one reads, by the kernel that serves this one."""
+        if x.ndim != 2 or x.shape[1] != self.cpu.in_features or not x.is_cpu:
             raise ValueError(
-                f"x should be rows × {self._layer.in_features} on the CPU, got {tuple(x.shape)} on {x.device}."
+                f"x should be rows × {self.cpu.in_features} on the CPU, got {tuple(x.shape)} on {x.device}."
             )
         choice = self.choice(x.dtype, len(x))
         if choice.path == TORCH:
             raise ValueError(f"No kernel can be used: {choice.reason}.")
         x = x.contiguous()
         if choice.path == MATMUL:
-            return self._layer.matmul(x)
-        return self._layer.codes(x, choice.isa) if choice.path == CODES else self._layer.tiles(x, choice.isa)
+            return layers.matmul(x)
+        return layers.codes(x, choice.isa) if choice.path == CODES else layers.tiles(x, choice.isa)
 
     def transposed(self, grad: torch.Tensor) -> torch.Tensor:
         """grad (Ŵ + B A): the gradient by x of a gradient by y, rows × in."""
         rows = grad.to(torch.float32)
-        result = torch.zeros(len(grad), self._layer.in_features)
-        for begin, end, tile in self._layer.dequantized(self.choice(grad.dtype, len(grad)).isa):
+        result = torch.zeros(len(grad), self.cpu.in_features)
+        for begin, end, tile in self.cpu.dequantized(self.choice(grad.dtype, len(grad)).isa):
             result.addmm_(rows[:, begin:end], tile.T)
-        if self._layer.factors is not None:
-            down, up = self._layer.factors.source.dense()
+        if self.cpu.factors is not None:
+            down, up = self.cpu.factors.source.dense()
             result.addmm_(rows @ up.T, down)
         return result.to(grad.dtype)
+
+
+class FusedLinears:
+    """Layers that read the same input, multiplied in one go; without gradients.
+
+    Args:
+        layers: of equal inputs, in the same order and groups.
+
+    Raises:
+        LayoutError: for others.
+    """
+
+    def __init__(self, layers: Sequence[FusedLinear]) -> None:
+        self._first = layers[0]
+        self._joint = CpuLinears([layer.cpu for layer in layers])
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """y of each layer, rows × out in x's dtype, of x, rows × in.
+
+        Raises:
+            ValueError: as `FusedLinear`.
+        """
+        return self._first.multiply_all(x, self._joint)
 
 
 class _Differentiable(torch.autograd.Function):

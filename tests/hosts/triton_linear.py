@@ -16,7 +16,8 @@ import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear, share_inputs
+from gptqmodel_eora_ext.hosts.gptqmodel.shared import share_inputs
+from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
 from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops
@@ -106,7 +107,7 @@ def test_one_call_for_all_that_read_an_input(factor_bits: int) -> None:
         with Launches() as launches:
             check(model, x)
         assert launches.counts[FUSED] == 1 and launches.counts[CORRECTION] == 0
-    assert all(child._shared._waiting is None for child in model.children())
+    assert all(child.shared._waiting is None for child in model.children())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptqmodel_eora_ext.solve import diagonal, eora, output, svd, weighted_energy
+from gptqmodel_eora_ext.solve import diagonal, eora, error, output, svd, weighted_energy
 
 from .problems import left, optimum, problem, rotated_spectrum, with_outliers
 
@@ -96,6 +96,23 @@ def test_iterated_solution_is_within_a_thousandth(shape: tuple[int, int], rank: 
     floor = 1e-14 * weighted_energy(delta.double(), second_moment)
     best = optimum(delta, second_moment, rank)
     assert left(delta, second_moment, eora(delta, second_moment, rank)) <= 1.001 * best + floor
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("spectrum", ["decaying", "flat", "condition 1e12", "outliers 30"])
+def test_directions_may_be_proposed_in_bfloat16(monkeypatch: pytest.MonkeyPatch, spectrum: str, rounded: bool) -> None:
+    """Which a device does or does not; outliers of this size are iterated in float32."""
+    monkeypatch.setattr(error, "multiplies_bfloat16", lambda device: rounded)
+    delta, second_moment = problem(300, 500, tokens=1000)
+    if spectrum == "flat":
+        second_moment = torch.eye(500, dtype=torch.float64)
+    elif spectrum == "condition 1e12":
+        second_moment = rotated_spectrum(torch.logspace(0, -12, 500, dtype=torch.float64))
+    elif spectrum.startswith("outliers"):
+        second_moment = with_outliers(second_moment, float(spectrum.split()[1]))
+    delta = delta.float()
+    found = left(delta, second_moment, eora(delta, second_moment, 16))
+    assert found <= 1.001 * optimum(delta, second_moment, 16)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])

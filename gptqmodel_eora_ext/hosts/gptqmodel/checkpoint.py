@@ -27,7 +27,7 @@ from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, save_adapter, unif
 from .adapter import EoRA
 from .quantize import RUN_ATTRIBUTE
 from .run import CompensationRun
-from .triton import share_inputs
+from .shared import share_inputs
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def uncompiled() -> Iterator[None]:
 
 def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels; then let
-    those that read the same input share their launches."""
+    those that read the same input be computed together."""
     kernels = _adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from gptqmodel.utils.backend import BACKEND
 from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
-from ...kernels.fused import FusedLinear
+from ...kernels.fused import FusedLinear, FusedLinears
 from ...kernels.layout import WEIGHT_BITS, PackedWeight
 from .adapter import EoRA, version
+from .shared import Joint, SharedInput, SharesInput
 
 # The buffers that a weight consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -36,7 +38,7 @@ class _Made:
     layer: FusedLinear
 
 
-class EoRAFusedLinear(TorchLinear):
+class EoRAFusedLinear(SharesInput, TorchLinear):
     """GPTQ weights and an `EoRA` adapter in one pass on the CPU; on another device, what `TorchLinear` does.
 
     The checkpoint's tensors stay as buffers beside their repacked copy, for `state_dict` and for saving.
@@ -72,6 +74,7 @@ class EoRAFusedLinear(TorchLinear):
         self._off = switched_off()
         self._fusable_cases: dict[tuple[torch.dtype, bool], bool] = {}
         self._made: _Made | None = None
+        self.shared = SharedInput([self])
 
     @classmethod
     def validate(cls, *args: Any, adapter: Any = None, **kwargs: Any) -> tuple[bool, Exception | None]:
@@ -103,13 +106,34 @@ class EoRAFusedLinear(TorchLinear):
             raise ValueError(f"{self.name}: x should be … × {self.in_features}, found {found}.")
         if not self._fusable(x):
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
         adapter = self.adapter
-        if adapter is not None and adapter.trained and torch.is_grad_enabled():
-            y = adapter.apply(x=rows, out=self._layer(None)(rows))
-        else:
-            y = self._layer(adapter)(rows)
+        trained = adapter is not None and adapter.trained and torch.is_grad_enabled()
+        if not (trained or self.shared.alone or (x.requires_grad and torch.is_grad_enabled())):
+            return self._with_others(x)
+        rows = x.reshape(-1, self.in_features)
+        y = adapter.apply(x=rows, out=self._layer(None)(rows)) if trained else self._layer(adapter)(rows)
         return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.compiler.disable
+    def _with_others(self, x: torch.Tensor) -> torch.Tensor:
+        """y, with those of the modules that read the same x. Not traced: that would keep this call's x."""
+        return self.shared(self, x).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def joinable(self) -> bool:
+        """As `SharesInput.joinable`."""
+        return self.qweight.is_cpu
+
+    def state(self) -> tuple[Any, ...]:
+        """As `SharesInput.state`: the layer, which is another one when anything it was made from is."""
+        return (self._layer(self.adapter),)
+
+    @classmethod
+    def join(cls, modules: Sequence[EoRAFusedLinear]) -> Joint:
+        """As `SharesInput.join`."""
+        in_features = modules[0].in_features
+        joint = FusedLinears([module._layer(module.adapter) for module in modules])
+        return lambda x: joint(x.reshape(-1, in_features))
 
     def choice(self, x: torch.Tensor) -> Choice:
         """The kernel that x would be multiplied by."""
@@ -161,7 +185,18 @@ class EoRAFusedLinear(TorchLinear):
         super()._load_from_state_dict(*args, **kwargs)
         # Values are copied into the buffers that are there.
         self._made = None
+        self.shared.forget()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self.shared.forget()
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: the buffers, from which it repacks by itself."""
-        return {**self.__dict__, "_made": None}
+        """What a copy or a pickle holds: the buffers, from which it repacks by itself. It is alone with its input;
+        `share_inputs` is for whole models."""
+        return {**self.__dict__, "_made": None, "shared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.shared = SharedInput([self])

@@ -87,11 +87,11 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.eora_repack.argtypes = (pointer, pointer, integer, integer, integer, pointer, integer)
-    loaded.eora_linear.argtypes = (pointer, pointer, integer, integer, pointer, integer, integer)
+    loaded.eora_linears.argtypes = (pointer, integer, pointer, integer, integer, pointer, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, long, integer, integer)
     loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
     loaded.eora_large_pages.argtypes = (pointer, long)
-    for name in ("eora_large_pages", "eora_matmul", "eora_repack", "eora_linear", "eora_dequantize"):
+    for name in ("eora_large_pages", "eora_matmul", "eora_repack", "eora_linears", "eora_dequantize"):
         getattr(loaded, name).restype = None
     return loaded
 

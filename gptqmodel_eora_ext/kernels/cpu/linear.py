@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..layout import to_dense
+from ..layout import LayoutError, to_dense
 from .build import library
 from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
 
@@ -51,7 +51,7 @@ class CpuLinear:
     ) -> None:
         kernels = library()
         assert kernels is not None
-        self._kernels = kernels
+        self.kernels = kernels
         self.weight, self.factors = weight, factors
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bias = None
@@ -63,42 +63,12 @@ class CpuLinear:
         self._struct.scale_kind = KINDS[weight.scales.dtype]
         if factors is not None:
             self._set(factors, "rank", "down", "down_scales", "down_kind", "up", "up_scales", "up_kind")
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def _set(self, source: object, *names: str) -> None:
         for name in names:
             value = getattr(source, name)
             setattr(self._struct, name, value if isinstance(value, int) else _pointer(value))
-
-    def codes(self, x: torch.Tensor, isa: int) -> torch.Tensor:
-        """y straight from the packed codes.
-
-        Args:
-            x: rows × in, contiguous, float32, float16 or bfloat16.
-            isa: index into `build.ISAS`.
-
-        Returns:
-            rows × out, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
-        """
-        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
-        rows, size = x.shape[0], x.element_size()
-        for begin in range(0, rows, CODES_ROWS):
-            self._kernels.eora_linear(self._address, x.data_ptr() + begin * self.in_features * size, KINDS[x.dtype],
-                                      min(rows - begin, CODES_ROWS), y.data_ptr() + begin * self.out_features * size,
-                                      isa, torch.get_num_threads())  # fmt: skip
-        return y
-
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """y of many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and x Aᵀ are
-        rounded to bfloat16, sums are float32."""
-        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
-        down = None if self.factors is None else to_dense(self.factors.source.down, x.dtype)
-        for begin in range(0, x.shape[0], MATMUL_ROWS):
-            rows = x[begin : begin + MATMUL_ROWS]
-            t = None if down is None else torch.nn.functional.linear(rows, down)
-            self._kernels.eora_matmul(self._address, rows.data_ptr(), _pointer(t), rows.shape[0], y[begin:].data_ptr(),
-                                      torch.get_num_threads())  # fmt: skip
-        return y
 
     def tiles(self, x: torch.Tensor, isa: int) -> torch.Tensor:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
@@ -120,6 +90,66 @@ class CpuLinear:
         tile = torch.empty(self.in_features + extra_rows, width, dtype=torch.float32)
         for begin in range(0, self.out_features, width):
             end = min(begin + width, self.out_features)
-            self._kernels.eora_dequantize(self._address, begin // LANES, -(-end // LANES), tile.data_ptr(), width, isa,
-                                          torch.get_num_threads())  # fmt: skip
+            self.kernels.eora_dequantize(self.address, begin // LANES, -(-end // LANES), tile.data_ptr(), width, isa,
+                                         torch.get_num_threads())  # fmt: skip
             yield begin, end, tile[:, : end - begin]
+
+
+class CpuLinears:
+    """Layers that read the same x: it is turned into integers once, and multiplied with all their A in one go.
+
+    Args:
+        layers: of equal inputs, in the same order and groups.
+
+    Raises:
+        LayoutError: for others.
+    """
+
+    def __init__(self, layers: Sequence[CpuLinear]) -> None:
+        first = layers[0].weight
+        if not all(layer.weight.reads_as(first) for layer in layers[1:]):
+            raise LayoutError("layers that are to share an input differ in its order or its groups.")
+        self._layers = tuple(layers)
+        self._pointers = ctypes.c_void_p * len(layers)
+        self._addresses = self._pointers(*(layer.address for layer in layers))
+
+    def codes(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:
+        """y of each layer, straight from the packed codes.
+
+        Args:
+            x: rows × in, contiguous, float32, float16 or bfloat16.
+            isa: index into `build.ISAS`.
+
+        Returns:
+            rows × out each, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
+        """
+        rows, width = x.shape
+        kernels, threads, kind = self._layers[0].kernels, torch.get_num_threads(), KINDS[x.dtype]
+        ys = [torch.empty(rows, layer.out_features, dtype=x.dtype) for layer in self._layers]
+        for begin in range(0, rows, CODES_ROWS):
+            offset = begin * x.element_size()
+            kernels.eora_linears(self._addresses, len(ys), x.data_ptr() + offset * width, kind,
+                                 min(rows - begin, CODES_ROWS),
+                                 self._pointers(*(y.data_ptr() + offset * y.shape[1] for y in ys)),
+                                 isa, threads)  # fmt: skip
+        return ys
+
+    def matmul(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """y of each layer for many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and
+        x Aᵀ are rounded to bfloat16, sums are float32."""
+        ys = [torch.empty(x.shape[0], layer.out_features, dtype=x.dtype) for layer in self._layers]
+        ranks = [0 if layer.factors is None else layer.factors.rank for layer in self._layers]
+        downs = [to_dense(layer.factors.source.down, x.dtype) for layer in self._layers if layer.factors is not None]
+        down = torch.cat(downs) if downs else None
+        for begin in range(0, x.shape[0], MATMUL_ROWS):
+            rows = x[begin : begin + MATMUL_ROWS]
+            ts = [None] * len(ys) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
+            for layer, t, y in zip(self._layers, ts, ys, strict=True):
+                own = t.contiguous() if t is not None else None
+                layer.kernels.eora_matmul(layer.address, rows.data_ptr(), _pointer(own), rows.shape[0],
+                                          y[begin:].data_ptr(), torch.get_num_threads())  # fmt: skip
+        return ys
+
+    def tiles(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:
+        """As `CpuLinear.tiles`, of each layer."""
+        return [layer.tiles(x, isa) for layer in self._layers]

@@ -59,6 +59,14 @@ class RepackedWeight:
     def strips(self) -> int:
         return -(-self.out_features // LANES)
 
+    def reads_as(self, other: RepackedWeight) -> bool:
+        """Whether inputs stand in the same order and segments as the other's."""
+        if self.in_features != other.in_features or not torch.equal(self.starts, other.starts):
+            return False
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return torch.equal(self.order, other.order)
+
     @property
     def nbytes(self) -> int:
         """Bytes that a multiplication reads."""

@@ -100,9 +100,11 @@ void eora_repack(const uint32_t* qweight, const int32_t* places, int bits, int o
   }
 }
 
-// y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes.
-void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* y, int isa, int threads) {
-  const Linear& l = *linear;
+// y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
+// x becomes integers once, and the components of all their A are one row of work.
+void eora_linears(const Linear* const* linears, int count, const char* x, int kind, int rows, void* const* ys, int isa,
+                  int threads) {
+  const Linear& l = *linears[0];
   const Kernels& k = kernels(isa);
   const int slices = kind == F32 ? 3 : 2;
   const int64_t inputs = padded_inputs(l.in_features), places = int64_t(l.units) * LANES;
@@ -111,29 +113,44 @@ void eora_linear(const Linear* linear, const char* x, int kind, int rows, void* 
   int8_t* digits = scratch<int8_t, 1>(rows * places * slices);
   int32_t* sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
   float* steps = scratch<float, 3>(int64_t(rows) * l.segments);
-  float* t = scratch<float, 4>(int64_t(rows) * l.rank);
-  const int components = (l.rank + COMPONENTS - 1) / COMPONENTS;
+  int64_t strips = 0, rank = 0;
+  for (int i = 0; i < count; ++i) strips += linears[i]->strips, rank += linears[i]->rank;
+  float* all_t = scratch<float, 4>(rows * rank);
+  const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
+  // Pieces of work of each layer, and where its share of t begins.
+  struct Share { int downs, pieces; float* t; };
+  Share* shares = scratch<Share, 8>(count);
+  int downs = 0, pieces = 0;
+  for (int i = 0; i < count; ++i) {
+    shares[i] = {(linears[i]->rank + COMPONENTS - 1) / COMPONENTS, (linears[i]->strips + chunk - 1) / chunk, all_t};
+    downs += shares[i].downs, pieces += shares[i].pieces, all_t += int64_t(rows) * linears[i]->rank;
+  }
   for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
-  const int chunk = l.strips / (threads * PIECES) > 0 ? l.strips / (threads * PIECES) : 1;
-  const int pieces = (l.strips + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int work = 0; work < rows + components; ++work) {
+    for (int work = 0; work < rows + downs; ++work) {
       if (work < rows) {
         const float* row = wide + work * inputs;
         if (l.order) row = in_order(l, row, scratch<float, 7>(places));
         k.quantize(l, row, slices, digits + work * places * slices,
                    sums + int64_t(work) * l.segments * slices, steps + int64_t(work) * l.segments);
       } else {
-        const int first = (work - rows) * COMPONENTS, end = first + COMPONENTS;
-        k.down(l, wide, rows, first, end < l.rank ? end : l.rank, t);
+        int i = 0, first = work - rows;
+        for (; first >= shares[i].downs; ++i) first -= shares[i].downs;
+        first *= COMPONENTS;
+        const int end = first + COMPONENTS, most = linears[i]->rank;
+        k.down(*linears[i], wide, rows, first, end < most ? end : most, shares[i].t);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int piece = 0; piece < pieces; ++piece) {
-      const int first = piece * chunk, end = first + chunk;
-      k.strips(l, slices, digits, sums, steps, t, rows, first, end < l.strips ? end : l.strips, y, kind);
+      int i = 0, first = piece;
+      for (; first >= shares[i].pieces; ++i) first -= shares[i].pieces;
+      first *= chunk;
+      const int end = first + chunk, most = linears[i]->strips;
+      k.strips(*linears[i], slices, digits, sums, steps, shares[i].t, rows, first, end < most ? end : most, ys[i],
+               kind);
     }
   }
 }
