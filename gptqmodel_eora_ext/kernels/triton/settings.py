@@ -45,7 +45,7 @@ SHRINK_INPUTS = 128
 # Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
 MOST_FUSED_ROWS = 64
 # The same for a correction of another kernel's output, by the bits of its factors.
-MOST_CORRECTION_ROWS = {16: 0, 8: 64, 4: 64}
+MOST_CORRECTION_ROWS = {16: 0, 8: 32, 4: 32}
 FACTOR_COLUMNS = 1024
 FLOAT32_COLUMNS = 32
 
