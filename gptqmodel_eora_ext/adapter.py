@@ -14,6 +14,8 @@ from .solve import QuantizedFactor
 AUTO = "auto"
 # What makes the errors of different modules comparable when ranks are chosen.
 SENSITIVITIES = ("fisher", "empirical", "relative")
+# In their place: one rank for all modules, the largest that the budget allows.
+UNIFORM = "uniform"
 OBJECTIVES = ("eora", "svd", "diagonal", "output")
 FACTOR_BITS = (16, 8, 4)
 
@@ -24,15 +26,24 @@ def validate_rank(rank: Any, *, what: str = "EoRA: `rank`", minimum: int = 1) ->
     Raises:
         ValueError: when it is not an integer or below ``minimum``; the message tells what was found.
     """
-    if isinstance(rank, bool):
-        raise ValueError(f"{what} must be an integer, got {rank!r}.")
+    return validate_count(rank, what=what, minimum=minimum, hint=" Usual ranks are 16 to 256.")
+
+
+def validate_count(value: Any, *, what: str, minimum: int = 1, hint: str = "") -> int:
+    """Return ``value`` as an int.
+
+    Raises:
+        ValueError: when it is not an integer or below ``minimum``; the message tells what was found, and ``hint``.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{what} must be an integer, got {value!r}.")
     try:
-        value = operator.index(rank)
+        count = operator.index(value)
     except TypeError:
-        raise ValueError(f"{what} must be an integer, got {rank!r} ({type(rank).__name__}).") from None
-    if value < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, got {value}. Usual ranks are 16 to 256.")
-    return value
+        raise ValueError(f"{what} must be an integer, got {value!r} ({type(value).__name__}).") from None
+    if count < minimum:
+        raise ValueError(f"{what} must be at least {minimum}, got {count}.{hint}")
+    return count
 
 
 def validate_choice(value: Any, choices: Iterable[Any], *, what: str) -> Any:

@@ -145,6 +145,19 @@ class RankAllocation:
             self._found[name] = total
         return order[: ranks[index]].sort().values
 
+    def strongest(
+        self,
+        name: str,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        second_moment: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `choose`, for a module that has chosen: as many components as it did then, and no bytes more."""
+        output_moment = self.output_moments[name].to(delta.device)
+        gains = component_gains(lora_A, lora_B, second_moment, output_moment)
+        return gains.argsort(descending=True)[: self.ranks[name]].sort().values
+
     def report(self) -> dict[str, Any]:
         """Budget and spending, ready for JSON."""
         return {"budget": self.budget, "spent": self._spent, "predicted_loss": sum(self.losses.values())}

@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from gptqmodel.adapter.adapter import Lora
 
-from ...adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from ...adapter import (
+    AUTO,
+    FACTOR_BITS,
+    OBJECTIVES,
+    SENSITIVITIES,
+    UNIFORM,
+    validate_choice,
+    validate_count,
+    validate_rank,
+)
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.layout import Factors
 from ...kernels.triton import runs_on
+from ...presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS, Preset
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
 
@@ -25,25 +35,29 @@ class EoRA(Lora):
     ``GPTQModel.load(path, adapter=EoRA(path=folder))`` loads another one.
 
     Args:
-        rank: components per module, at least 1. Needed to quantise or to generate; when loading, the folder tells.
-            A rank above min(out, in) of a module is cut to that, with a warning. "auto" gives every module the rank
-            that buys most, within ``budget``.
+        rank: components per module, at least 1; when loading, the folder tells. A rank above min(out, in) of a module
+            is cut to that, with a warning. "auto", or a budget in place of a rank, gives every module the rank that
+            buys most. `EoRA()` quantises by the preset "balanced" and says what that is.
         path: the adapter's folder. Loading: where to read from. Quantising: where `save()` writes; left out, the
             folder `eora` of the checkpoint; a relative path counts from the checkpoint.
         objective: what the factors minimise: "eora" (the error of the output, inputs as they occur), "output" (also
             what earlier layers did to the inputs), "diagonal" (channels by their size), "svd" (the weights alone).
-        factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load.
-        budget: for rank "auto": bytes of all factors, as a number or "300MB", as "0.25bpw" (bits per quantised weight),
-            or as "r32" (what a 16-bit rank 32 takes).
-        sensitivity: for rank "auto", what an error in a module is taken to cost: "fisher" (gradients of the loss,
+        factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load. Left
+            out, what the preset says, or 16.
+        budget: bytes of all factors, as a number or "300MB", as "0.25bpw" (bits per quantised weight), or as "r32"
+            (what a 16-bit rank 32 takes). Left out with rank "auto", "0.5bpw".
+        sensitivity: under a budget, what an error in a module is taken to cost: "fisher" (gradients of the loss,
             labels drawn from the model), "empirical" (the text's own labels), "relative" (its share of the module's
-            output; no gradients).
+            output; no gradients); or "uniform" for one rank for all. Left out, what the preset says, or "fisher".
+        rounds: times that GPTQ quantises a module, each time what the last round's factors leave of it; the best round
+            is kept. Costs a quantisation each. Left out, what the preset says, or 1.
+        preset: "fast", "balanced" or "best": factor_bits, sensitivity and rounds that go together (docs/budget.md).
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
     Raises:
-        ValueError: for a rank that is no positive integer, a path that is no string or path, an unknown objective or
-            number of bits, or a gptqmodel version that the plugin cannot serve.
+        ValueError: for a rank that is no positive integer, a rank beside a budget, a path that is no string or path,
+            an unknown objective, preset or number of bits, or a gptqmodel version that the plugin cannot serve.
     """
 
     rank: int | str | None
@@ -58,9 +72,11 @@ class EoRA(Lora):
         lora_A: torch.Tensor | None = None,
         lora_B: torch.Tensor | None = None,
         objective: str = "eora",
-        factor_bits: int = 16,
+        factor_bits: int | None = None,
         budget: int | str | None = None,
-        sensitivity: str = SENSITIVITIES[0],
+        sensitivity: str | None = None,
+        rounds: int | None = None,
+        preset: str | None = None,
     ) -> None:
         from .seams import require_installed
 
@@ -71,15 +87,20 @@ class EoRA(Lora):
             path = str(Path(path).expanduser())
         if rank is not None and rank != AUTO:
             rank = validate_rank(rank)
-        if (rank == AUTO) != (budget is not None):
-            raise ValueError(
-                f'EoRA: `rank="auto"` and `budget` go together, for instance EoRA(rank="auto", budget="0.25bpw"); '
-                f"got rank={rank!r} and budget={budget!r}."
-            )
-        self.budget = budget
-        self.sensitivity: str = validate_choice(sensitivity, SENSITIVITIES, what="EoRA: `sensitivity`")
+            if budget is not None:
+                raise ValueError(
+                    f"EoRA: `rank` and `budget` exclude each other; got rank={rank!r} and budget={budget!r}. "
+                    f'EoRA(budget="0.25bpw") chooses the ranks.'
+                )
+        elif rank is None and (budget is not None or preset is not None):
+            rank = AUTO
+        self.budget = DEFAULT_BUDGET if rank == AUTO and budget is None else budget
+        if preset is not None:
+            validate_choice(preset, PRESETS, what="EoRA: `preset`")
+        self.preset = preset
+        self._asked = {"factor_bits": factor_bits, "sensitivity": sensitivity, "rounds": rounds}
+        self._settle()
         self.objective: str = validate_choice(objective, OBJECTIVES, what="EoRA: `objective`")
-        self.factor_bits: int = validate_choice(factor_bits, FACTOR_BITS, what="EoRA: `factor_bits`")
         if rank == AUTO and self.objective != "eora":
             raise ValueError(
                 f'EoRA: rank "auto" weighs the components of objective "eora", got objective={objective!r}. '
@@ -89,6 +110,27 @@ class EoRA(Lora):
         self._off = switched_off()
         self._correction: tuple[tuple[Any, ...], Factors] | None = None
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
+
+    def _settle(self) -> None:
+        """Take what was asked, else what the preset says, else one round of plain factors."""
+        preset = PRESETS[self.preset] if self.preset is not None else Preset(16, SENSITIVITIES[0], 1)
+        chosen = {name: getattr(preset, name) if asked is None else asked for name, asked in self._asked.items()}
+        self.factor_bits: int = validate_choice(chosen["factor_bits"], FACTOR_BITS, what="EoRA: `factor_bits`")
+        self.sensitivity: str = validate_choice(
+            chosen["sensitivity"], (*SENSITIVITIES, UNIFORM), what="EoRA: `sensitivity`"
+        )
+        self.rounds: int = validate_count(chosen["rounds"], what="EoRA: `rounds`")
+
+    @property
+    def asked_rounds(self) -> bool:
+        """Whether the rounds were asked for by number, not by a preset."""
+        return self._asked["rounds"] is not None
+
+    def settle_for_making(self) -> None:
+        """Where nothing was asked of an adapter that is to be made, take the default preset."""
+        if self.rank is None:
+            self.preset, self.rank, self.budget = DEFAULT_PRESET, AUTO, DEFAULT_BUDGET
+            self._settle()
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.to_dict().items() if key != "name"}
@@ -109,6 +151,8 @@ class EoRA(Lora):
             "objective": self.objective,
             "factor_bits": self.factor_bits,
             **({"budget": self.budget, "sensitivity": self.sensitivity} if self.rank == AUTO else {}),
+            **({"rounds": self.rounds} if self.rounds > 1 else {}),
+            **({"preset": self.preset} if self.preset is not None else {}),
         }
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...budget import ModuleShape, budget_bytes
+from ...budget import ModuleShape, budget_bytes, factor_bytes
 from ...files import cache_folder
 from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
 from ...refine.forecast import forecast, round_to_nearest
@@ -66,6 +66,23 @@ def allocate_ranks(
             approximation = quantized(name, weight)
         forecasts[name] = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name])
     return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+
+def uniform_rank(shapes: Sequence[ModuleShape], adapter: EoRA) -> int:
+    """The largest rank for all modules that the adapter's budget allows.
+
+    Raises:
+        ValueError: for a budget in no known form, or too small for rank 1.
+    """
+    budget = budget_bytes(adapter.budget, shapes)
+    one = sum(factor_bytes(1, shape, adapter.factor_bits) for shape in shapes)
+    if budget < one:
+        raise ValueError(
+            f"EoRA: the budget {adapter.budget!r} is {budget} bytes; rank 1 for all {len(shapes)} modules takes {one}. "
+            f'Allow more, or let ranks differ: sensitivity="fisher".'
+        )
+    log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), budget // one)
+    return budget // one
 
 
 def survey(

@@ -22,7 +22,7 @@ from .awq import move_scales
 from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
 from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
-from .run import CompensationRun, require_rank
+from .run import CompensationRun
 from .weights import CheckpointProcessor
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,6 @@ def generate_adapter(
     """
     if calibration is None or len(calibration) == 0:
         raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
-    require_rank(adapter)
     folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
@@ -97,7 +96,9 @@ def generate_adapter(
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
-        run = CompensationRun(adapter, config.dynamic, method=str(config.method.value))
+        run = CompensationRun(
+            adapter, config.dynamic, method=str(config.method.value), single_round="the checkpoint is quantised already"
+        )
         log.info("EoRA: loading the full-precision model `%s`.", base)
         model = GPTQModel.load(base, quantize_config=config, **loading)
         _check_same_model(model, kernels, checkpoint, base)

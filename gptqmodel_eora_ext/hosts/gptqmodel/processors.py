@@ -7,6 +7,7 @@ computes; Ŵ alone comes back before packing.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,11 @@ import transformers
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
+from ...adapter import ModuleFactors
 from ...capture import CrossMoment, OutputErrorMoment, SecondMoment, require_finite, shared_leaders
 from ...compensate import compensate
 from ...memory import release_free_memory
+from .rounds import JointRounds, oriented
 from .run import CompensationRun
 
 log = logging.getLogger(__name__)
@@ -175,31 +178,40 @@ class Compensation:
             return
         weight = linear.weight.data
         moment = self._moment(module.name)
+        solve = functools.partial(self._solve, module, weight, moment)
+        rounds = JointRounds(self.tasks[module.name], self.run.rounds, solve) if self.run.rounds > 1 else None
         super().process(module, *args, **kwargs)  # type: ignore[misc]
-        self._compensate(module, weight, moment)
+        kept = rounds.factors if rounds is not None else None
+        self._apply(module, kept if kept is not None else solve(linear.weight.data))
 
-    def _compensate(self, module: NamedModule, weight: torch.Tensor, moment: Moment) -> None:
+    def _solve(
+        self, module: NamedModule, weight: torch.Tensor, moment: Moment, quantized: torch.Tensor, first: bool = True
+    ) -> ModuleFactors:
+        """Factors for a module's Ŵ, which with several rounds is not the ``first``."""
         start = time.perf_counter()
-        linear = module.module
-        quantized = linear.weight.data
-        transposed = isinstance(linear, transformers.Conv1D)
         # A subset's modules are compensated at once; together they would take the processors several times over.
         torch.set_num_threads(self._threads_each)
         try:
-            factors = compensate(
-                weight.T if transposed else weight,
-                quantized.T if transposed else quantized,
+            return compensate(
+                oriented(module.module, weight),
+                oriented(module.module, quantized),
                 moment,
-                self.run.recipe_for(self.qcfg, module.full_name),
+                self.run.recipe_for(self.qcfg, module.full_name, first=first),
                 name=module.full_name,
                 cross_moment=self._cross_moments.get(self._leaders.get(module.name, module.name)),
             )
         finally:
             torch.set_num_threads(self._threads)
-        update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
+            self.run.took(time.perf_counter() - start)
+
+    def _apply(self, module: NamedModule, factors: ModuleFactors) -> None:
+        """Have the module compute Ŵ + BA until it is packed."""
+        linear = module.module
+        quantized = linear.weight.data
+        update = oriented(linear, factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32))
         module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
-        linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
-        self.run.record(module.full_name, factors.to("cpu"), time.perf_counter() - start)
+        linear.weight.data = (quantized.to(torch.float32) + update).to(quantized.dtype)
+        self.run.record(module.full_name, factors.to("cpu"))
 
     def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         """Put Ŵ back for the packer."""
@@ -242,7 +254,7 @@ class AWQCompensation(Compensation):
         for name, module in named_linears.items():
             moment = self._layer_moments.pop(name)
             moment = moment.rescaled(_awq_scales(scales_list, module, moment.in_features), module.full_name)
-            self._compensate(module, targets[name], moment)
+            self._apply(module, self._solve(module, targets[name], moment, module.module.weight.data))
 
 
 def _awq_scales(scales_list: list[Any], module: NamedModule, in_features: int) -> torch.Tensor:

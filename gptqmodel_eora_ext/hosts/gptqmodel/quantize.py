@@ -20,9 +20,9 @@ from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.looper.qqq_processor import QQQProcessor
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
-from ...adapter import AUTO
+from ...adapter import AUTO, UNIFORM
 from .adapter import EoRA
-from .auto import allocate_ranks
+from .auto import allocate_ranks, module_shapes, uniform_rank
 from .finished import CheckpointCompensation
 from .native import NativeInputs
 from .processors import AWQCompensation, Compensation
@@ -52,7 +52,13 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         return original(*call.args, **call.kwargs)
     _check_supported(model, adapter, options)
     own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
-    run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), adapter_batches=own_batches)
+    run = CompensationRun(
+        adapter,
+        config.dynamic,
+        method=str(config.method.value),
+        adapter_batches=own_batches,
+        single_round=_single_round(config),
+    )
     options.update(adapter=None, adapter_calibration_dataset=None)
     config.adapter = None
     setattr(model, RUN_ATTRIBUTE, run)
@@ -95,6 +101,15 @@ def _check_supported(model: Any, adapter: EoRA, options: dict[str, Any]) -> None
             "EoRA: the calibration dataset is empty. Compensation weighs the error by the inputs of each module, so "
             "it needs data with every quantisation method, round-to-nearest included: pass texts or token ids."
         )
+
+
+def _single_round(config: Any) -> str | None:
+    """Why modules are quantised once only; None for GPTQ, which can do it again."""
+    if isinstance(config, RTNConfig) or config.method != METHOD.GPTQ:
+        return "only GPTQ quantises a module by itself, with a Hessian to do it again"
+    if config.gptaq is not None or config.foem is not None:
+        return "GPTAQ and FOEM keep sums that a quantisation uses up"
+    return None
 
 
 def _prepare(model: Any, options: dict[str, Any]) -> Sequence[dict[str, Any]]:
@@ -144,7 +159,9 @@ class CompensatingLooper(ModuleLooper):
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
-            if run.rank == AUTO:
+            if run.rank == AUTO and run.adapter.sensitivity == UNIFORM:
+                run.rank = uniform_rank(module_shapes(model), run.adapter)
+            elif run.rank == AUTO:
                 # AWQ's Ŵ stands for a rescaled W; it is forecast as if it were not known.
                 finished = model.quantize_config.method == METHOD.GPTQ
                 run.allocation = allocate_ranks(

@@ -32,9 +32,11 @@ class CompensationRun:
         method: quantisation method, for the record.
         adapter_batches: prepared batches of `adapter_calibration_dataset`; empty when the quantiser's are used.
             They run ahead of the quantiser's in the same forwards.
+        single_round: why modules cannot be quantised more than once; None where they can.
 
     Raises:
-        ValueError: when no rank was given, or a rank in `dynamic` is no integer of at least 0.
+        ValueError: when a rank in `dynamic` is no integer of at least 0.
+        NotImplementedError: for several rounds, asked for by name, where only one is possible.
     """
 
     def __init__(
@@ -44,12 +46,16 @@ class CompensationRun:
         *,
         method: str,
         adapter_batches: Sequence[Mapping[str, Any]] = (),
+        single_round: str | None = None,
     ) -> None:
-        self.rank = require_rank(adapter)
+        adapter.settle_for_making()
+        assert adapter.rank is not None
+        self.rank = adapter.rank
         self.allocation: RankAllocation | None = None
         self.adapter = adapter
         self.objective = adapter.objective
         self.factor_bits = adapter.factor_bits
+        self.rounds = _rounds(adapter, single_round)
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.native_inputs: NativeInputs | None = None
@@ -64,11 +70,14 @@ class CompensationRun:
         """Whether the adapter is calibrated on other data than the quantiser."""
         return bool(self.adapter_batches)
 
-    def recipe_for(self, qcfg: Any, full_name: str) -> Recipe:
-        """What a module's factors should be: of the rank that `dynamic` names for it, if any, else the adapter's."""
+    def recipe_for(self, qcfg: Any, full_name: str, *, first: bool = True) -> Recipe:
+        """What a module's factors should be: of the rank that `dynamic` names for it, if any, else the adapter's.
+
+        A rank under a budget is chosen in a module's ``first`` round and kept in the others.
+        """
         if self.allocation is not None and full_name in self.allocation.options:
             most = self.allocation.options[full_name].ranks[-1]
-            choose = functools.partial(self.allocation.choose, full_name)
+            choose = functools.partial(self.allocation.choose if first else self.allocation.strongest, full_name)
             return Recipe(most, self.objective, self.factor_bits, choose)
         rank = self.fixed_rank(qcfg, full_name)
         if rank is None:
@@ -88,10 +97,14 @@ class CompensationRun:
         """Whether the adapter's statistics want this batch."""
         return not self.own_data or (batch is not None and batch < len(self.adapter_batches))
 
-    def record(self, full_name: str, factors: ModuleFactors, seconds: float) -> None:
+    def record(self, full_name: str, factors: ModuleFactors) -> None:
         """Keep a module's factors, on the CPU. Called from worker threads."""
         with self._lock:
             self.factors[full_name] = factors
+
+    def took(self, seconds: float) -> None:
+        """Count time spent on factors. Called from worker threads."""
+        with self._lock:
             self.seconds += seconds
 
     def describe_calibration(self, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -112,6 +125,7 @@ class CompensationRun:
             "objective": self.objective,
             "factor_bits": self.factor_bits,
             "rank": self.rank,
+            "rounds": self.rounds,
             **(
                 {"allocation": {**self.allocation.report(), "sensitivity": self.adapter.sensitivity}}
                 if self.allocation
@@ -122,17 +136,6 @@ class CompensationRun:
             "seconds": round(self.seconds, 3),
             "versions": {"gptqmodel-eora-ext": __version__, "python": platform.python_version(), **hosts},
         }
-
-
-def require_rank(adapter: EoRA) -> int | str:
-    """Return the rank to make an adapter of, or "auto".
-
-    Raises:
-        ValueError: when none was given, which only loading can do without.
-    """
-    if adapter.rank is None:
-        raise ValueError("EoRA: `rank` is needed to make an adapter, for instance EoRA(rank=64).")
-    return adapter.rank
 
 
 def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:
@@ -153,6 +156,15 @@ def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> No
             f"EoRA: calibration holds token id {largest}, but the model embeds {vocabulary} ids. The tokenizer does "
             f"not fit the model; tokenize with the model's own."
         )
+
+
+def _rounds(adapter: EoRA, single_round: str | None) -> int:
+    if single_round is None or adapter.rounds == 1:
+        return adapter.rounds
+    if adapter.asked_rounds:
+        raise NotImplementedError(f"EoRA: rounds={adapter.rounds} is not possible: {single_round}. Leave it out.")
+    log.info("EoRA: one round where preset %r makes %d: %s.", adapter.preset, adapter.rounds, single_round)
+    return 1
 
 
 def _dynamic_ranks(dynamic: Mapping[str, Any] | None) -> dict[str, int]:

@@ -1,0 +1,69 @@
+"""`EoRA(rounds=n)`: weight and adapter chosen for each other, by GPTQModel's own GPTQ.
+
+GPTQ rounds W; the adapter takes up the strongest part of the error. What it can take up need not be in the weight at
+all: so GPTQ rounds W − BA next, with the Hessian it rounded W with, and the adapter is solved anew for what is left.
+Each round starts from the last one's factors; the round with the least weighted error is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from gptqmodel.quantization.gptq import GPTQ
+
+from ...adapter import ModuleFactors
+
+Solve = Callable[[torch.Tensor, bool], ModuleFactors]
+
+
+class JointRounds:
+    """Stands for the `quantize` of one module's `GPTQ` task.
+
+    Args:
+        task: of the module; its weight is W until the host has taken the result.
+        rounds: times to quantise, at least 2.
+        solve: factors for a Ŵ; its second argument tells whether it is the first round.
+
+    Attributes:
+        factors: of the round that was kept, once `quantize` has returned.
+    """
+
+    def __init__(self, task: GPTQ, rounds: int, solve: Solve) -> None:
+        self.factors: ModuleFactors | None = None
+        self._task = task
+        self._rounds = rounds
+        self._solve = solve
+        self._original = task.quantize
+        task.quantize = self.quantize
+
+    def quantize(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What `GPTQ.quantize` returns, of the best round."""
+        task = self._task
+        hessian = None if task.H is None else task.H.clone()
+        weight = task.clone_module()
+        kept: tuple[Any, ...] = self._original(*args, **kwargs)
+        self.factors = latest = self._solve(kept[0], True)
+        # Without a Hessian the host has fallen back to rounding, which would round W again.
+        for _ in range(self._rounds - 1 if hessian is not None and latest.rank else 0):
+            task.H = hessian.clone()  # type: ignore[union-attr]
+            # The shared inverse is of other modules' making, and the first round has used it up.
+            task.clear_shared_hessian_cache()
+            task.module_copy = weight - self._update(latest, weight)
+            found = self._original(*args, **kwargs)
+            latest = self._solve(found[0], False)
+            if latest.error_after < self.factors.error_after:
+                kept, self.factors = found, latest
+        return kept
+
+    def _update(self, factors: ModuleFactors, weight: torch.Tensor) -> torch.Tensor:
+        """B A as GPTQ holds weights: out × columns, padded columns last."""
+        update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
+        return torch.nn.functional.pad(update.to(weight.device), (0, weight.shape[1] - update.shape[1]))
+
+
+def oriented(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight as out × in, from how the layer holds it; and back."""
+    return weight.T if isinstance(module, transformers.Conv1D) else weight
