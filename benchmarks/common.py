@@ -64,6 +64,11 @@ def losses(model: Any, texts: dict[str, torch.Tensor], windows: int) -> dict[str
     }
 
 
+def device() -> str:
+    """Where models are quantised and evaluated; `CUDA_VISIBLE_DEVICES=` keeps them off a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def base_model() -> Any:
     """SmolLM2 at full precision, bfloat16."""
     from transformers import AutoModelForCausalLM
@@ -125,6 +130,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "gptqmodel-eora-ext": __version__,
         **{name: version(name) for name in names},

@@ -31,6 +31,7 @@ from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter import SENSITIVITIES
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.presets import PRESETS
 from gptqmodel_eora_ext.solve import GROUP_SIZE as FACTOR_GROUP_SIZE
 
 # 8k tokens: a run takes minutes on two cores, and every cell of both contenders sees the same tokens.
@@ -57,6 +58,7 @@ class Cell:
     factor_bits: int = 16
     budget: str | None = None
     sensitivity: str | None = None
+    rounds: int = 1
 
     def adapter(self, folder: Path) -> Any:
         if self.kind == "none":
@@ -64,7 +66,9 @@ class Cell:
         if self.kind == "stock":
             return Lora(rank=self.rank, path=str(folder / "lora"))
         if self.kind == "auto":
-            return EoRA("auto", budget=self.budget, sensitivity=self.sensitivity, factor_bits=self.factor_bits)
+            return EoRA(
+                budget=self.budget, sensitivity=self.sensitivity, factor_bits=self.factor_bits, rounds=self.rounds
+            )
         return EoRA(rank=self.rank, factor_bits=self.factor_bits)
 
 
@@ -92,17 +96,19 @@ def module_shapes() -> list[ModuleShape]:
     ]
 
 
-def budget_cells(bits: int, budget: str) -> tuple[Cell, Cell, Cell]:
-    """Ranks by what they buy, one rank for all within the same bytes, and stock's at no fewer bytes."""
+def budget_cells(bits: int, budget: str) -> dict[str, Cell]:
+    """The presets "balanced" and "best", one rank for all within the same bytes, and stock's at no fewer bytes."""
     shapes = module_shapes()
     allowed = budget_bytes(budget, shapes)
     uniform = int(allowed / sum(factor_bytes(1, shape, BUDGET_FACTOR_BITS) for shape in shapes))
     stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
-    return (
-        Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher"),
-        Cell("ours", bits, uniform, BUDGET_FACTOR_BITS),
-        Cell("stock", bits, stock),
-    )
+    chosen = Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher")
+    return {
+        "balanced": chosen,
+        "best": replace(chosen, rounds=PRESETS["best"].rounds),
+        "uniform": Cell("ours", bits, uniform, BUDGET_FACTOR_BITS),
+        "stock": Cell("stock", bits, stock),
+    }
 
 
 def measure(cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def measure(cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
         adapter_file = folder / "model" / "eora" / "adapter_model.safetensors"
         adapter_bytes = adapter_file.stat().st_size if isinstance(adapter, EoRA) else None
         reload = Lora(rank=cell.rank, path=str(folder / "lora")) if cell.kind == "stock" else None
-        losses = common.losses(common.densified(folder / "model", reload), texts, windows)
+        losses = common.losses(common.densified(folder / "model", reload).to(common.device()), texts, windows)
     return {
         **asdict(cell),
         "seconds": seconds,
@@ -189,28 +195,31 @@ def budget_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     for cell, run in found.items():
         if cell.kind != "auto" or cell.budget is None:
             continue
-        _, uniform, stock = budget_cells(cell.bits, cell.budget)
+        others = budget_cells(cell.bits, cell.budget)
         plain = found.get(Cell("none", cell.bits))
         for text in run["loss"] if plain else ():
             lost = plain["loss"][text] - full[text]
-            share = {
-                kind: (plain["loss"][text] - found[one]["loss"][text]) / lost if one in found else math.nan
-                for kind, one in (("auto", cell), ("uniform", uniform), ("stock", stock))
-            }
+            share, uniform, stock = (
+                (plain["loss"][text] - found[one]["loss"][text]) / lost if one in found else math.nan
+                for one in (cell, others["uniform"], others["stock"])
+            )
             rows.append(
                 {
                     "bits": cell.bits,
                     "budget": cell.budget,
                     "sensitivity": cell.sensitivity,
+                    "rounds": cell.rounds,
                     "adapter bytes": run["adapter bytes"],
                     "seconds": run["seconds"],
                     "text": text,
-                    **{f"{kind} share": value for kind, value in share.items()},
-                    "auto / uniform": share["auto"] / share["uniform"],
-                    "auto / stock": share["auto"] / share["stock"],
+                    "share": share,
+                    "uniform share": uniform,
+                    "stock share": stock,
+                    "share / uniform": share / uniform,
+                    "share / stock": share / stock,
                 }
             )
-    return rows
+    return sorted(rows, key=lambda row: (row["rounds"], row["sensitivity"], row["bits"], row["budget"], row["text"]))
 
 
 def main() -> None:
@@ -223,13 +232,19 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
+    parser.add_argument("--out", default="recovery", help="name of the results file")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th on")
+    parser.add_argument("--merge", nargs="+", default=[], help="take the runs of these results as well; measure none")
     options = parser.parse_args()
 
     texts = common.held_out()
-    kept = common.RESULTS / "recovery.json"
+    kept = common.RESULTS / f"{options.out}.json"
     previous = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
-    runs: list[dict[str, Any]] = previous.get("runs", [])
-    full = previous.get("full") or common.losses(common.base_model(), texts, options.windows)
+    for name in options.merge:
+        part = json.loads((common.RESULTS / f"{name}.json").read_text())
+        previous = {**part, "runs": [*previous.get("runs", []), *part["runs"]]}
+    runs = list({cell_of(run): run for run in previous.get("runs", [])}.values())
+    full = previous.get("full") or common.losses(common.base_model().to(common.device()), texts, options.windows)
     wanted = [Cell("none", bits) for bits in options.bits]
     if "ranks" in options.parts:
         wanted += [Cell(kind, bits, rank) for bits in options.bits for rank in options.ranks
@@ -238,18 +253,19 @@ def main() -> None:
         wanted += [Cell("ours", PACKED_BITS, rank_of_same_bytes(bits), bits) for bits in (8, 4)]
     if "budgets" in options.parts:
         for bits, budget in itertools.product(options.bits, options.budgets):
-            chosen, uniform, stock = budget_cells(bits, budget)
-            wanted += [replace(chosen, sensitivity=sensitivity) for sensitivity in options.sensitivities]
-            wanted += [uniform, stock]
-    for cell in wanted:
-        if cell not in map(cell_of, runs):
+            cells = budget_cells(bits, budget)
+            wanted += [cells["best"], cells["uniform"], cells["stock"]]
+            wanted += [replace(cells["balanced"], sensitivity=sensitivity) for sensitivity in options.sensitivities]
+    first, step = map(int, options.shard.split("/"))
+    for cell in [None] if options.merge else wanted[first::step]:
+        if cell is not None and cell not in map(cell_of, runs):
             runs.append(measure(cell, texts, options.windows))
         setup = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
                  "windows": options.windows}  # fmt: skip
         result = {"setup": setup, "full": full, "runs": runs, "shares": shares(runs, full),
                   "same bytes": packed_shares(runs, full), "budgets": budget_shares(runs, full)}  # fmt: skip
-        common.keep("recovery", result, as_json=False)
-    common.keep("recovery", result, as_json=options.json)
+        common.keep(options.out, result, as_json=False)
+    common.keep(options.out, result, as_json=options.json)
     header = ("bits", "rank", "text", "full", "quantised", "stock", "ours", "stock share", "our share")
     common.table(header, [[row[name] for name in header] for row in result["shares"]])
     if result["same bytes"]:
