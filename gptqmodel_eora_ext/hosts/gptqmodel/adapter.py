@@ -13,6 +13,7 @@ from ...adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_ch
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.layout import Factors
 from ...kernels.triton import runs_on
+from ...plan import Plan
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
 
@@ -38,12 +39,15 @@ class EoRA(Lora):
         sensitivity: for rank "auto", what an error in a module is taken to cost: "fisher" (gradients of the loss,
             labels drawn from the model), "empirical" (the text's own labels), "relative" (its share of the module's
             output; no gradients).
+        plan: a `Plan` of `eora plan`, or its file, in place of ``rank``: the ranks and the bits of the factors. The
+            model has to be loaded with `QuantizeConfig(**plan.quantize_config())`, which names them module by module.
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
     Raises:
         ValueError: for a rank that is no positive integer, a path that is no string or path, an unknown objective or
-            number of bits, or a gptqmodel version that the plugin cannot serve.
+            number of bits, a plan beside a rank or without any adapter, or a gptqmodel version that the plugin cannot
+            serve.
     """
 
     rank: int | str | None
@@ -61,10 +65,18 @@ class EoRA(Lora):
         factor_bits: int = 16,
         budget: int | str | None = None,
         sensitivity: str = SENSITIVITIES[0],
+        plan: Plan | str | os.PathLike[str] | None = None,
     ) -> None:
         from .seams import require_installed
 
         require_installed()
+        self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.read(plan)
+        if self.plan is not None:
+            if rank is not None or budget is not None:
+                raise ValueError("EoRA: `plan` names the ranks; leave `rank` and `budget` out.")
+            if not self.plan.largest_rank:
+                raise ValueError("EoRA: the plan gives no module an adapter; quantise with its config and no adapter.")
+            rank, factor_bits = self.plan.largest_rank, self.plan.factor_bits
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:

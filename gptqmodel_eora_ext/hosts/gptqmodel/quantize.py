@@ -25,6 +25,7 @@ from .adapter import EoRA
 from .auto import allocate_ranks
 from .finished import CheckpointCompensation
 from .native import NativeInputs
+from .planned import check_plan, warn_if_dominated
 from .processors import AWQCompensation, Compensation
 from .run import CompensationRun, check_token_ids
 from .weights import CheckpointProcessor, RTNProcessor
@@ -51,6 +52,9 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     if not isinstance(adapter, EoRA):
         return original(*call.args, **call.kwargs)
     _check_supported(model, adapter, options)
+    if adapter.plan is not None:
+        check_plan(model, adapter.plan)
+    warn_if_dominated(model, adapter)
     own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
     run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), adapter_batches=own_batches)
     options.update(adapter=None, adapter_calibration_dataset=None)
