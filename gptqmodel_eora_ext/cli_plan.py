@@ -34,7 +34,18 @@ from .options import (
     progress_bars,
     read_calibration,
 )
-from .plan import PLANNED_BITS, SWEEP, Plan, Point, forecast_modules, largest_rank, plan_points, planned, sweep_rank
+from .plan import (
+    PLAIN_TITLE,
+    PLANNED_BITS,
+    SWEEP,
+    Plan,
+    Point,
+    forecast_modules,
+    largest_rank,
+    plan_points,
+    planned,
+    sweep_rank,
+)
 from .solve import Grid
 
 # With the search, 2 bits in groups of 64 leave SmolLM2 a third less predicted loss, and 4 bits no more.
@@ -148,7 +159,9 @@ def _table(points: Sequence[Point]) -> Table:
     for point in sorted(points, key=lambda one: (one.total_bytes, one.loss)):
         notes = ["knee"] if point.knee else []
         if point.dominated:
-            notes.append(f"dominated by {point.dominated_by}")
+            # Which adapter is better stands in `--json`; a plain model is a simpler choice and is named.
+            plain = point.dominated_by.startswith(PLAIN_TITLE)
+            notes.append(f"dominated by {point.dominated_by}" if plain else "dominated")
         factors = f"{point.factor_bits} bits, {readable(point.adapter_bytes)}" if point.factor_bits else ""
         table.add_row(str(point.bits or "mixed"), factors, point.ranks, point.budget, readable(point.total_bytes),
                       f"{point.bpw:.3f}", f"{point.loss:.4f}", ", ".join(notes))  # fmt: skip

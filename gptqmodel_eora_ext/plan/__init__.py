@@ -3,9 +3,10 @@
 from .file import ModulePlan, Plan, PlanError
 from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, forecast_modules
-from .points import SWEEP, Point, plan_points, sweep_rank
+from .points import PLAIN_TITLE, SWEEP, Point, plan_points, sweep_rank
 
 __all__ = [
+    "PLAIN_TITLE",
     "PLANNED_BITS",
     "SWEEP",
     "Mix",

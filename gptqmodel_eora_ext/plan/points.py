@@ -18,6 +18,7 @@ from .modules import PlannedModule, bits_per_weight, plain_bytes
 
 SWEEP = ("0.0625bpw", "0.125bpw", "0.25bpw", "0.5bpw", "0.75bpw", "1.0bpw", "1.5bpw")
 PLAIN, UNIFORM, CHOSEN, MIXED = "none", "uniform", "auto", "mixed"
+PLAIN_TITLE = "plain"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Point:
     def title(self) -> str:
         """In words."""
         if self.ranks == PLAIN:
-            return f"plain {self.bits} bits"
+            return f"{PLAIN_TITLE} {self.bits} bits"
         weights = "mixed bits" if self.ranks == MIXED else f"{self.bits} bits"
         return f"{weights} + {self.budget}, {self.ranks} ranks, {self.factor_bits}-bit factors"
 
@@ -81,6 +82,7 @@ def plan_points(
     bits: int,
     factor_bits: Sequence[int],
     budgets: Sequence[str] = SWEEP,
+    with_mixes: bool = True,
 ) -> list[Point]:
     """The plain models of every width that was forecast; over a sweep of budgets, uniform beside chosen ranks on
     weights of ``bits``; and at the same totals, bits and ranks chosen together.
@@ -91,6 +93,7 @@ def plan_points(
         bits: of the weights.
         factor_bits: widths of factors to compare; mixes have the fewest.
         budgets: in the forms of `budget.FORM`.
+        with_mixes: whether mixes are wanted, which take the longest.
 
     Raises:
         ValueError: for a budget in no known form.
@@ -107,7 +110,7 @@ def plan_points(
         ]
         points += _with_knee(plains[bits], swept)
     points = [replace(point, dominated_by=_dominating(point, points)) for point in points]
-    for budget, size in sizes.items():
+    for budget, size in sizes.items() if with_mixes else ():
         found = mixed(modules, plains[bits].total_bytes + size, grid, min(factor_bits))
         points.append(
             Point(0, min(factor_bits), MIXED, budget, found.adapter_bytes, found.total_bytes,
