@@ -38,7 +38,7 @@ def draw(points: Sequence[Point], chosen: Plan | None, path: Path, *, title: str
         colour = COLOURS[width]
         line(UNIFORM, width, "o--", colour, f"one rank for all, {width}-bit factors")
         line(CHOSEN, width, "o-", colour, f"chosen ranks, {width}-bit factors")
-    line(MIXED, 0, "k.-", "black", "bits and ranks chosen together")
+    line(MIXED, 0, ".-", "black", "bits and ranks chosen together")
     line(PLAIN, 0, "s", "0.3", "no adapter")
     for one in points:
         if one.ranks == PLAIN:

@@ -1,66 +1,52 @@
-"""Plans: what the points are, and that more is never predicted to be worse."""
+"""Points: what they are, and that more is never predicted to be worse."""
 
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import pytest
-import torch
 
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes
-from gptqmodel_eora_ext.plan import Point, plan_points
-from gptqmodel_eora_ext.refine.sensitivity import Sensitivity
+from gptqmodel_eora_ext.plan import SATURATION, PlannedModule, Point, plan_points, planned
+from gptqmodel_eora_ext.plan.picture import draw
+from gptqmodel_eora_ext.solve import Grid
 
-SHAPES = [ModuleShape("a", 64, 128), ModuleShape("b", 128, 64), ModuleShape("c", 96, 96)]
-BUDGETS = ("2bpw", "4bpw", "8bpw")
+from .conftest import BUDGETS
 
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-
-    def moment(features: int) -> torch.Tensor:
-        rows = torch.randn(300, features, generator=generator) * torch.logspace(0, -2, features)
-        return rows.T @ rows / 300
-
-    weights = {one.name: torch.randn(one.out_features, one.in_features, generator=generator) for one in SHAPES}
-    sensitivity = Sensitivity(
-        {one.name: moment(one.out_features) for one in SHAPES},
-        {one.name: moment(one.in_features) for one in SHAPES},
-        300,
-        "fisher",
-        "",
-    )
-    return {"shapes": SHAPES, "weights": weights, "sensitivity": sensitivity, "group_size": 32}
+PLAIN_BITS = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def points(inputs: dict[str, Any]) -> list[Point]:
-    return plan_points(**inputs, bits=2, factor_bits=(16, 4), budgets=BUDGETS)
+def points(modules: list[PlannedModule], grid: Grid) -> list[Point]:
+    return plan_points(modules, grid, bits=2, factor_bits=(16, 4), budgets=BUDGETS)
 
 
-def test_points_keep_to_their_budgets(points: list[Point]) -> None:
-    assert len(points) == 2 + 2 * 2 * len(BUDGETS)
-    weights = sum(shape.weights for shape in SHAPES)
-    plain, more = points[:2]
-    assert (plain.bits, more.bits) == (2, 3)
+def test_points_keep_to_their_budgets(points: list[Point], shapes: list[ModuleShape]) -> None:
+    assert len(points) == len(PLAIN_BITS) + (2 * 2 + 1) * len(BUDGETS)
+    weights = sum(shape.weights for shape in shapes)
+    plains = points[: len(PLAIN_BITS)]
+    assert tuple(point.bits for point in plains) == PLAIN_BITS
     # Two bits, a float16 scale and a two-bit zero for 32 weights.
-    assert plain.bpw == pytest.approx(2 + 18 / 32)
-    for point in points[2:]:
-        assert 0 < point.adapter_bytes <= budget_bytes(point.budget, SHAPES)
-        assert point.total_bytes == plain.total_bytes + point.adapter_bytes
+    assert plains[0].bpw == pytest.approx(2 + 18 / 32)
+    for point in points[len(PLAIN_BITS) :]:
+        allowed = budget_bytes(point.budget, shapes)
         assert point.bpw == pytest.approx(8 * point.total_bytes / weights)
+        if point.ranks == "mixed":
+            assert point.total_bytes <= plains[0].total_bytes + allowed
+        else:
+            assert 0 < point.adapter_bytes <= allowed
+            assert point.total_bytes == plains[0].total_bytes + point.adapter_bytes
 
 
 def test_bytes_buy_loss(points: list[Point]) -> None:
-    plain, more = points[:2]
-    assert more.loss < plain.loss
+    plains = points[: len(PLAIN_BITS)]
+    assert plains[0].loss > plains[1].loss > plains[2].loss
     for width in (16, 4):
         by_kind = {
             kind: [point for point in points if (point.factor_bits, point.ranks) == (width, kind)]
             for kind in ("uniform", "auto")
         }
         for swept in by_kind.values():
-            losses = [plain.loss, *(point.loss for point in swept)]
+            losses = [plains[0].loss, *(point.loss for point in swept)]
             assert all(later < earlier for earlier, later in pairwise(losses))
         assert sum(point.knee for point in by_kind["auto"]) == 1
         assert not any(point.knee for point in by_kind["uniform"])
@@ -69,20 +55,43 @@ def test_bytes_buy_loss(points: list[Point]) -> None:
 
 
 def test_dominated_is_larger_and_worse(points: list[Point]) -> None:
-    for point in points:
+    alone = [point for point in points if point.ranks != "mixed"]
+    for point in alone:
         better = [
-            other
-            for other in points
+            other.title
+            for other in alone
             if other is not point and other.total_bytes <= point.total_bytes and other.loss <= point.loss
         ]
-        assert point.dominated == (bool(better) and point.factor_bits > 0)
+        assert point.dominated == bool(better) and (not better or point.dominated_by in better)
+    # 8 bits of adapter for a weight are no match for plain 4 bits.
+    largest = next(point for point in alone if point.budget == "8bpw" and point.factor_bits == 16)
+    assert largest.dominated_by.startswith("plain")
 
 
-def test_without_a_next_width(inputs: dict[str, Any]) -> None:
-    points = plan_points(**inputs, bits=4, factor_bits=(4,), budgets=BUDGETS[:1])
-    assert [point.bits for point in points] == [4, 4, 4]
+def test_mixes_have_every_other_choice_among_theirs(points: list[Point]) -> None:
+    for mix in (point for point in points if point.ranks == "mixed"):
+        # A uniform rank that is no multiple of 8, and chosen components, are not among them.
+        rivals = [point for point in points if point.ranks == "none" and point.total_bytes <= mix.total_bytes]
+        assert all(mix.loss <= rival.loss for rival in rivals)
+        assert not mix.dominated
 
 
-def test_a_budget_in_no_known_form(inputs: dict[str, Any]) -> None:
+def test_a_module_cannot_cost_without_end(modules: list[PlannedModule]) -> None:
+    for module in modules:
+        assert 0 < module.loss(4) < module.loss(2) < SATURATION
+        assert module.loss(2) < module.forecasts[2].total
+        assert module.loss(2, 16) < module.loss(2, 16, 4) < module.loss(2)
+
+
+def test_a_budget_in_no_known_form(modules: list[PlannedModule], grid: Grid) -> None:
     with pytest.raises(ValueError, match="`budget` must be a positive number of bytes"):
-        plan_points(**inputs, bits=2, factor_bits=(4,), budgets=("much",))
+        plan_points(modules, grid, bits=2, factor_bits=(4,), budgets=("much",))
+
+
+def test_a_picture_shows_every_line(
+    points: list[Point], modules: list[PlannedModule], grid: Grid, tmp_path: Path
+) -> None:
+    chosen = planned(modules, points[1].total_bytes, grid, 4, model="m", sensitivity="fisher")
+    draw(points, chosen, tmp_path / "plan.svg", title="m")
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.svg"]
