@@ -116,10 +116,12 @@ def quantize(
         config = QuantizeConfig(**settings, desc_act=desc_act)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
         watch_layers(host, bar("quantising layers"))
-        adapter: EoRA | None = EoRA(**chosen)
         if planned:
             check_plan(host, planned)
+            # A plan may find plain weights of mixed widths the best.
             adapter = EoRA(plan=planned) if planned.largest_rank else None
+        else:
+            adapter = EoRA(**chosen)
         host.quantize(data, batch_size=batch_size, adapter=adapter)
         host.save(str(output))
     if adapter is not None:

@@ -75,8 +75,9 @@ class Plan:
 
     def dynamic(self) -> dict[str, dict[str, Any]]:
         """Bits and ranks as GPTQModel's `dynamic` takes them: module by module, by exact name."""
+        adapted = bool(self.largest_rank)
         return {
-            f"+:^{re.escape(name)}$": {"bits": one.bits, "adapter": {"rank": one.rank}}
+            f"+:^{re.escape(name)}$": {"bits": one.bits, **({"adapter": {"rank": one.rank}} if adapted else {})}
             for name, one in self.modules.items()
         }
 

@@ -42,7 +42,7 @@ def check_plan(model: Any, plan: Plan) -> None:
     plan.check(module_shapes(model))
     for name, one in plan.modules.items():
         bits = config.dynamic_get(name, "bits", config.bits)
-        rank = config.dynamic_get(name, "adapter", sub_key="rank", default=None)
+        rank = config.dynamic_get(name, "adapter", sub_key="rank", default=0)
         if (bits, rank) != (one.bits, one.rank):
             raise PlanError(
                 f"{name}: `dynamic` gives {bits} bits and rank {rank}, the plan {one.bits} bits and rank {one.rank}. "
