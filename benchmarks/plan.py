@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -181,15 +182,14 @@ def agreement(runs: list[dict[str, Any]], full: dict[str, float]) -> dict[str, A
     """Rank correlation (Spearman) of predicted with measured loss, and the range of measured over predicted."""
     if len(runs) < 3:
         return {}
-    predictions = torch.tensor([run["predicted"] for run in runs])
+    predictions = [run["predicted"] for run in runs]
     found: dict[str, Any] = {"cells": len(runs)}
     for text in full:
-        lost = torch.tensor([run["loss"][text] - full[text] for run in runs])
-        ranks = torch.stack([predictions.argsort().argsort(), lost.argsort().argsort()]).float()
-        ratios = lost / predictions
+        lost = [run["loss"][text] - full[text] for run in runs]
+        ratios = [one / prediction for one, prediction in zip(lost, predictions, strict=True)]
         found[text] = {
-            "rank correlation": float(torch.corrcoef(ranks)[0, 1]),
-            "measured / predicted": [float(ratios.min()), float(ratios.median()), float(ratios.max())],
+            "rank correlation": common.rank_correlation(predictions, lost),
+            "measured / predicted": [min(ratios), statistics.median(ratios), max(ratios)],
         }
     return found
 
