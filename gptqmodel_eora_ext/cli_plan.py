@@ -92,6 +92,11 @@ def plan(
             adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
     if plan_file and not total:
         fail("--out writes the plan of a --total; name one, for instance --total 2.5bpw.")
+    if total and as_json and not plan_file:
+        fail("--json prints the sweep; name a file for the plan by --out.")
+    for target in (plan_file, picture):
+        if target and not target.absolute().parent.is_dir():
+            fail(f"there is no folder `{target.parent}` to write `{target.name}` into.")
     if picture and picture.suffix not in (".svg", ".png", ".pdf"):
         fail(f"--picture must end in .svg, .png or .pdf, got `{picture}`.")
     check_model(model)

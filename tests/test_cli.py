@@ -73,6 +73,8 @@ def test_quantize_refuses(arguments: list[str], message: str, model: Path, text:
     [
         (["--total", "much"], "must be a positive number of bytes"),
         (["--out", "plan.json"], "--out writes the plan of a --total"),
+        (["--total", "2.5bpw", "--json"], "name a file for the plan by --out"),
+        (["--picture", "nowhere/plan.svg"], "there is no folder `nowhere` to write `plan.svg` into"),
         (["--picture", "plan.doc"], "--picture must end in .svg, .png or .pdf"),
         (["--factor-bits", "5"], "must be one of 16, 8, 4, got 5"),
         (["--budget", "-1"], "must be a positive number of bytes"),

@@ -35,7 +35,7 @@ class Point:
         bpw: total bits per quantised weight.
         loss: predicted, above that of the full-precision model.
         dominated_by: a choice that is no larger and no worse, in words; empty when there is none. Mixes, which have
-            every other choice among theirs, are left out of account for those.
+            nearly every other choice among theirs, are not counted among the others.
         knee: beyond it, a byte buys less than on average.
     """
 

@@ -74,7 +74,8 @@ def allocate_ranks(
 
 def module_grid(config: Any, name: str) -> Grid:
     """How GPTQModel will round a module's weights, by its `QuantizeConfig`."""
-    mse = config.dynamic_get(name, "mse", getattr(config, "mse", None))
+    # AWQ searches where to clip, by the squared error.
+    mse = 2.0 if config.method == METHOD.AWQ else config.dynamic_get(name, "mse", getattr(config, "mse", None))
     return Grid(
         config.dynamic_get(name, "group_size", config.group_size),
         bool(config.dynamic_get(name, "sym", config.sym)),
@@ -83,8 +84,8 @@ def module_grid(config: Any, name: str) -> Grid:
 
 
 def spreads_errors(config: Any) -> bool:
-    """Whether the quantiser spreads rounding errors over later columns: GPTQ does, AWQ and round-to-nearest do not."""
-    return config.method == METHOD.GPTQ and not isinstance(config, RTNConfig)
+    """Whether the quantiser spreads rounding errors over later columns: GPTQ and QQQ do, AWQ and nearest not."""
+    return config.method in (METHOD.GPTQ, METHOD.QQQ) and not isinstance(config, RTNConfig)
 
 
 def survey(
