@@ -28,6 +28,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/kernels_cpu.py
 	$(BIN)/python benchmarks/loading.py

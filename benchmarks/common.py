@@ -153,6 +153,12 @@ def keep(name: str, result: dict[str, Any], *, as_json: bool) -> None:
         print(content)
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's, of values without ties."""
+    ranks = torch.stack([torch.tensor(list(one)).argsort().argsort() for one in (first, second)])
+    return float(torch.corrcoef(ranks.float())[0, 1])
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
     from rich.console import Console

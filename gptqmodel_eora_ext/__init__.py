@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import AdapterError
+    from .plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["AdapterError", "EoRA", "__version__"]
+__all__ = ["AdapterError", "EoRA", "Plan", "__version__"]
 
-_HOMES = {"EoRA": "hosts.gptqmodel.adapter", "AdapterError": "hosts.peft"}
+_HOMES = {"EoRA": "hosts.gptqmodel.adapter", "AdapterError": "hosts.peft", "Plan": "plan"}
 
 
 def __getattr__(name: str) -> Any:

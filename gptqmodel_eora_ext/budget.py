@@ -39,6 +39,12 @@ def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int) -> int:
     return rank * row
 
 
+def weight_bytes(shape: ModuleShape, bits: int, group_size: int) -> int:
+    """Bytes of a module's weights in the GPTQ format: codes, float16 scales, zeros as wide as codes."""
+    groups = 1 if group_size == -1 else -(-shape.in_features // group_size)
+    return (shape.weights * bits + groups * shape.out_features * (8 * SCALE_BYTES + bits)) // 8
+
+
 def budget_bytes(budget: Any, shapes: Iterable[ModuleShape]) -> int:
     """Return a budget in bytes.
 

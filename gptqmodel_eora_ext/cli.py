@@ -14,20 +14,24 @@ from rich.table import Table
 from . import __version__
 from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_rank
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
+from .cli_plan import plan
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
 from .hosts.peft import AdapterFolder, export_peft
 from .kernel_report import MANY_ROWS, kernel_report
 from .options import (
+    DEFAULT_GROUP_SIZE,
     DEFAULT_RANK,
     QUANTIZED_BITS,
     BatchSize,
     Budget,
     Calibration,
     FactorBits,
+    GroupSize,
     Json,
     Model,
     Objective,
+    PlanFile,
     Rank,
     Samples,
     Sensitivity,
@@ -36,14 +40,13 @@ from .options import (
     check_group_size,
     check_model,
     check_out,
-    counted,
     errors,
     fail,
     out,
     progress_bars,
     read_calibration,
+    read_plan,
 )
-from .plan import SWEEP, plan_points
 from .summary import AdapterSummary, find_adapter, summarize
 
 app = typer.Typer(
@@ -65,13 +68,15 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command(epilog="Example:  eora quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 --rank 64 --calibration c4.jsonl")
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
     calibration: Calibration,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
-    group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
     rank: Rank = None,
     budget: Budget = None,
+    plan_file: PlanFile = None,
     sensitivity: Sensitivity = SENSITIVITIES[0],
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = FACTOR_BITS[0],
@@ -89,6 +94,10 @@ def quantize(
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     check_group_size(group_size)
+    settings = {"bits": bits, "group_size": group_size, "sym": sym, "mse": mse}
+    planned = read_plan(context, plan_file) if plan_file else None
+    if planned:
+        settings = planned.quantize_config()
     check_model(model)
     check_out(output, force)
     texts = read_calibration(calibration)
@@ -101,15 +110,22 @@ def quantize(
         from transformers import AutoTokenizer
 
         from .hosts.gptqmodel.adapter import EoRA
+        from .hosts.gptqmodel.planned import check_plan
 
         data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
-        config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, mse=mse)
+        config = QuantizeConfig(**settings, desc_act=desc_act)
         host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
         watch_layers(host, bar("quantising layers"))
-        adapter = EoRA(**chosen)
+        if planned:
+            check_plan(host, planned)
+            # A plan may find plain weights of mixed widths the best.
+            adapter = EoRA(plan=planned) if planned.largest_rank else None
+        else:
+            adapter = EoRA(**chosen)
         host.quantize(data, batch_size=batch_size, adapter=adapter)
         host.save(str(output))
-    _print_summary(summarize(output), time.perf_counter() - start)
+    if adapter is not None:
+        _print_summary(summarize(output), time.perf_counter() - start)
     out.print(f'Load it:  GPTQModel.load("{output}")', highlight=False)
 
 
@@ -205,62 +221,7 @@ def inspect(
     out.print(table)
 
 
-@app.command(epilog="Example:  eora plan Qwen/Qwen3-8B --bits 2 --calibration c4.jsonl")
-def plan(
-    model: Model,
-    calibration: Calibration,
-    bits: Annotated[int, typer.Option(help="Bits of the weights.", min=2, max=4)] = 2,
-    group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
-    budgets: Annotated[
-        list[str] | None, typer.Option("--budget", help="A budget; give it once for each. By default a sweep.")
-    ] = None,
-    factor_bits: Annotated[
-        list[int] | None, typer.Option("--factor-bits", help="Once for each width to compare. By default 16, 8 and 4.")
-    ] = None,
-    sensitivity: Sensitivity = SENSITIVITIES[0],
-    samples: Samples = DEFAULT_SAMPLES,
-    seqlen: SeqLen = DEFAULT_SEQLEN,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Predict what budgets buy before anything is quantised: loss against bytes, uniform beside chosen ranks."""
-    check_group_size(group_size)
-    widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
-    for width in widths:
-        for budget in sweep:
-            adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
-    check_model(model)
-    texts = read_calibration(calibration)
-
-    from .hosts.gptqmodel.output import quiet
-
-    with errors(), progress_bars() as bar, quiet():
-        from gptqmodel import GPTQModel, QuantizeConfig
-        from transformers import AutoTokenizer
-
-        from .hosts.gptqmodel.auto import module_shapes, survey
-
-        data = windows(texts, AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
-        config = QuantizeConfig(bits=bits, group_size=group_size)
-        host = GPTQModel.load(model, config, trust_remote_code=trust_remote_code)
-        shapes = module_shapes(host)
-        linears, measured = survey(host, shapes, data, kind=sensitivity)
-        points = plan_points(
-            shapes, {name: linear.weight.data for name, linear in linears.items()}, measured, bits=bits,
-            group_size=group_size, factor_bits=widths, budgets=sweep, progress=counted(bar("forecasting modules")),
-        )  # fmt: skip
-    if as_json:
-        out.print_json(json.dumps([point.as_json() for point in points]))
-        return
-    table = Table("bits", "factors", "ranks", "budget", "total", "bpw", "predicted loss", "",
-                  caption="predicted loss: nats a token, to compare points by. dominated: another is no larger and no "
-                          "worse. knee: beyond it a byte buys less than on average.")  # fmt: skip
-    for point in sorted(points, key=lambda one: one.total_bytes):
-        note = ", ".join(word for word, true in (("knee", point.knee), ("dominated", point.dominated)) if true)
-        factors = f"{point.factor_bits} bits, {readable(point.adapter_bytes)}" if point.factor_bits else ""
-        table.add_row(str(point.bits), factors, point.ranks, point.budget, readable(point.total_bytes),
-                      f"{point.bpw:.3f}", f"{point.loss:.4f}", note)  # fmt: skip
-    out.print(table)
+app.command(epilog="Example:  eora plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json")(plan)
 
 
 @app.command(epilog="Example:  eora export out/qwen3-8b-2bit --peft adapters/plain")

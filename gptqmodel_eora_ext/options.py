@@ -15,6 +15,7 @@ from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choi
 from .budget import ModuleShape, budget_bytes
 from .calibration import read_texts
 from .hosts.peft import AdapterError
+from .plan import Plan
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
 out = Console()
@@ -23,6 +24,9 @@ err = Console(stderr=True)
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 DEFAULT_RANK = 32
+DEFAULT_GROUP_SIZE = 64
+# Options of `quantize` that a plan names.
+PLANNED_OPTIONS = ("bits", "group_size", "rank", "budget", "objective", "factor_bits", "sym", "desc_act", "mse")
 
 Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
 Rank = Annotated[
@@ -46,6 +50,10 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=
 BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
 Objective = Annotated[str, typer.Option(help="What the factors minimise: eora, output, diagonal or svd.")]
 FactorBits = Annotated[int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")]
+GroupSize = Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="A plan.json of `eora plan`: bits, ranks and grid of every module.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -136,3 +144,13 @@ def read_calibration(source: str) -> Any:
     """The documents of a source; fail where there are none."""
     with errors():
         return read_texts(source)
+
+
+def read_plan(context: typer.Context, path: Path) -> Plan:
+    """The plan of a file; fail where it is broken, or where another option says what a plan says."""
+    for name in PLANNED_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            fail(f"--plan says what --{name.replace('_', '-')} says; pass one of them.")
+    with errors():
+        return Plan.read(path)

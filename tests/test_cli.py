@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.hosts.test_peft import NAMES, write
 
-COMMANDS = ["quantize", "generate", "export", "inspect", "eval", "demo"]
+COMMANDS = ["quantize", "generate", "plan", "export", "inspect", "eval", "demo"]
 runner = CliRunner()
 
 
@@ -57,11 +57,31 @@ def test_version() -> None:
         (["{tmp}", "{out}", "--calibration", "{text}"], "has no config.json"),
         (["{model}", "{model}", "--calibration", "{text}"], "is not empty"),
         (["{model}", "{text}", "--calibration", "{text}"], "is a file; pass a folder"),
+        (["{model}", "{out}", "--calibration", "{text}", "--plan", "{text}"], "is no plan"),
+        (["{model}", "{out}", "--calibration", "{text}", "--plan", "p", "--bits", "3"], "--plan says what --bits says"),
     ],
 )
 def test_quantize_refuses(arguments: list[str], message: str, model: Path, text: Path, tmp_path: Path) -> None:
     places = {"model": model, "text": text, "out": tmp_path / "out", "tmp": tmp_path}
     result = runner.invoke(cli.app, ["quantize", *(argument.format(**places) for argument in arguments)])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--total", "much"], "must be a positive number of bytes"),
+        (["--out", "plan.json"], "--out writes the plan of a --total"),
+        (["--total", "2.5bpw", "--json"], "name a file for the plan by --out"),
+        (["--picture", "nowhere/plan.svg"], "there is no folder `nowhere` to write `plan.svg` into"),
+        (["--picture", "plan.doc"], "--picture must end in .svg, .png or .pdf"),
+        (["--factor-bits", "5"], "must be one of 16, 8, 4, got 5"),
+        (["--budget", "-1"], "must be a positive number of bytes"),
+    ],
+)
+def test_plan_refuses(arguments: list[str], message: str, model: Path, text: Path) -> None:
+    result = runner.invoke(cli.app, ["plan", str(model), "--calibration", str(text), *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
 

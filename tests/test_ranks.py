@@ -7,9 +7,9 @@ import torch
 
 from gptqmodel_eora_ext.budget import ModuleShape
 from gptqmodel_eora_ext.ranks import RANK_STEP, RankAllocation, most_rank, rank_options
-from gptqmodel_eora_ext.refine.forecast import forecast, round_to_nearest
+from gptqmodel_eora_ext.refine.forecast import Rounder, forecast
 from gptqmodel_eora_ext.refine.sensitivity import Sensitivity
-from gptqmodel_eora_ext.solve import allocate, component_gains, eora, error_loss, rank_curve
+from gptqmodel_eora_ext.solve import Grid, allocate, column_order, component_gains, eora, error_loss, gptq, rank_curve
 
 LAYERS, FACTOR_BITS = 6, 4
 SUBSETS = (("q_proj", "k_proj"), ("o_proj",), ("down_proj",))
@@ -56,18 +56,23 @@ def allocation(
 ) -> RankAllocation:
     most = most_rank(shapes, budget, FACTOR_BITS)
     options = {shape.name: rank_options(shape, most, FACTOR_BITS) for shape in shapes}
-    forecasts = {
-        name: forecast(name, weight - round_to_nearest(weight, 2, 32), sensitivity, options[name])
-        for name, weight in weights.items()
-    }
+    rounded = Rounder(sensitivity, Grid(32))
+    forecasts = {}
+    for name, weight in weights.items():
+        delta = weight - rounded(name, weight, [2])[0]
+        forecasts[name] = forecast(name, delta, sensitivity, options[name].ranks[-1]).curve(options[name])
     return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+
+def nearest(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    columns = column_order(torch.ones(weight.shape[1]), group_size)
+    return gptq(weight, columns, [2], Grid(group_size, scale_search=2.0))[0]
 
 
 def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the quantiser leaves is not what was forecast: another grid, another size by kind of module."""
     return {
-        name: (weight - round_to_nearest(weight, 2, 16)) * (0.5 if "k_proj" in name else 0.8)
-        for name, weight in weights.items()
+        name: (weight - nearest(weight, 16)) * (0.5 if "k_proj" in name else 0.8) for name, weight in weights.items()
     }
 
 
@@ -139,17 +144,6 @@ def test_options_are_multiples_within_the_shape() -> None:
     assert most_rank([shape], 1, 16) == RANK_STEP
 
 
-@pytest.mark.parametrize("group_size", [16, 50, -1])
-def test_round_to_nearest_keeps_to_a_grid(group_size: int) -> None:
-    weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
-    rounded = round_to_nearest(weight, 2, group_size)
-    size = 100 if group_size == -1 else group_size
-    for group in rounded.split(size, dim=1):
-        assert all(len(row.unique()) <= 4 for row in group)
-    assert (weight - rounded).norm() < 0.6 * weight.norm()
-    assert (weight - round_to_nearest(weight, 8, group_size)).norm() < 0.01 * weight.norm()
-
-
 def test_modules_that_cannot_take_what_is_on_offer(
     shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
 ) -> None:
@@ -167,5 +161,6 @@ def test_modules_that_cannot_take_what_is_on_offer(
 def test_what_no_token_reached_is_forecast_to_lose_nothing(shapes: list[ModuleShape]) -> None:
     nothing = Sensitivity({}, {}, 0, "fisher", "")
     shape = shapes[0]
-    curve = forecast(shape.name, torch.ones(64, 96), nothing, rank_options(shape, 16, 4))
+    options = rank_options(shape, 16, 4)
+    curve = forecast(shape.name, torch.ones(64, 96), nothing, options.ranks[-1]).curve(options)
     assert set(curve.losses) == {0.0}

@@ -1,77 +1,100 @@
-"""What each rank will buy in a module, told before it is quantised from its weights rounded to nearest."""
+"""What widths and ranks will buy in a module, told before it is quantised: from GPTQ done quickly, and its error."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..ranks import RankOptions
-from ..solve import Curve, component_gains, diagonal, eora, error_loss, rank_curve
+from ..solve import (
+    ColumnOrder,
+    Curve,
+    Grid,
+    column_order,
+    component_gains,
+    diagonal,
+    eora,
+    error_loss,
+    gptq,
+    rank_curve,
+)
 from .sensitivity import Sensitivity
 
-# Shares of a group's largest value that are tried as the end of its grid. Few bits clip much.
-CLIPPING = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+@dataclass(frozen=True)
+class Forecast:
+    """A module at some width of its weights.
+
+    Attributes:
+        total: predicted loss without an adapter.
+        gains: what each component takes off, in the order in which `eora` gives them, float64. Any set of them adds up.
+    """
+
+    total: float
+    gains: torch.Tensor
+
+    def curve(self, options: RankOptions) -> Curve:
+        """Loss against bytes for the ranks on offer, the components that gain most kept first."""
+        ordered = self.gains.sort(descending=True).values
+        return rank_curve(ordered, self.total, options.ranks, options.nbytes)
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """Ŵ by rounding each group to a symmetric grid, its scale chosen for the least squared error.
-
-    It stands for what a better quantiser will do: the errors of GPTQ are smaller, but the modules' shares of the loss
-    and the shapes of the spectra are alike enough to plan by.
+class Rounder:
+    """Ŵ as the host's quantiser will find it, by `solve.gptq` on the full-precision model's inputs.
 
     Args:
-        weight: out × in.
-        bits: of a code.
-        group_size: weights per scale along a row; -1 for the whole row. A last shorter group is allowed.
-
-    Returns:
-        out × in, float32.
+        sensitivity: of the model. Where only diagonals are known, weights are rounded to nearest.
+        grid: how weights are rounded.
+        spread: whether the quantiser spreads errors over later columns, as GPTQ does.
     """
-    out_features, in_features = weight.shape
-    size = in_features if group_size == -1 else group_size
-    padding = -in_features % size
-    grouped = torch.nn.functional.pad(weight.to(torch.float32), (0, padding)).view(out_features, -1, size)
-    lowest = -(1 << (bits - 1))
-    largest = grouped.abs().amax(2, keepdim=True)
-    best, least = torch.zeros_like(grouped), torch.full_like(largest, torch.inf)
-    for clipping in CLIPPING:
-        step = largest * (clipping / -lowest)
-        rounded = torch.where(step > 0, grouped / step, 0).round_().clamp_(lowest, -lowest - 1) * step
-        error = (rounded - grouped).square().sum(2, keepdim=True)
-        best = torch.where(error < least, rounded, best)
-        least = torch.minimum(error, least)
-    return best.flatten(1)[:, :in_features]
+
+    def __init__(self, sensitivity: Sensitivity, grid: Grid, *, spread: bool = True) -> None:
+        self.sensitivity = sensitivity
+        self.grid = grid
+        self.spread = spread
+        self._last: tuple[torch.Tensor, ColumnOrder] | None = None
+
+    def __call__(self, name: str, weight: torch.Tensor, bits: Sequence[int]) -> list[torch.Tensor]:
+        """Ŵ at each of some widths, float32.
+
+        Args:
+            name: full module name.
+            weight: W, out × in.
+            bits: widths.
+        """
+        return gptq(weight, self._columns(name, weight), bits, self.grid)
+
+    def _columns(self, name: str, weight: torch.Tensor) -> ColumnOrder:
+        moment = self.sensitivity.second_moments.get(name)
+        if moment is None:
+            # No token reached it; every channel counts the same.
+            return column_order(torch.ones(weight.shape[1], device=weight.device), self.grid.group_size)
+        # Modules that share an input follow one another.
+        if self._last is None or self._last[0] is not moment:
+            energies = moment if self.spread or moment.ndim == 1 else moment.diagonal()
+            self._last = (moment, column_order(energies.to(weight.device), self.grid.group_size))
+        return self._last[1]
 
 
-def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, options: RankOptions) -> Curve:
-    """The curve of a module: predicted loss against bytes for the ranks on offer.
+def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int) -> Forecast:
+    """Predicted loss of a module without an adapter, and what each of ``rank`` components takes off.
 
     Args:
         name: full module name.
-        delta: the weights' error, out × in, float32: known, or of `round_to_nearest`.
-        sensitivity: of the model.
-        options: ranks on offer.
-    """
-    total, gains = forecast_gains(name, delta, sensitivity, options.ranks[-1])
-    return rank_curve(gains, total, options.ranks, options.nbytes)
-
-
-def forecast_gains(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int) -> tuple[float, torch.Tensor]:
-    """Predicted loss of a module without an adapter, and what each of ``rank`` components takes off, largest first.
-
-    Args:
-        name: full module name.
-        delta: ΔW, out × in, float32.
+        delta: ΔW, out × in, float32: known, or by `Rounder`.
         sensitivity: of the model.
         rank: 0 for no components.
     """
     if name not in sensitivity.output_moments:
         # No calibration token reached it: nothing is known to be lost.
-        return 0.0, delta.new_zeros(rank, dtype=torch.float64)
+        return Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
     total = error_loss(delta, second_moment, output_moment)
     if rank == 0:
-        return total, delta.new_zeros(0, dtype=torch.float64)
+        return Forecast(total, torch.zeros(0, dtype=torch.float64))
     solver = diagonal if second_moment.ndim == 1 else eora
     lora_A, lora_B = solver(delta, second_moment, rank)
-    return total, component_gains(lora_A, lora_B, second_moment, output_moment).sort(descending=True).values
+    return Forecast(total, component_gains(lora_A, lora_B, second_moment, output_moment).cpu())

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from ..adapter import SENSITIVITIES, validate_choice
 from ..capture import DiagonalMoment, SecondMoment
@@ -104,6 +105,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """One pass of a causal language model, forward and backward, over calibration windows.
 
+    Layers keep their inputs alone and are run again for the backward, so that one layer's activations are in memory.
+
     Args:
         model: takes `input_ids` and `attention_mask`, gives `logits`; its weights get no gradients.
         modules: linear layers by name (`in_features`, `out_features`).
@@ -127,7 +130,11 @@ def measure_sensitivity(
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with watch, torch.set_grad_enabled(kind != "relative"):
+        with (
+            watch,
+            _checkpointed(model, modules.values(), watch.recomputing),
+            torch.set_grad_enabled(kind != "relative"),
+        ):
             for batch in progress(batches):
                 _run(model, batch, watch, kind, generator)
     finally:
@@ -135,6 +142,50 @@ def measure_sensitivity(
             parameter.requires_grad_(True)
         model.train(was_training)
     return watch.result(kind, fingerprint(model, modules, batches, kind, seed))
+
+
+@contextmanager
+def _checkpointed(
+    model: torch.nn.Module,
+    modules: Iterable[torch.nn.Module],
+    recomputing: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Have the layers that hold ``modules`` keep no activations; transformers' own switch works in training alone."""
+
+    def wrapped(layer: torch.nn.Module) -> Callable[..., Any]:
+        plain = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            return checkpoint(
+                plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()), **kwargs
+            )
+
+        return forward
+
+    layers = _layers(model, modules)
+    for layer in layers:
+        layer.forward = wrapped(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _layers(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The outermost members of module lists that hold any of ``modules``."""
+    wanted, covered = set(modules), set[torch.nn.Module]()
+    layers = []
+    for parent in model.modules():
+        if isinstance(parent, torch.nn.ModuleList) and parent not in covered:
+            for layer in parent:
+                inside = set(layer.modules())
+                covered |= inside
+                if wanted & inside:
+                    layers.append(layer)
+    return layers
 
 
 def _run(
@@ -179,6 +230,16 @@ class _Watch:
         self._leaders: dict[str, str] = {}
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
         self._handles = ExitStack()
+        self._recomputing = False
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """A layer is run again for its backward: its modules were seen before, and gradients reach the first run."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
 
     def _sum(self, features: Any, name: str) -> Any:
         return SecondMoment(int(features), name) if self.full else DiagonalMoment(int(features), name)
@@ -193,6 +254,8 @@ class _Watch:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if self._recomputing:
+                return
             rows, keep = inputs[0], self.keep
             fits = keep.shape == rows.shape[:-1]
             self._add_inputs(name, module, rows, keep if fits else None)
@@ -212,7 +275,8 @@ class _Watch:
             return
         if name not in self._inputs:
             self._inputs[name] = self._sum(module.in_features, name)
-        self._inputs[name].add(rows, keep)
+        # Nothing of this may enter the graph, which the layer's second run must match.
+        self._inputs[name].add(rows.detach(), keep)
 
     def result(self, kind: str, found: str) -> Sensitivity:
         self._seen = {}

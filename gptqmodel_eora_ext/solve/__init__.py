@@ -3,21 +3,26 @@
 from .allocate import Curve, allocate, component_gains, error_loss, price, rank_curve
 from .error import energy_left, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
+from .gptq import ColumnOrder, Grid, column_order, gptq
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
 from .quantized import GROUP_SIZE, QuantizedFactor, quantize_factors
 
 __all__ = [
     "GROUP_SIZE",
+    "ColumnOrder",
     "Curve",
+    "Grid",
     "QuantizedFactor",
     "allocate",
     "balance",
+    "column_order",
     "component_gains",
     "diagonal",
     "energy_left",
     "eora",
     "eora_from_outputs",
     "error_loss",
+    "gptq",
     "output",
     "output_target",
     "price",

@@ -104,11 +104,16 @@ def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: 
     return float((moment @ delta * weighed).sum(dtype=torch.float64)) / 2
 
 
-def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
+def allocate(curves: Sequence[Curve], budget: int, *, steps: int = MOST_STEPS) -> list[int]:
     """The option of each module with the least total loss within ``budget`` bytes.
 
-    Exact where the bytes of all options have a common divisor of at least budget / `MOST_STEPS`; otherwise bytes are
+    Exact where the bytes of all options have a common divisor of at least budget / ``steps``; otherwise bytes are
     rounded up to a step of that size, which leaves at most a step a module unused.
+
+    Args:
+        curves: of all modules.
+        budget: bytes.
+        steps: that the budget is divided into at most; time and memory grow with it.
 
     Raises:
         ValueError: when even the smallest options do not fit.
@@ -117,7 +122,7 @@ def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
     if least > budget:
         raise ValueError(f"a budget of {budget} bytes is below the {least} bytes of the smallest choice everywhere.")
     step = math.gcd(*(size for curve in curves for size in curve.nbytes)) or 1
-    step = max(step, -(-budget // MOST_STEPS))
+    step = max(step, -(-budget // steps))
     steps = budget // step
     if sum(-(-min(curve.nbytes) // step) for curve in curves) > steps:
         # Rounding up does not leave room for the smallest options, which leave no choice then.

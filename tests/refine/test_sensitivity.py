@@ -134,6 +134,24 @@ def test_a_seed_gives_the_same_again_and_weights_get_no_gradient(
     assert all(one.grad is None and one.requires_grad for one in model.parameters())
 
 
+def test_layers_keep_no_activations(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    def saved(modules: dict[str, torch.nn.Linear]) -> int:
+        """Values that the forward keeps for the backward, those that a layer is to compute again left out."""
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            measure_sensitivity(model, modules, windows(1), kind="empirical")
+        return sum(sizes)
+
+    # No layer holds the head, so with it alone none is run again.
+    assert saved(linears) < saved({"lm_head": model.lm_head})
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
 def test_unknown_kind(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
     with pytest.raises(ValueError, match="kind must be one of"):
         measure_sensitivity(model, linears, windows(1), kind="exact")

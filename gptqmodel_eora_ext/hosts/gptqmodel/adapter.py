@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from gptqmodel.adapter.adapter import Lora
+from gptqmodel.utils.logger import setup_logger
 
 from ...adapter import (
     AUTO,
@@ -22,6 +23,7 @@ from ...adapter import (
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.layout import Factors
 from ...kernels.triton import runs_on
+from ...plan import Plan
 from ...presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS, Preset
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
@@ -52,12 +54,15 @@ class EoRA(Lora):
         rounds: times that GPTQ quantises a module, each time what the last round's factors leave of it; the best round
             is kept. Costs a quantisation each. Left out, what the preset says, or 1.
         preset: "fast", "balanced" or "best": factor_bits, sensitivity and rounds that go together (docs/budget.md).
+        plan: a `Plan` of `eora plan`, or its file, in place of ``rank``: the ranks and the bits of the factors. The
+            model has to be loaded with `QuantizeConfig(**plan.quantize_config())`, which names them module by module.
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
     Raises:
-        ValueError: for a rank that is no positive integer, a rank beside a budget, a path that is no string or path,
-            an unknown objective, preset or number of bits, or a gptqmodel version that the plugin cannot serve.
+        ValueError: for a rank that is no positive integer, a rank beside a budget, a plan beside either or without any
+            adapter, a path that is no string or path, an unknown objective, preset or number of bits, or a gptqmodel
+            version that the plugin cannot serve.
     """
 
     rank: int | str | None
@@ -77,10 +82,18 @@ class EoRA(Lora):
         sensitivity: str | None = None,
         rounds: int | None = None,
         preset: str | None = None,
+        plan: Plan | str | os.PathLike[str] | None = None,
     ) -> None:
         from .seams import require_installed
 
         require_installed()
+        self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.read(plan)
+        if self.plan is not None:
+            if rank is not None or budget is not None:
+                raise ValueError("EoRA: `plan` names the ranks; leave `rank` and `budget` out.")
+            if not self.plan.largest_rank:
+                raise ValueError("EoRA: the plan gives no module an adapter; quantise with its config and no adapter.")
+            rank, factor_bits = self.plan.largest_rank, self.plan.factor_bits
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:
@@ -127,10 +140,14 @@ class EoRA(Lora):
         return self._asked["rounds"] is not None
 
     def settle_for_making(self) -> None:
-        """Where nothing was asked of an adapter that is to be made, take the default preset."""
+        """Where nothing was asked of an adapter that is to be made, take the default preset and say so."""
         if self.rank is None:
             self.preset, self.rank, self.budget = DEFAULT_PRESET, AUTO, DEFAULT_BUDGET
             self._settle()
+            setup_logger().info(
+                f"EoRA: neither a rank nor a budget was given; preset {self.preset!r}: {self.budget} of factors in "
+                f"{self.factor_bits} bits, ranks by sensitivity {self.sensitivity!r}."
+            )
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.to_dict().items() if key != "name"}

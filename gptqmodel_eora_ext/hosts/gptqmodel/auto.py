@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from ...budget import ModuleShape, budget_bytes, factor_bytes
 from ...files import cache_folder
 from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
-from ...refine.forecast import forecast, round_to_nearest
+from ...refine.forecast import Rounder, forecast
 from ...refine.sensitivity import Sensitivity, fingerprint, measure_sensitivity
+from ...solve import Grid
 from .adapter import EoRA
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def allocate_ranks(
         adapter: with rank "auto".
         batches: prepared calibration batches.
         fixed_rank: rank that `dynamic` names for a module, None where it names none.
-        quantized: Ŵ of a module from its name and W, for a finished checkpoint; by default W is rounded to nearest.
+        quantized: Ŵ of a module from its name and W, for a finished checkpoint; by default from a quick GPTQ.
 
     Raises:
         ValueError: for a budget in no known form, or a model without modules to compensate.
@@ -55,16 +57,18 @@ def allocate_ranks(
         options[shape.name] = rank_options(shape, most, adapter.factor_bits, fixed=rank)
     log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
     config = model.quantize_config
+    rounders: dict[Grid, Rounder] = {}
     forecasts = {}
     for name, linear in _bar(linears.items(), "EoRA: forecasting modules"):
         weight = linear.weight.data
         if quantized is None:
-            bits = config.dynamic_get(name, "bits", config.bits)
-            group_size = config.dynamic_get(name, "group_size", config.group_size)
-            approximation = round_to_nearest(weight, bits, group_size)
+            grid = module_grid(config, name)
+            rounder = rounders.setdefault(grid, Rounder(sensitivity, grid, spread=spreads_errors(config)))
+            [approximation] = rounder(name, weight, [config.dynamic_get(name, "bits", config.bits)])
         else:
             approximation = quantized(name, weight)
-        forecasts[name] = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name])
+        found = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name].ranks[-1])
+        forecasts[name] = found.curve(options[name])
     return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
 
 
@@ -83,6 +87,22 @@ def uniform_rank(shapes: Sequence[ModuleShape], adapter: EoRA) -> int:
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), budget // one)
     return budget // one
+
+
+def module_grid(config: Any, name: str) -> Grid:
+    """How GPTQModel will round a module's weights, by its `QuantizeConfig`."""
+    # AWQ searches where to clip, by the squared error.
+    mse = 2.0 if config.method == METHOD.AWQ else config.dynamic_get(name, "mse", getattr(config, "mse", None))
+    return Grid(
+        config.dynamic_get(name, "group_size", config.group_size),
+        bool(config.dynamic_get(name, "sym", config.sym)),
+        float(mse or 0.0),
+    )
+
+
+def spreads_errors(config: Any) -> bool:
+    """Whether the quantiser spreads rounding errors over later columns: GPTQ and QQQ do, AWQ and nearest not."""
+    return config.method in (METHOD.GPTQ, METHOD.QQQ) and not isinstance(config, RTNConfig)
 
 
 def survey(
@@ -160,6 +180,14 @@ def module_shapes(model: Any) -> list[ModuleShape]:
     Raises:
         ValueError: for a model without any.
     """
+    shapes = linear_shapes(model)
+    if not shapes:
+        raise ValueError("EoRA: the model has no linear module to compensate.")
+    return shapes
+
+
+def linear_shapes(model: Any) -> list[ModuleShape]:
+    """The same; empty for a model without any."""
     config = model.quantize_config
     known = dict(model.model.named_modules())
     names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]
@@ -171,8 +199,6 @@ def module_shapes(model: Any) -> list[ModuleShape]:
                 linear = known.get(full)
                 if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
                     shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
-    if not shapes:
-        raise ValueError("EoRA: the model has no linear module to compensate.")
     return shapes
 
 

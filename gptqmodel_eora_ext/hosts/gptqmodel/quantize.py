@@ -25,6 +25,7 @@ from .adapter import EoRA
 from .auto import allocate_ranks, module_shapes, uniform_rank
 from .finished import CheckpointCompensation
 from .native import NativeInputs
+from .planned import check_plan, warn_if_dominated
 from .processors import AWQCompensation, Compensation
 from .run import CompensationRun, check_token_ids
 from .weights import CheckpointProcessor, RTNProcessor
@@ -50,7 +51,11 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     adapter = options["adapter"] if options["adapter"] is not None else getattr(config, "adapter", None)
     if not isinstance(adapter, EoRA):
         return original(*call.args, **call.kwargs)
+    adapter.settle_for_making()
     _check_supported(model, adapter, options)
+    if adapter.plan is not None:
+        check_plan(model, adapter.plan)
+    warn_if_dominated(model, adapter)
     own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
     run = CompensationRun(
         adapter,

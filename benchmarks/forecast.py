@@ -1,0 +1,155 @@
+"""How near are forecast errors to those of GPTQModel's own loop, module by module?
+
+The first layers of SmolLM2 are quantised with small adapters, whose `eora.json` tells every module's error without
+them. Beside it: what `eora plan` forecasts from the full-precision model's inputs before anything is quantised, and
+what rounding to nearest on the same grid would leave.
+
+And do predicted losses rank measured ones? `results/recovery.json` holds losses of plain models and of uniform ranks,
+which are predicted here as `eora plan` predicts them, and by the bare second order.
+
+    python benchmarks/forecast.py --json
+    python benchmarks/forecast.py --parts errors --layers 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import common
+from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.adapter.adapter import AdapterCache
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
+from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.plan import forecast_modules
+from gptqmodel_eora_ext.refine.forecast import Rounder
+from gptqmodel_eora_ext.solve import Grid, weighted_energy
+
+SAMPLES, SEQLEN = 32, 256
+GRID = Grid(group_size=64, sym=True, scale_search=2.4)
+# Small enough to change little for the modules that follow.
+RANK = 8
+PARTS = ("errors", "losses")
+
+
+def found(model: str, bits: int) -> dict[str, float]:
+    """Relative error of every module's output, as the loop finds it: E‖ΔW x‖² / E‖W x‖²."""
+    with common.scratch() as folder, quiet():
+        AdapterCache.reset()
+        config = QuantizeConfig(bits=bits, group_size=GRID.group_size, sym=GRID.sym, mse=GRID.scale_search)
+        host = GPTQModel.load(model, config)
+        host.quantize(common.calibration(SAMPLES, SEQLEN), batch_size=common.BATCH_SIZE, adapter=EoRA(rank=RANK))
+        host.save(str(folder / "model"))
+        modules = json.loads((folder / "model" / "eora" / "eora.json").read_text())["modules"]
+    return {name: report["error_before"] / report["signal"] for name, report in modules.items()}
+
+
+def forecast(model: str, bits: tuple[int, ...]) -> dict[str, dict[str, dict[int, float]]]:
+    """The same, forecast: by method, module and width."""
+    with quiet():
+        host = GPTQModel.load(model, QuantizeConfig(bits=bits[0], group_size=GRID.group_size))
+        shapes = module_shapes(host)
+        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="relative")
+    errors: dict[str, dict[str, dict[int, float]]] = {}
+    for method, spread in (("GPTQ", True), ("nearest", False)):
+        rounded = Rounder(sensitivity, GRID, spread=spread)
+        for name, linear in linears.items():
+            weight, moment = linear.weight.data.float(), sensitivity.second_moments[name].to(linear.weight.device)
+            signal = weighted_energy(weight, moment)
+            errors.setdefault(method, {})[name] = {
+                width: weighted_energy(weight - one, moment) / signal
+                for width, one in zip(bits, rounded(name, weight, bits), strict=True)
+            }
+    return errors
+
+
+def predicted_losses() -> dict[str, Any]:
+    """Cells of `recovery.py` with equal settings: predicted and measured loss above the full-precision model's."""
+    recovery = json.loads((common.RESULTS / "recovery.json").read_text())
+    cells = [run for run in recovery["runs"] if run["kind"] in ("none", "ours")]
+    most = max(run["rank"] for run in cells)
+    modules = {}
+    with quiet():
+        host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=2, group_size=GRID.group_size))
+        shapes = module_shapes(host)
+        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="fisher")
+    weights = {name: linear.weight.data for name, linear in linears.items()}
+    for bits, mse in recovery["setup"]["mse"].items():
+        grid = Grid(recovery["setup"]["group_size"], True, mse)
+        modules[int(bits)] = forecast_modules(shapes, weights, sensitivity, grid, most=most, bits=(int(bits),))
+    rows = []
+    for run in cells:
+        bits, rank, factor_bits = run["bits"], run["rank"], run.get("factor_bits", 16)
+        row = {"bits": bits, "rank": rank, "factor_bits": factor_bits}
+        for name, levelled in (("predicted", True), ("second order", False)):
+            some = (replace(module, in_nats=levelled) for module in modules[bits])
+            row[name] = sum(module.loss(bits, rank, factor_bits) for module in some)
+        rows.append({**row, **{text: run["loss"][text] - full for text, full in recovery["full"].items()}})
+    correlations = {
+        name: {text: common.rank_correlation([row[name] for row in rows], [row[text] for row in rows])
+               for text in recovery["full"]}
+        for name in ("predicted", "second order")
+    }  # fmt: skip
+    return {"rank correlations": correlations, "cells": rows}
+
+
+def measured_errors(layers: int) -> dict[str, Any]:
+    """Forecast errors over those found, module by module."""
+    widths = (2, 3)
+    rows: list[dict[str, Any]] = []
+    with common.scratch() as folder:
+        model = str(common.first_layers(folder, layers))
+        forecasts = forecast(model, widths)
+        for bits in widths:
+            for name, error in found(model, bits).items():
+                guesses = {method: known[name][bits] for method, known in forecasts.items()}
+                rows.append({"module": name, "bits": bits, "found": error, **guesses})
+    summary = []
+    for bits in widths:
+        for method in ("GPTQ", "nearest"):
+            logs = [math.log(row[method] / row["found"]) for row in rows if row["bits"] == bits]
+            mean = sum(logs) / len(logs)
+            spread = math.sqrt(sum((one - mean) ** 2 for one in logs) / len(logs))
+            summary.append(
+                {
+                    "bits": bits,
+                    "forecast": method,
+                    "forecast / found, geometric mean": math.exp(mean),
+                    "spread, a factor of": math.exp(spread),
+                    "least": math.exp(min(logs)),
+                    "most": math.exp(max(logs)),
+                }
+            )
+    return {"layers": layers, "summary": summary, "modules": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--layers", type=int, default=4, help="first layers of the model, for errors; 0 for all")
+    options = parser.parse_args()
+
+    kept = common.RESULTS / "forecast.json"
+    result = json.loads(kept.read_text()) if kept.is_file() else {}
+    result.pop("environment", None)
+    result["setup"] = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GRID.group_size, "mse": GRID.scale_search}
+    if "errors" in options.parts:
+        result["errors"] = measured_errors(options.layers)
+        common.keep("forecast", result, as_json=False)
+    if "losses" in options.parts:
+        result["losses"] = predicted_losses()
+    common.keep("forecast", result, as_json=options.json)
+    for rows in (result.get("errors", {}).get("summary"), result.get("losses", {}).get("cells")):
+        if rows:
+            common.table(list(rows[0]), [list(row.values()) for row in rows])
+    print(json.dumps(result.get("losses", {}).get("rank correlations")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""`plan.json`: bits and rank of every module, as `eora plan` chose them and `eora quantize --plan` runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..adapter import FACTOR_BITS, validate_choice, validate_rank
+from ..budget import ModuleShape
+from ..files import write_json
+
+FORMAT = "eora-plan-1"
+BITS = (2, 3, 4, 8)
+# Names shown where many do not fit.
+SHOWN = 3
+
+
+class PlanError(ValueError):
+    """A plan that is broken, or of another model."""
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What one module gets: bits of its weights, and the rank of its adapter; 0 for none."""
+
+    out_features: int
+    in_features: int
+    bits: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bits and ranks for a model, with what was predicted of them.
+
+    Attributes:
+        model: that it was made for, by name or folder.
+        sensitivity: kind that losses were predicted by.
+        group_size: weights per scale; -1 for whole rows.
+        sym: symmetric quantisation.
+        mse: GPTQModel's search for scales; 0 is off.
+        factor_bits: of stored factors: 16, 8 or 4.
+        total_bytes: of weights, scales, zeros and factors.
+        adapter_bytes: of the factors, scales included.
+        predicted_loss: above that of the full-precision model, nats a token.
+        modules: by full name.
+    """
+
+    model: str
+    sensitivity: str
+    group_size: int
+    sym: bool
+    mse: float
+    factor_bits: int
+    total_bytes: int
+    adapter_bytes: int
+    predicted_loss: float
+    modules: Mapping[str, ModulePlan]
+
+    @property
+    def bits(self) -> int:
+        """The width that most modules have."""
+        return Counter(one.bits for one in self.modules.values()).most_common(1)[0][0]
+
+    @property
+    def largest_rank(self) -> int:
+        """0 for a plan without adapters."""
+        return max(one.rank for one in self.modules.values())
+
+    def dynamic(self) -> dict[str, dict[str, Any]]:
+        """Bits and ranks as GPTQModel's `dynamic` takes them: module by module, by exact name."""
+        adapted = bool(self.largest_rank)
+        return {
+            f"+:^{re.escape(name)}$": {"bits": one.bits, **({"adapter": {"rank": one.rank}} if adapted else {})}
+            for name, one in self.modules.items()
+        }
+
+    def quantize_config(self) -> dict[str, Any]:
+        """What GPTQModel's `QuantizeConfig` takes: `QuantizeConfig(**plan.quantize_config())`."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "mse": self.mse,
+            "dynamic": self.dynamic(),
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write to a JSON file, with `dynamic` for those who quantise without this plugin.
+
+        The old file or the new one is there, never half of either.
+        """
+        write_json(Path(path), {"format": FORMAT, **asdict(self), "dynamic": self.dynamic()})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `write` wrote.
+
+        Raises:
+            PlanError: for a file that is none, of another format, or with values out of range.
+        """
+        where = f"`{os.fspath(path)}`"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{where} is no plan: {error}. Make one with `eora plan … --total … --out`.") from error
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT:
+            raise PlanError(f"{where} has the format {found!r}, expected {FORMAT!r}. Make it anew with `eora plan`.")
+        del content["format"]
+        dynamic = content.pop("dynamic", None)
+        _require_keys(content, cls, where)
+        modules = content["modules"]
+        if not isinstance(modules, dict) or not modules:
+            raise PlanError(f"{where}: `modules` must name the modules, got {modules!r}.")
+        for name, entry in modules.items():
+            _check_module(entry, f"{where}: {name}")
+        try:
+            validate_choice(content["factor_bits"], FACTOR_BITS, what=f"{where}: `factor_bits`")
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        plan = cls(**{**content, "modules": {name: ModulePlan(**entry) for name, entry in modules.items()}})
+        if dynamic not in (None, plan.dynamic()):
+            raise PlanError(f"{where}: `dynamic` does not say what `modules` says. Edit `modules`, drop `dynamic`.")
+        return plan
+
+    def check(self, shapes: Iterable[ModuleShape]) -> None:
+        """Refuse a model whose modules are others than the plan's.
+
+        Args:
+            shapes: of the model that is to be quantised.
+
+        Raises:
+            PlanError: naming the module, what was found and what was expected.
+        """
+        known = {shape.name: shape for shape in shapes}
+        for problem, names in (
+            ("has no", sorted(set(self.modules) - set(known))),
+            ("also has", sorted(set(known) - set(self.modules))),
+        ):
+            if names:
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                raise PlanError(
+                    f"the plan for `{self.model}` names {len(self.modules)} modules; the model {problem} "
+                    f"{', '.join(names[:SHOWN])}{more}. Make a plan of this model with `eora plan`."
+                )
+        for name, one in self.modules.items():
+            shape = known[name]
+            if (shape.out_features, shape.in_features) != (one.out_features, one.in_features):
+                raise PlanError(
+                    f"{name}: the plan for `{self.model}` expects {one.out_features} × {one.in_features}, found "
+                    f"{shape.out_features} × {shape.in_features}. Make a plan of this model with `eora plan`."
+                )
+
+
+def _require_keys(content: Mapping[str, Any], cls: Any, where: str) -> None:
+    expected = {one.name for one in fields(cls)}
+    if set(content) != expected:
+        missing, strange = sorted(expected - set(content)), sorted(set(content) - expected)
+        raise PlanError(f"{where}: missing {missing}, unknown {strange}. Make the plan anew with `eora plan`.")
+
+
+def _check_module(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise PlanError(f"{where} must be an object, got {entry!r}.")
+    _require_keys(entry, ModulePlan, where)
+    try:
+        validate_choice(entry["bits"], BITS, what=f"{where}: `bits`")
+        validate_rank(entry["rank"], what=f"{where}: `rank`", minimum=0)
+        for side in ("out_features", "in_features"):
+            validate_rank(entry[side], what=f"{where}: `{side}`")
+    except ValueError as error:
+        raise PlanError(str(error)) from error

@@ -1,0 +1,131 @@
+"""Bits and rank of every module under one total size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..budget import ModuleShape, weight_bytes
+from ..ranks import most_rank
+from ..solve import Curve, Grid, allocate
+from .file import ModulePlan, Plan
+from .modules import PlannedModule, bits_per_weight, plain_bytes
+
+# Steps that a total is divided into: bytes that the steps leave unused are below 0.2 % of SmolLM2.
+STEPS = 100_000
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A choice for every module, in their order.
+
+    Attributes:
+        bits: of each module's weights.
+        ranks: of each module's adapter.
+        loss: predicted.
+        adapter_bytes: of all factors.
+        total_bytes: with weights, scales and zeros.
+    """
+
+    bits: tuple[int, ...]
+    ranks: tuple[int, ...]
+    loss: float
+    adapter_bytes: int
+    total_bytes: int
+
+
+def largest_rank(shapes: Sequence[ModuleShape], total: int, bits: int, group_size: int, factor_bits: int) -> int:
+    """The largest rank that a module may choose when all weights have ``bits`` and the rest of ``total`` is factors."""
+    return most_rank(shapes, max(total - plain_bytes(shapes, bits, group_size), 0), factor_bits)
+
+
+def mixed(modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits: int) -> Mix:
+    """The bits and ranks of least predicted loss within ``total`` bytes.
+
+    Raises:
+        ValueError: when even the fewest bits do not fit.
+    """
+    shapes = [module.shape for module in modules]
+    fewest = min(modules[0].forecasts)
+    least = plain_bytes(shapes, fewest, grid.group_size)
+    if total < least:
+        raise ValueError(
+            f"a total of {total} bytes ({bits_per_weight(shapes, total):.3f} bpw) is below what {fewest} bits in "
+            f"groups of {grid.group_size} take, scales and zeros included: {least} bytes "
+            f"({bits_per_weight(shapes, least):.3f} bpw). Allow more, or take larger groups."
+        )
+    most = largest_rank(shapes, total, fewest, grid.group_size, factor_bits)
+    choices = [_choices(module, most, grid.group_size, factor_bits) for module in modules]
+    picked = allocate([_curve(options) for options in choices], total, steps=STEPS)
+    taken = [options[index] for options, index in zip(choices, picked, strict=True)]
+    weights = sum(weight_bytes(shape, one.bits, grid.group_size) for shape, one in zip(shapes, taken, strict=True))
+    spent = sum(one.nbytes for one in taken)
+    return Mix(
+        tuple(one.bits for one in taken),
+        tuple(one.rank for one in taken),
+        sum(one.loss for one in taken),
+        spent - weights,
+        spent,
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    nbytes: int
+    loss: float
+    bits: int
+    rank: int
+
+
+def _choices(module: PlannedModule, most: int, group_size: int, factor_bits: int) -> list[_Choice]:
+    """What a module may take, ascending in bytes, without what is larger and no better."""
+    found = []
+    for bits in module.forecasts:
+        ranks, curve = module.curve(bits, most, factor_bits, by_gain=False)
+        stored = weight_bytes(module.shape, bits, group_size)
+        for rank, nbytes, loss in zip(ranks, curve.nbytes, curve.losses, strict=True):
+            found.append(_Choice(stored + nbytes, loss, bits, rank))
+    found.sort(key=lambda one: (one.nbytes, one.loss))
+    kept = found[:1]
+    for one in found[1:]:
+        if one.loss < kept[-1].loss:
+            kept.append(one)
+    return kept
+
+
+def _curve(choices: Sequence[_Choice]) -> Curve:
+    return Curve(tuple(one.nbytes for one in choices), tuple(one.loss for one in choices))
+
+
+def planned(
+    modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits: int, *, model: str, sensitivity: str
+) -> Plan:
+    """The plan of a total size.
+
+    Args:
+        modules: with forecasts at every width on offer.
+        total: bytes of weights, scales, zeros and factors.
+        grid: how weights are rounded.
+        factor_bits: of stored factors.
+        model: its name or folder, for the record.
+        sensitivity: kind that losses are predicted by, for the record.
+
+    Raises:
+        ValueError: when even the fewest bits do not fit.
+    """
+    found = mixed(modules, total, grid, factor_bits)
+    return Plan(
+        model=model,
+        sensitivity=sensitivity,
+        group_size=grid.group_size,
+        sym=grid.sym,
+        mse=grid.scale_search,
+        factor_bits=factor_bits,
+        total_bytes=found.total_bytes,
+        adapter_bytes=found.adapter_bytes,
+        predicted_loss=found.loss,
+        modules={
+            module.shape.name: ModulePlan(module.shape.out_features, module.shape.in_features, bits, rank)
+            for module, bits, rank in zip(modules, found.bits, found.ranks, strict=True)
+        },
+    )

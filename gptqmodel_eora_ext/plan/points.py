@@ -1,0 +1,175 @@
+"""Predicted loss against bytes over a sweep of budgets.
+
+Losses are ½ tr(G ΔW C ΔWᵀ), each module's levelled off, summed over all modules: nats a token above the full-precision
+model's where G is of the loss's gradient. They rank choices; what is measured is larger, since errors compound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..budget import ModuleShape, budget_bytes, factor_bytes
+from ..ranks import most_rank
+from ..solve import Grid, allocate
+from .mix import mixed
+from .modules import PlannedModule, bits_per_weight, plain_bytes
+
+SWEEP = ("0.0625bpw", "0.125bpw", "0.25bpw", "0.5bpw", "0.75bpw", "1.0bpw", "1.5bpw")
+PLAIN, UNIFORM, CHOSEN, MIXED = "none", "uniform", "auto", "mixed"
+PLAIN_TITLE = "plain"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to store the model.
+
+    Attributes:
+        bits: of the weights; 0 where modules differ.
+        factor_bits: of the adapter; 0 without one.
+        ranks: "none", "uniform", "auto" (chosen), or "mixed" (bits and ranks chosen together).
+        budget: as it was asked for; empty without an adapter.
+        adapter_bytes: of all factors, scales included.
+        total_bytes: with the quantised weights, their scales and zeros.
+        bpw: total bits per quantised weight.
+        loss: predicted, above that of the full-precision model.
+        dominated_by: a choice that is no larger and no worse, in words; empty when there is none. Mixes, which have
+            nearly every other choice among theirs, are not counted among the others.
+        knee: beyond it, a byte buys less than on average.
+    """
+
+    bits: int
+    factor_bits: int
+    ranks: str
+    budget: str
+    adapter_bytes: int
+    total_bytes: int
+    bpw: float
+    loss: float
+    dominated_by: str = ""
+    knee: bool = False
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        if self.ranks == PLAIN:
+            return f"{PLAIN_TITLE} {self.bits} bits"
+        weights = "mixed bits" if self.ranks == MIXED else f"{self.bits} bits"
+        return f"{weights} + {self.budget}, {self.ranks} ranks, {self.factor_bits}-bit factors"
+
+    @property
+    def dominated(self) -> bool:
+        return bool(self.dominated_by)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dominated": self.dominated}
+
+
+def sweep_rank(shapes: Sequence[ModuleShape], budgets: Sequence[str], factor_bits: Sequence[int]) -> int:
+    """Components to forecast so that every budget of a sweep can be spent.
+
+    Raises:
+        ValueError: for a budget in no known form.
+    """
+    return max(most_rank(shapes, budget_bytes(one, shapes), width) for one in budgets for width in factor_bits)
+
+
+def plan_points(
+    modules: Sequence[PlannedModule],
+    grid: Grid,
+    *,
+    bits: int,
+    factor_bits: Sequence[int],
+    budgets: Sequence[str] = SWEEP,
+    with_mixes: bool = True,
+) -> list[Point]:
+    """The plain models of every width that was forecast; over a sweep of budgets, uniform beside chosen ranks on
+    weights of ``bits``; and at the same totals, bits and ranks chosen together.
+
+    Args:
+        modules: with forecasts of as many components as `sweep_rank` tells.
+        grid: how weights are rounded.
+        bits: of the weights.
+        factor_bits: widths of factors to compare; mixes have the fewest.
+        budgets: in the forms of `budget.FORM`.
+        with_mixes: whether mixes are wanted, which take the longest.
+
+    Raises:
+        ValueError: for a budget in no known form.
+    """
+    shapes = [module.shape for module in modules]
+    sizes = {budget: budget_bytes(budget, shapes) for budget in budgets}
+    plains = {width: _plain(modules, width, grid) for width in modules[0].forecasts}
+    points = list(plains.values())
+    for width in factor_bits:
+        swept = [
+            ranks(modules, plains[bits], budget, size, width)
+            for budget, size in sizes.items()
+            for ranks in (_uniform, _chosen)
+        ]
+        points += _with_knee(plains[bits], swept)
+    points = [replace(point, dominated_by=_dominating(point, points)) for point in points]
+    for budget, size in sizes.items() if with_mixes else ():
+        found = mixed(modules, plains[bits].total_bytes + size, grid, min(factor_bits))
+        points.append(
+            Point(0, min(factor_bits), MIXED, budget, found.adapter_bytes, found.total_bytes,
+                  bits_per_weight(shapes, found.total_bytes), found.loss)
+        )  # fmt: skip
+    return points
+
+
+def _plain(modules: Sequence[PlannedModule], bits: int, grid: Grid) -> Point:
+    shapes = [module.shape for module in modules]
+    total = plain_bytes(shapes, bits, grid.group_size)
+    loss = sum(module.loss(bits) for module in modules)
+    return Point(bits, 0, PLAIN, "", 0, total, bits_per_weight(shapes, total), loss)
+
+
+def _with_adapter(
+    modules: Sequence[PlannedModule], plain: Point, width: int, kind: str, budget: str, nbytes: int, loss: float
+) -> Point:
+    total = plain.total_bytes + nbytes
+    bpw = bits_per_weight([module.shape for module in modules], total)
+    return Point(plain.bits, width, kind, budget, nbytes, total, bpw, loss)
+
+
+def _uniform(modules: Sequence[PlannedModule], plain: Point, budget: str, size: int, width: int) -> Point:
+    rank = size // sum(factor_bytes(1, module.shape, width) for module in modules)
+    ranks = [min(rank, len(module.forecasts[plain.bits].gains)) for module in modules]
+    nbytes = sum(factor_bytes(one, module.shape, width) for one, module in zip(ranks, modules, strict=True))
+    loss = sum(module.loss(plain.bits, rank, width) for module in modules)
+    return _with_adapter(modules, plain, width, UNIFORM, budget, nbytes, loss)
+
+
+def _chosen(modules: Sequence[PlannedModule], plain: Point, budget: str, size: int, width: int) -> Point:
+    most = most_rank([module.shape for module in modules], size, width)
+    curves = [module.curve(plain.bits, most, width, by_gain=True)[1] for module in modules]
+    picked = [(curve, index) for curve, index in zip(curves, allocate(curves, size), strict=True)]
+    nbytes = sum(curve.nbytes[index] for curve, index in picked)
+    return _with_adapter(modules, plain, width, CHOSEN, budget, nbytes, sum(curve.losses[i] for curve, i in picked))
+
+
+def _with_knee(plain: Point, swept: Sequence[Point]) -> list[Point]:
+    """Mark the point of chosen ranks that lies farthest below the line from no adapter to the largest budget."""
+    chosen = [point for point in swept if point.ranks == CHOSEN]
+    last = max(chosen, key=lambda point: point.total_bytes)
+    width, height = last.total_bytes - plain.total_bytes, plain.loss - last.loss
+
+    def below(point: Point) -> float:
+        return (plain.loss - point.loss) / (height or 1) - point.adapter_bytes / (width or 1)
+
+    knee = max(chosen, key=below)
+    return [replace(point, knee=point is knee) for point in swept]
+
+
+def _dominating(point: Point, points: Sequence[Point]) -> str:
+    """The choice that dominates a point: a plain one if there is any, else that of least loss."""
+    better = [other for other in points if _beats(other, point)]
+    better.sort(key=lambda other: (other.ranks != PLAIN, other.loss))
+    return better[0].title if better else ""
+
+
+def _beats(other: Point, point: Point) -> bool:
+    no_worse = other.total_bytes <= point.total_bytes and other.loss <= point.loss
+    return no_worse and (other.total_bytes, other.loss) != (point.total_bytes, point.loss)

@@ -1,0 +1,158 @@
+"""GPTQ (arXiv 2210.17323) in float32: how a host's quantiser will round a weight, told before it does.
+
+Columns are rounded one after another, and each column's error is spread over those that follow so that the output of
+the module changes least. As GPTQModel does by default: columns in order of E[x²] within their groups and groups in
+order of their largest (GAR, arXiv 2505.14638), damping by a share of the mean diagonal, scales from the largest value
+of a group or by a search. Rows are independent, so several widths of one weight are rounded at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Share of C's mean diagonal that is added to it; GPTQModel's default.
+DAMPING = 0.05
+# Columns after which scales are found anew from weights that carry all earlier errors; GPTQModel's block.
+SCALE_BLOCK = 128
+# Columns between which errors are spread one by one; beyond them by one product. Any width gives the same.
+SPREAD_BLOCK = 32
+# Ends of the grid tried by the search for scales, as shares of a group's largest value. GPTQModel tries 80 of them.
+SHRINKING = tuple(1 - 0.05 * step for step in range(15))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What weights are rounded to.
+
+    Attributes:
+        group_size: weights per scale along a row; -1 for the whole row. A last shorter group is allowed.
+        sym: whether the grid is symmetric about 0.
+        scale_search: exponent of the error that scales minimise (GPTQModel's `mse`); 0 takes a group's largest value.
+    """
+
+    group_size: int
+    sym: bool = True
+    scale_search: float = 0.0
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """What rounding needs of a second moment.
+
+    Attributes:
+        order: columns in the order in which they are rounded; groups stay together.
+        factor: R, upper triangular, Rᵀ R = (C + damping)⁻¹ of the ordered columns, float32; None for a diagonal C,
+            where no error is spread.
+        dead: columns whose input is always 0, in order.
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor | None
+    dead: torch.Tensor
+
+
+def column_order(second_moment: torch.Tensor, group_size: int, damping: float = DAMPING) -> ColumnOrder:
+    """Prepare to round weights of modules that share an input.
+
+    Args:
+        second_moment: C, in × in, or its diagonal.
+        group_size: weights per scale; -1 for whole rows.
+        damping: share of the mean diagonal that is added to it.
+    """
+    diagonal = (second_moment if second_moment.ndim == 1 else second_moment.diagonal()).to(torch.float32)
+    order = _by_energy(diagonal, group_size)
+    dead = diagonal[order] == 0
+    if second_moment.ndim == 1:
+        return ColumnOrder(order, None, dead)
+    damped = second_moment.to(torch.float32)[order][:, order]
+    steps = damped.diagonal()
+    steps.masked_fill_(dead, 1.0)
+    steps += damping * steps.mean()
+    # C = U Uᵀ with U upper, from the Cholesky factor of C read backwards; then R = U⁻¹.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(upper), device=upper.device)
+    return ColumnOrder(order, torch.linalg.solve_triangular(upper, identity, upper=True), dead)
+
+
+def _by_energy(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
+    width = len(diagonal)
+    if group_size == -1:
+        return diagonal.argsort(descending=True, stable=True)
+    whole = width // group_size * group_size
+    energies, inside = diagonal[:whole].view(-1, group_size).sort(dim=1, descending=True)
+    starts = torch.arange(0, whole, group_size, device=diagonal.device)
+    groups = energies.amax(1).argsort(descending=True, stable=True) if whole else starts
+    tail = torch.arange(whole, width, device=diagonal.device)
+    return torch.cat([(inside + starts[:, None])[groups].flatten(), tail])
+
+
+def gptq(weight: torch.Tensor, columns: ColumnOrder, bits: Sequence[int], grid: Grid) -> list[torch.Tensor]:
+    """Ŵ at each of some widths.
+
+    Args:
+        weight: W, out × in.
+        columns: of the module's input.
+        bits: widths.
+        grid: what is rounded to.
+
+    Returns:
+        out × in, float32, one for each width.
+    """
+    out_features, in_features = weight.shape
+    size = in_features if grid.group_size == -1 else grid.group_size
+    # Columns lie in rows: each is read and written whole.
+    ordered = weight.to(torch.float32).T[columns.order].masked_fill(columns.dead[:, None], 0.0)
+    work = ordered.repeat(1, len(bits))
+    top = torch.tensor([(1 << width) - 1 for width in bits], device=work.device, dtype=work.dtype)
+    top = top.repeat_interleave(out_features)
+    rounded = torch.empty_like(work)
+    scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for start in range(0, in_features, SCALE_BLOCK):
+        end = min(start + SCALE_BLOCK, in_features)
+        for first in range(-(-start // size) * size, end, size):
+            scales[first // size] = _scales(work[first : first + size], top, grid)
+        for low in range(start, end, SPREAD_BLOCK):
+            high = min(low + SPREAD_BLOCK, end)
+            errors = torch.empty_like(work[low:high])
+            for column in range(low, high):
+                scale, zero = scales[column // size]
+                code = torch.round(work[column] / scale).add_(zero).clamp_(min=0).minimum(top)
+                torch.mul(code.sub_(zero), scale, out=rounded[column])
+                if columns.factor is not None:
+                    spread = columns.factor[column, column:high]
+                    error = torch.sub(work[column], rounded[column], out=errors[column - low]).div_(spread[0])
+                    work[column:high].addr_(spread, error, alpha=-1)
+            if columns.factor is not None:
+                work[high:].addmm_(columns.factor[low:high, high:].T, errors, alpha=-1)
+    restored = torch.empty_like(rounded)
+    restored[columns.order] = rounded
+    return [one.T.contiguous() for one in restored.split(out_features, dim=1)]
+
+
+def _scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and zero of each row of W, a column of ``group`` (weights of a group × rows)."""
+    low, high = group.aminmax(dim=0)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    if grid.sym:
+        high = torch.maximum(-low, high)
+        low = torch.where(low < 0, -high, low)
+    empty = (low == 0) & (high == 0)
+    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    scale = (high - low) / top
+    zero = (top + 1) / 2 if grid.sym else torch.round(-low / scale)
+    if grid.scale_search == 0:
+        return scale, zero
+    least = torch.full_like(scale, torch.inf)
+    best, best_zero = scale, zero
+    for share in SHRINKING:
+        step = scale * share
+        shifted = zero if grid.sym else torch.round(-low * share / step)
+        code = torch.round(group / step).add_(shifted).clamp_(min=0).minimum(top)
+        error = code.sub_(shifted).mul_(step).sub_(group).abs_().pow_(grid.scale_search).sum(0)
+        better = error < least
+        least = torch.where(better, error, least)
+        best, best_zero = torch.where(better, step, best), torch.where(better, shifted, best_zero)
+    return best, best_zero
