@@ -2,7 +2,7 @@
 
 linears    y = x Ŵᵀ + (x Aᵀ) Bᵀ, one module: `FusedLinears`, `TorchLinear` and `TritonV2Linear` with `Lora`, dense
 inputs     q, k and v of Qwen3-8B: two launches for all three, against three stock modules
-correction `add_correction` on the output of a kernel that is not ours, against `Lora.apply`
+correction `EoRA.apply` on the output of a kernel that is not ours, against `Lora.apply`
 
 Contenders take turns, and each cycles through copies of its weights that together exceed twice the last-level cache, so
 that weights come from memory. Medians of rounds, in microseconds per call, called from Python and as a CUDA graph.
@@ -10,7 +10,7 @@ Results are compared with the oracle before anything is timed.
 
     python benchmarks/kernels_cuda.py --json
 
-Needs a CUDA or ROCm device, and was never run: none was at hand.
+Needs a CUDA or ROCm device.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 
+from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 
@@ -190,19 +191,16 @@ def inputs(bits: int, rank: int, device: torch.device) -> list[Any]:
     return rows
 
 
-def correct(factors: Factors, x: torch.Tensor, y: torch.Tensor) -> None:
-    from gptqmodel_eora_ext.kernels.triton.ops import add_correction
-
-    add_correction(x, factors, y)
-
-
 def correction(in_features: int, out: int, rank: int, device: torch.device) -> list[Any]:
     weight = packed_weight(4, out, in_features, GROUP_SIZE)
     factors = random_factors(weight, rank)
     nbytes = 2 * rank * (in_features + out)
     pairs = [Factors(*(one.to(DTYPE) for one in factors.dense())) for _ in range(copies(nbytes))]
     pairs = [Factors(pair.down.to(device), pair.up.to(device)) for pair in pairs]  # type: ignore[union-attr]
-    stocks = [Lora(rank=rank, path=None, lora_A=pair.down.T, lora_B=pair.up) for pair in pairs]  # type: ignore[union-attr]
+    stocks, ours = (
+        [cls(rank=rank, path=None, lora_A=pair.down.T, lora_B=pair.up) for pair in pairs]  # type: ignore[union-attr]
+        for cls in (Lora, EoRA)
+    )
     rows = []
     for count in ROWS:
         x = random_input(count, in_features, DTYPE).to(device)
@@ -210,7 +208,7 @@ def correction(in_features: int, out: int, rank: int, device: torch.device) -> l
         down, up = pairs[0].dense(torch.float64)
         expected = [base.double() + (x.double() @ down.T) @ up]
         contenders = {
-            "fused": [adding(partial(correct, pair), base) for pair in pairs],
+            "EoRA.apply": [adding(one.apply, base) for one in ours],
             "Lora.apply": [adding(one.apply, base) for one in stocks],
         }
         for name, calls in contenders.items():

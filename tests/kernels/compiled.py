@@ -38,7 +38,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 * 1024,
 }
 RANK = 64
-KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "shrink_expand_kernel", "dequantize_kernel", "factor_kernel")
+KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "dequantize_kernel", "factor_kernel")
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator: of `FusedLinears`, or for ``bits`` None of `add_correction`."""
+    """One call of `FusedLinears`."""
 
-    bits: int | None
+    bits: int
     rows: int
     dtype: torch.dtype = torch.float16
     factor_bits: int = 16
@@ -131,12 +131,6 @@ class Case:
     def launches(self) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
         """The launches of the call on a device of 132 multiprocessors."""
         x = torch.zeros(self.rows, self.in_features, dtype=self.dtype)
-        if self.bits is None:
-            weight = packed_weight(4, self.outs[0], self.in_features, 128)
-            factors = random_factors(weight, RANK, self.factor_bits)
-            with collected(132) as found:
-                ops.add_correction(x, factors, torch.zeros(self.rows, self.outs[0], dtype=self.dtype))
-            return found
         weights = [
             packed_weight(self.bits, out, self.in_features, 128, sym=self.sym, desc_act=self.desc_act)
             for out in self.outs
@@ -153,8 +147,6 @@ def all_cases() -> list[Case]:
     widths = (2, 3, 4, 8)
     most = (1, 64, 512)
     return [
-        *(Case(None, rows, factor_bits=bits) for bits in (4, 8) for rows in (1, 16, 32)),
-        *(Case(None, rows, dtype, factor_bits=4) for dtype in (torch.bfloat16, torch.float32) for rows in (1, 32)),
         *(Case(bits, rows) for bits in widths for rows in (1, 16, 32, 64, 512)),
         *(Case(bits, rows, torch.bfloat16) for bits in widths for rows in most),
         *(Case(bits, rows, torch.float32) for bits in widths for rows in (1, 16)),

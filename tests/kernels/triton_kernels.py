@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from gptqmodel_eora_ext.kernels.layout import Factors, LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops, settings
-from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears, add_correction
+from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears
 
 from .on_device import DEVICE, packed_weight, random_factors, random_input
 
@@ -155,37 +155,10 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
     assert min(found) == 1 < max(found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 70])
-@pytest.mark.parametrize("factor_bits", [16, 8, 4])
-def test_correction_of_another_kernels_output(dtype: torch.dtype, rows: int, factor_bits: int) -> None:
-    weight = packed_weight(4, 130, 201, 64)
-    factors = random_factors(weight, 21, factor_bits)
-    x = random_input(rows, 201, dtype)
-    y = random_input(rows, 130, dtype, seed=5)
-    down, up = factors.dense(torch.float64)
-    expected = y.double() + (x.double() @ down.T) @ up
-    add_correction(x, factors, y)
-    assert error(y, expected) < TOLERANCE[dtype]
-
-
-def test_correction_takes_any_shape_of_the_rows() -> None:
-    weight = packed_weight(4, 20, 64, 64)
-    factors = random_factors(weight, 4)
-    x = random_input(6, 64)
-    flat, shaped = torch.zeros(6, 20, device=DEVICE), torch.zeros(2, 3, 20, device=DEVICE)
-    add_correction(x, factors, flat)
-    add_correction(x.reshape(2, 3, 64), factors, shaped)
-    assert torch.equal(flat, shaped.reshape(6, 20)) and flat.abs().max() > 0
-
-
 def test_no_rows() -> None:
     weights, factors, biases = stacked()
     ys = FusedLinears.prepare(weights, factors, biases)(torch.zeros(0, 200, device=DEVICE))
     assert [tuple(y.shape) for y in ys] == [(0, 70), (0, 130), (0, 9)]
-    y = torch.zeros(0, 130, device=DEVICE)
-    add_correction(torch.zeros(0, 200, device=DEVICE), random_factors(weights[1], 4), y)
-    assert y.shape == (0, 130)
 
 
 def test_weights_are_not_copied() -> None:
@@ -207,25 +180,14 @@ def test_operators_as_torch_wants_them(rows: int) -> None:
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.fused_linears, arguments, test_utils=checks)
-    assert fused.down is not None
-    up = fused.ups[0]
-    assert up is not None
-    torch.library.opcheck(
-        ops.shrink_expand,
-        (x, fused.down[:5].contiguous(), None, up, None, 16, torch.zeros(rows, 70, device=DEVICE)),
-        test_utils=checks,
-    )
 
 
 def test_compiled_without_a_graph_break() -> None:
     weights, factors, biases = stacked()
     fused = FusedLinears.prepare(weights, factors, biases)
-    correction = random_factors(weights[0], 4)
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        y = fused(x)[0].relu()
-        add_correction(x, correction, y)
-        return y
+        return fused(x)[0].relu()
 
     x = random_input(3, 200)
     expected = model(x)

@@ -3,12 +3,12 @@
 | file | launch |
 |---|---|
 | `shrink.py` | t = x Aᵀ, A of all modules that read x stacked |
-| `gemv.py` | y of those modules, a few rows |
-| `gemm.py` | y of those modules, many rows |
-| `expand.py` | y += (x Aᵀ) Bᵀ in one launch, on the output of a kernel that is not ours |
+| `gemv.py` | y of those modules, one row |
+| `gemm.py` | y of those modules, some rows |
+| `dense.py` | Ŵ and packed factors as dense matrices, for so many rows that the vendor's product is faster |
 
-`ops.py` wraps them as torch operators, `settings.py` cuts them into tiles. They were never run on a GPU: their results
-were checked under Triton's interpreter, their code by compiling it for each target (docs/kernels.md).
+`ops.py` wraps them as a torch operator, `settings.py` cuts them into tiles. Results were checked on an H100 and by
+Triton's interpreter, the code by compiling it for each target (docs/kernels.md).
 
 Importing this package imports no Triton, which not every platform has; `ops` does.
 """

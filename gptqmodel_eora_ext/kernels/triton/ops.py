@@ -17,7 +17,6 @@ from ...solve import GROUP_SIZE, QuantizedFactor
 from ..layout import Factors, LayoutError, PackedWeight, pack_words
 from . import settings
 from .dense import dequantize_kernel, factor_kernel
-from .expand import shrink_expand_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel
 from .shrink import shrink_kernel
@@ -267,75 +266,6 @@ def _shrink(
         BLOCK_K=chosen.block_k, LOCKS=LOCKS, **chosen.options(),
     )  # fmt: skip
     return parts, chosen.splits
-
-
-def add_correction(x: torch.Tensor, factors: Factors, y: torch.Tensor) -> None:
-    """y += (x Aᵀ) Bᵀ in place, in one launch (and a memset of its counters).
-
-    Args:
-        x: … × in, float16, bfloat16 or float32.
-        factors: A and Bᵀ, both floating or both packed with the same bits.
-        y: … × out, contiguous; of as many rows as x, in whatever shape.
-
-    Raises:
-        LayoutError: when the two factors are of different kinds.
-    """
-    down, down_scales = _tensors(factors.down)
-    up, up_scales = _tensors(factors.up)
-    if _kind(factors.down) != _kind(factors.up):
-        raise LayoutError(f"A and B differ in kind: {_kind(factors.down)} and {_kind(factors.up)}.")
-    bits = factors.down.bits if isinstance(factors.down, QuantizedFactor) else 16
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    call = shrink_expand if traced(x) else _shrink_expand
-    call(rows, down, down_scales, up, up_scales, bits, y.view(-1, y.shape[-1]))
-
-
-@torch.library.custom_op("gptqmodel_eora_ext::shrink_expand", mutates_args=("y",))
-def shrink_expand(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    down_scales: torch.Tensor | None,
-    up: torch.Tensor,
-    up_scales: torch.Tensor | None,
-    factor_bits: int,
-    y: torch.Tensor,
-) -> None:
-    """y += (x Aᵀ) Bᵀ, on x (rows × in) and y (rows × out), both contiguous; factors as in `FusedLinears`."""
-    _shrink_expand(x, down, down_scales, up, up_scales, factor_bits, y)
-
-
-@shrink_expand.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
-def _shrink_expand(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    down_scales: torch.Tensor | None,
-    up: torch.Tensor,
-    up_scales: torch.Tensor | None,
-    factor_bits: int,
-    y: torch.Tensor,
-) -> None:
-    rows, in_features = x.shape
-    rank, columns = down.shape[0], y.shape[1]
-    if rows > settings.most_correction_rows(factor_bits):
-        t = x @ _dense_factor(down, down_scales, in_features, factor_bits, x.dtype).T
-        y.addmm_(t, _dense_factor(up, up_scales, columns, factor_bits, x.dtype))
-        return
-    if rows == 0:
-        return
-    chosen = settings.shrink_expand(rows, rank, in_features, x.dtype, _processors(x.device))
-    m_tiles = -(-rows // chosen.block_m)
-    shares = -(-rank // chosen.block_r) * chosen.splits
-    parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
-    locks = x.new_zeros(1 + m_tiles, dtype=torch.int32)
-    shrink_expand_kernel[(m_tiles * (shares + -(-columns // chosen.block_n)),)](
-        x, down, down_scales, up, up_scales, y, parts, locks, rows, rank, in_features, columns, chosen.per_split,
-        chosen.splits, FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, PARTS=chosen.splits, BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, BLOCK_R=chosen.block_r, **chosen.options(),
-    )  # fmt: skip
 
 
 def _fields(fused: FusedLinears) -> tuple[Any, ...]:

@@ -44,8 +44,6 @@ SHRINK_RANKS = 16
 SHRINK_INPUTS = 128
 # Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
 MOST_FUSED_ROWS = 64
-# The same for a correction of another kernel's output, by the bits of its factors.
-MOST_CORRECTION_ROWS = {16: 0, 8: 32, 4: 32}
 FACTOR_COLUMNS = 1024
 FLOAT32_COLUMNS = 32
 
@@ -159,24 +157,9 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
     return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3)
 
 
-@lru_cache(maxsize=1024)
-def shrink_expand(rows: int, rank: int, in_features: int, dtype: torch.dtype, processors: int) -> Settings:
-    """For `expand.shrink_expand_kernel`: as `shrink`, with tiles of outputs."""
-    base = shrink(rows, rank, in_features, dtype, processors)
-    block_n = 64 if dtype != torch.float32 else FLOAT32_COLUMNS
-    return Settings(
-        base.block_m, block_n, base.block_k, base.block_r, base.splits, base.per_split, base.num_warps, base.num_stages
-    )
-
-
 def dequantize(block_k: int) -> Settings:
     """For `dense.dequantize_kernel`; ``block_k`` from `tile_inputs`, 0 where each input's group is looked up."""
     return Settings(1, 64, block_k or BLOCK_K, 1, 1, 0, num_warps=4, num_stages=1)
-
-
-def most_correction_rows(factor_bits: int) -> int:
-    """Rows up to which `expand.shrink_expand_kernel` beats the vendor's two products."""
-    return MOST_CORRECTION_ROWS[factor_bits]
 
 
 def _split(length: int, block: int, wanted: int, most: int = MOST_SPLITS) -> tuple[int, int]:
