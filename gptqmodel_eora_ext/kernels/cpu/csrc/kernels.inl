@@ -165,11 +165,13 @@ inline I together(I once, I shifted) {
   return WIDE_CODES ? once : iadd(once, shl<4>(shifted));
 }
 
-// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last.
-inline void fetch_up(const Linear& l, int strip) {
+// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
+// each segment, all by the middle of the strip. All at once, they would keep the codes waiting.
+inline void fetch_up(const Linear& l, int strip, int segment) {
   const int64_t bytes = factor_bytes(l.up_kind, int64_t(l.rank) * LANES);
+  const int64_t step = (2 * bytes / l.segments + 63) / 64 * 64, begin = segment * step;
   const char* up = (const char*)l.up + strip * bytes;
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(up + line);
+  for (int64_t line = begin; line < begin + step && line < bytes; line += 64) __builtin_prefetch(up + line);
 }
 
 // Bytes ahead of the codes being read that are asked for, since the processor's own prefetching ends with a 4 KiB page:
@@ -193,9 +195,9 @@ template <int B, int S, int R>
 void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   const int64_t row_stride = int64_t(l.units) * LANES * S;
-  fetch_up(l, strip);
   for (int r = 0; r < R; ++r) y[r] = l.bias ? fload(l.bias + strip * LANES) : fzero();
   for (int segment = 0; segment < l.segments; ++segment) {
+    if (l.rank) fetch_up(l, strip, segment);
     I once[R][S], shifted[R][S];
     for (int r = 0; r < R; ++r) {
       for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
