@@ -3,6 +3,7 @@
 one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` + `Lora.apply`, plain and compiled (as it is by
            default, for seconds a shape), and dense bfloat16 `F.linear`
 bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, without the adapter and with it
+shared     one row, 2 bits, with adapter: modules that read the same input together and one after the other
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
 model      SmolLM2 at 2 bits with rank 32, tokens per second of `model.generate`
@@ -37,7 +38,7 @@ from torch.nn.functional import linear
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
-from gptqmodel_eora_ext.kernels.fused import FusedLinear
+from gptqmodel_eora_ext.kernels.fused import FusedLinear, FusedLinears
 from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight, words
 
 THREADS = 2
@@ -48,6 +49,15 @@ GROUP_SIZES = (64, 128)
 # Bytes of all copies of a weight: four times this machine's last-level cache.
 CYCLED_BYTES = 128 << 20
 REPEATS = 25
+# What the adapter adds is a tenth of a layer's 0.2 to 0.6 ms.
+BANDWIDTH_REPEATS = 100
+# Inputs, and outputs of the modules that read them.
+SHARED = {
+    "SmolLM2 q, k, v": (576, (576, 192, 192)),
+    "SmolLM2 gate, up": (576, (1536, 1536)),
+    "Qwen3-8B q, k, v": (4096, (4096, 1024, 1024)),
+    "Qwen3-8B gate, up": (4096, (12288, 12288)),
+}
 # Stock takes up to a second.
 STOCK_REPEATS = 3
 PREFILL_ROWS, PREFILL_REPEATS = 512, 5
@@ -158,7 +168,7 @@ def bandwidth() -> list[dict[str, Any]]:
                 "bare": cycled(fused(packed, adapter=False), packed.nbytes, x),
                 "adapter": cycled(fused(packed), packed.nbytes, x),
             },
-            REPEATS,
+            BANDWIDTH_REPEATS,
         )
         rate = stream.nbytes / ms.pop("stream")
         share = (lora.down.nbytes + lora.up.nbytes) / packed.nbytes
@@ -166,6 +176,27 @@ def bandwidth() -> list[dict[str, Any]]:
                             bare_over_reading=ms["bare"] / (packed.nbytes / rate), adapter_bytes_share=share,
                             added_over_share=(ms["adapter"] / ms["bare"] - 1) / share,
                             repacked_over_packed=repacked.nbytes / packed.nbytes))  # fmt: skip
+    return found
+
+
+def shared() -> list[dict[str, Any]]:
+    found = []
+    for name, (width, outs) in SHARED.items():
+        weights, x = [weight(2, out, width, 64) for out in outs], row(width)
+        copies = max(2, CYCLED_BYTES // sum(one.nbytes for one in weights))
+        layers = [[fused(one)() for one in weights] for _ in range(copies)]
+        together = itertools.cycle([FusedLinears(modules) for modules in layers])
+        # Half a round apart, so that neither finds in cache what the other has read.
+        alone = itertools.cycle(layers[copies // 2 :] + layers[: copies // 2])
+        ms = medians(
+            {
+                "together": lambda together=together, x=x: next(together)(x),
+                "alone": lambda alone=alone, x=x: [layer(x) for layer in next(alone)],
+            },
+            BANDWIDTH_REPEATS,
+        )
+        found.append({"modules": name, **{f"{kind} ms": value for kind, value in ms.items()},
+                      "alone_over_together": ms["alone"] / ms["together"]})  # fmt: skip
     return found
 
 
@@ -255,6 +286,7 @@ def measured(part: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "one_row": one_row,
     "bandwidth": bandwidth,
+    "shared": shared,
     "four_bits": four_bits,
     "prefill": prefill,
     "model": model,

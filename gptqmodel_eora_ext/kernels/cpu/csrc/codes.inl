@@ -23,6 +23,11 @@ inline void store16(void* base, int kind, int64_t offset, F value) {
 
 inline int size_of(int kind) { return kind == F32 ? 4 : 2; }
 
+// Bytes of a factor's features of any kind.
+inline constexpr int64_t factor_bytes(int kind, int64_t features) {
+  return features * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
+}
+
 // The first `count` of 16 lanes.
 inline void store_some(void* base, int kind, int64_t offset, F value, int count) {
   if (count >= LANES) return store16(base, kind, offset, value);

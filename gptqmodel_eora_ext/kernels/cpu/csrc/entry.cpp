@@ -15,8 +15,6 @@ const Kernels& kernels(int isa) {
   return *(isa >= AVX512 ? avx512_kernels() : isa == AVX2 ? avx2_kernels() : portable_kernels());
 }
 
-// Components of A in a piece of work: 16-bit rows of 4,096 make 64 KiB, twice the first cache.
-constexpr int COMPONENTS = 8;
 // Pieces per thread that the strips are cut into, so that a thread that is held up leaves its rest to others.
 constexpr int PIECES = 8;
 

@@ -17,33 +17,53 @@ void widen(const void* x, int kind, int in_features, float* out) {
   }
 }
 
-template <int KIND>
-F dot_row(const Linear& l, const float* x, int component) {
+// Bytes ahead of each component of A that are asked for, as `AHEAD` is of codes.
+constexpr int DOWN_AHEAD = 2048;
+
+// Of C components from `first` on.
+template <int KIND, int C>
+void dots(const Linear& l, const float* x, int first, float* t) {
   const int inputs = padded_inputs(l.in_features);
-  const int64_t base = int64_t(component) * inputs;
-  F total = fzero();
+  const int64_t base = int64_t(first) * inputs;
+  F total[C][2];
+  for (int c = 0; c < C; ++c) total[c][0] = total[c][1] = fzero();
   for (int i = 0; i < inputs; i += FACTOR_GROUP) {
-    F part[4];
-    for (int v = 0; v < 4; ++v) part[v] = fmul(load16(l.down, KIND, base + i + v * LANES), fload(x + i + v * LANES));
-    F group = fadd(fadd(part[0], part[1]), fadd(part[2], part[3]));
-    if (KIND == I8 || KIND == I4) {
-      float scale = half_to_float(l.down_scales[(base + i) / FACTOR_GROUP]);
-      total = fma(group, fset(scale), total);
-    } else {
-      total = fadd(total, group);
+    F xs[4];
+    for (int v = 0; v < 4; ++v) xs[v] = fload(x + i + v * LANES);
+    for (int c = 0; c < C; ++c) {
+      const int64_t begin = base + int64_t(c) * inputs + i;
+      const char* ahead = (const char*)l.down + factor_bytes(KIND, begin) + DOWN_AHEAD;
+      for (int byte = 0; byte < factor_bytes(KIND, FACTOR_GROUP); byte += 64) __builtin_prefetch(ahead + byte);
+      if (KIND == I8 || KIND == I4) {
+        F group = fmul(load16(l.down, KIND, begin), xs[0]);
+        for (int v = 1; v < 4; ++v) group = fma(load16(l.down, KIND, begin + v * LANES), xs[v], group);
+        total[c][0] = fma(group, fset(half_to_float(l.down_scales[begin / FACTOR_GROUP])), total[c][0]);
+      } else {
+        for (int v = 0; v < 4; ++v) {
+          total[c][v % 2] = fma(load16(l.down, KIND, begin + v * LANES), xs[v], total[c][v % 2]);
+        }
+      }
     }
   }
-  return total;
+  for (int c = 0; c < C; ++c) t[first + c] = sum(fadd(total[c][0], total[c][1]));
+}
+
+template <int KIND>
+void down_of(const Linear& l, const float* x, int rows, int first, int last, float* t) {
+  for (int c = first; c < last;) {
+    const bool all = c + COMPONENTS <= last;
+    for (int row = 0; row < rows; ++row) {
+      (all ? dots<KIND, COMPONENTS> : dots<KIND, 1>)(l, x + int64_t(row) * padded_inputs(l.in_features), c,
+                                                   t + int64_t(row) * l.rank);
+    }
+    c += all ? COMPONENTS : 1;
+  }
 }
 
 void down(const Linear& l, const float* x, int rows, int first, int last, float* t) {
-  auto* dot = l.down_kind == F16 ? dot_row<F16> : l.down_kind == BF16 ? dot_row<BF16> : l.down_kind == I8 ? dot_row<I8>
-            : l.down_kind == I4 ? dot_row<I4> : dot_row<F32>;
-  for (int component = first; component < last; ++component) {
-    for (int row = 0; row < rows; ++row) {
-      t[int64_t(row) * l.rank + component] = sum(dot(l, x + int64_t(row) * padded_inputs(l.in_features), component));
-    }
-  }
+  auto* run = l.down_kind == F16 ? down_of<F16> : l.down_kind == BF16 ? down_of<BF16> : l.down_kind == I8 ? down_of<I8>
+            : l.down_kind == I4 ? down_of<I4> : down_of<F32>;
+  run(l, x, rows, first, last, t);
 }
 
 // Inputs below this in a whole segment count as zero: their reciprocal step would leave float32.
@@ -145,11 +165,13 @@ inline I together(I once, I shifted) {
   return WIDE_CODES ? once : iadd(once, shl<4>(shifted));
 }
 
-// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last.
-inline void fetch_up(const Linear& l, int strip) {
-  const int64_t bytes = int64_t(l.rank) * LANES * (l.up_kind == F32 ? 8 : l.up_kind == I8 ? 2 : l.up_kind == I4 ? 1 : 4) / 2;
+// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
+// each segment, all by the middle of the strip. All at once, they would keep the codes waiting.
+inline void fetch_up(const Linear& l, int strip, int segment) {
+  const int64_t bytes = factor_bytes(l.up_kind, int64_t(l.rank) * LANES);
+  const int64_t step = (2 * bytes / l.segments + 63) / 64 * 64, begin = segment * step;
   const char* up = (const char*)l.up + strip * bytes;
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(up + line);
+  for (int64_t line = begin; line < begin + step && line < bytes; line += 64) __builtin_prefetch(up + line);
 }
 
 // Bytes ahead of the codes being read that are asked for, since the processor's own prefetching ends with a 4 KiB page:
@@ -173,9 +195,9 @@ template <int B, int S, int R>
 void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   const int64_t row_stride = int64_t(l.units) * LANES * S;
-  fetch_up(l, strip);
   for (int r = 0; r < R; ++r) y[r] = l.bias ? fload(l.bias + strip * LANES) : fzero();
   for (int segment = 0; segment < l.segments; ++segment) {
+    if (l.rank) fetch_up(l, strip, segment);
     I once[R][S], shifted[R][S];
     for (int r = 0; r < R; ++r) {
       for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
@@ -209,10 +231,24 @@ template <int KIND, int R>
 void add_up(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const int64_t base = int64_t(strip) * l.rank * LANES;
   const uint16_t* scales = l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank;
-  for (int c = 0; c < l.rank; ++c) {
+  // Sums that do not wait for each other: one row alone would have each product wait for the one before.
+  constexpr int CHAINS = R == 1 ? 4 : 1;
+  F sums[CHAINS][R];
+  for (int chain = 0; chain < CHAINS; ++chain) {
+    for (int r = 0; r < R; ++r) sums[chain][r] = fzero();
+  }
+  auto add = [&](int c, F (&to)[R]) {
     F column = load16(l.up, KIND, base + int64_t(c) * LANES);
     const float scale = KIND == I8 || KIND == I4 ? half_to_float(scales[c]) : 1.0f;
-    for (int r = 0; r < R; ++r) y[r] = fma(column, fset(scale * x.t[r * l.rank + c]), y[r]);
+    for (int r = 0; r < R; ++r) to[r] = fma(column, fset(scale * x.t[r * l.rank + c]), to[r]);
+  };
+  int c = 0;
+  for (; c + CHAINS <= l.rank; c += CHAINS) {
+    for (int chain = 0; chain < CHAINS; ++chain) add(c + chain, sums[chain]);
+  }
+  for (; c < l.rank; ++c) add(c, sums[0]);
+  for (int chain = 0; chain < CHAINS; ++chain) {
+    for (int r = 0; r < R; ++r) y[r] = fadd(y[r], sums[chain][r]);
   }
 }
 

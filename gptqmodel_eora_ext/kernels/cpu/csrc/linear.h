@@ -26,6 +26,9 @@ enum Kind : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3, I4 = 4 };
 constexpr int LANES = 16;
 // Features that share a scale of 8- and 4-bit factors.
 constexpr int FACTOR_GROUP = 64;
+// Components of A in a piece of work, multiplied with an input while it is at hand: 12,288 inputs in float32 do not fit
+// the first cache.
+constexpr int COMPONENTS = 4;
 
 struct Linear {
   int32_t bits, in_features, out_features, rank;
