@@ -64,7 +64,8 @@ def warn_if_dominated(model: Any, adapter: EoRA) -> None:
         weights = sum(shape.weights for shape in shapes)
         log.warning(
             "EoRA: %d bits with this adapter take %.1f MB (%.2f bits a weight), more than plain %d bits, "
-            "%.1f MB (%.2f), which may well be better. `eora plan` predicts both, and mixes of bits and ranks at the same size.",
+            "%.1f MB (%.2f), which may well be better. `eora plan` predicts both, and mixes of bits and ranks "
+            "at the same size.",
             config.bits, with_adapter / 1e6, 8 * with_adapter / weights,
             NEXT_BITS[config.bits], wider / 1e6, 8 * wider / weights,
         )  # fmt: skip
