@@ -165,13 +165,17 @@ def _checkpointed(
         return forward
 
     layers = _layers(model, modules)
+    # A library that dispatches layers may have put its own there.
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = wrapped(layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _layers(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:

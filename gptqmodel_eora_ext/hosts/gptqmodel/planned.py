@@ -10,7 +10,6 @@ from gptqmodel.quantization.config import METHOD
 
 from ...adapter import AUTO
 from ...budget import ModuleShape, budget_bytes, factor_bytes, weight_bytes
-from ...evaluate.size import readable
 from ...plan import Plan, PlanError
 from .adapter import EoRA
 from .auto import linear_shapes, module_shapes
@@ -64,10 +63,11 @@ def warn_if_dominated(model: Any, adapter: EoRA) -> None:
     if with_adapter > wider:
         weights = sum(shape.weights for shape in shapes)
         log.warning(
-            "EoRA: %d bits with this adapter take %s (%.2f bits a weight), more than plain %d bits, %s (%.2f), which "
-            "may well be better. `eora plan` predicts both, and mixes of bits and ranks at the same size.",
-            config.bits, readable(with_adapter), 8 * with_adapter / weights,
-            NEXT_BITS[config.bits], readable(wider), 8 * wider / weights,
+            "EoRA: %d bits with this adapter take %.1f MB (%.2f bits a weight), more than plain %d bits, "
+            "%.1f MB (%.2f), which may well be better. `eora plan` predicts both, and mixes of bits and ranks "
+            "at the same size.",
+            config.bits, with_adapter / 1e6, 8 * with_adapter / weights,
+            NEXT_BITS[config.bits], wider / 1e6, 8 * wider / weights,
         )  # fmt: skip
 
 
