@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from . import __version__
-from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_rank
+from .adapter import OBJECTIVES, validate_rank
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .cli_plan import plan
 from .evaluate.perplexity import DEFAULT_WINDOW
@@ -21,7 +21,6 @@ from .hosts.peft import AdapterFolder, export_peft
 from .kernel_report import MANY_ROWS, kernel_report
 from .options import (
     DEFAULT_GROUP_SIZE,
-    DEFAULT_RANK,
     QUANTIZED_BITS,
     BatchSize,
     Budget,
@@ -32,7 +31,9 @@ from .options import (
     Model,
     Objective,
     PlanFile,
+    PresetName,
     Rank,
+    Rounds,
     Samples,
     Sensitivity,
     SeqLen,
@@ -57,6 +58,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 WORST_MODULES = 10
+DEMO_RANK = 32
 
 
 @app.callback(invoke_without_command=True)
@@ -77,9 +79,11 @@ def quantize(
     rank: Rank = None,
     budget: Budget = None,
     plan_file: PlanFile = None,
-    sensitivity: Sensitivity = SENSITIVITIES[0],
+    preset: PresetName = None,
+    sensitivity: Sensitivity = None,
     objective: Objective = OBJECTIVES[0],
-    factor_bits: FactorBits = FACTOR_BITS[0],
+    factor_bits: FactorBits = None,
+    rounds: Rounds = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
@@ -90,7 +94,7 @@ def quantize(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Quantise a model by GPTQ and compensate each module right after it is quantised."""
-    chosen = adapter_options(rank, budget, sensitivity, objective, factor_bits)
+    chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     check_group_size(group_size)
@@ -138,9 +142,10 @@ def generate(
     calibration: Calibration,
     rank: Rank = None,
     budget: Budget = None,
-    sensitivity: Sensitivity = SENSITIVITIES[0],
+    preset: PresetName = None,
+    sensitivity: Sensitivity = None,
     objective: Objective = OBJECTIVES[0],
-    factor_bits: FactorBits = FACTOR_BITS[0],
+    factor_bits: FactorBits = None,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
     ] = None,
@@ -150,7 +155,7 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
-    chosen = adapter_options(rank, budget, sensitivity, objective, factor_bits)
+    chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
     check_model(model)
     if not (checkpoint / "config.json").is_file():
         fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -278,7 +283,7 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option("--out", help="Folder for the quantised models.")] = Path("demo"),
     bits: Annotated[int, typer.Option(help="2, 3 or 4.", min=2, max=4)] = 2,
-    rank: Annotated[int, typer.Option(help="Components per module.")] = DEFAULT_RANK,
+    rank: Annotated[int, typer.Option(help="Components per module.")] = DEMO_RANK,
 ) -> None:
     """Quantise SmolLM2-135M with an adapter, load it again in a new process, and show what was won back."""
     with errors():

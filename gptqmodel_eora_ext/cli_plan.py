@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES
+from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice
 from .budget import budget_bytes
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .evaluate.size import readable
@@ -22,7 +22,6 @@ from .options import (
     Json,
     Model,
     Samples,
-    Sensitivity,
     SeqLen,
     adapter_options,
     check_group_size,
@@ -76,7 +75,9 @@ def plan(
             "--factor-bits", help="Once for each width to compare; mixes have the fewest. By default 16, 8 and 4."
         ),
     ] = None,
-    sensitivity: Sensitivity = SENSITIVITIES[0],
+    sensitivity: Annotated[
+        str, typer.Option(help="What an error is taken to cost: fisher or empirical (gradients), or relative.")
+    ] = SENSITIVITIES[0],
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
@@ -87,9 +88,11 @@ def plan(
     """Predict what bits and adapters buy before anything is quantised, and choose both under one size."""
     check_group_size(group_size)
     widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
+    with errors():
+        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
     for width in widths:
         for budget in (*sweep, *([total] if total else ())):
-            adapter_options(None, budget, sensitivity, OBJECTIVES[0], width)
+            adapter_options(None, budget, OBJECTIVES[0], width, sensitivity)
     if plan_file and not total:
         fail("--out writes the plan of a --total; name one, for instance --total 2.5bpw.")
     if total and as_json and not plan_file:

@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, UNIFORM, validate_choice, validate_count, validate_rank
 from .budget import ModuleShape, budget_bytes
 from .calibration import read_texts
 from .hosts.peft import AdapterError
 from .plan import Plan
+from .presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
 out = Console()
@@ -23,23 +24,35 @@ err = Console(stderr=True)
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-DEFAULT_RANK = 32
 DEFAULT_GROUP_SIZE = 64
 # Options of `quantize` that a plan names.
-PLANNED_OPTIONS = ("bits", "group_size", "rank", "budget", "objective", "factor_bits", "sym", "desc_act", "mse")
+PLANNED_OPTIONS = (
+    "bits", "group_size", "rank", "budget", "sensitivity", "objective", "factor_bits", "preset", "sym",
+    "desc_act", "mse",
+)  # fmt: skip
 
 Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
 Rank = Annotated[
-    int | None, typer.Option(help=f"Components per module; {DEFAULT_RANK} without --budget. 16 to 256 are usual.")
+    int | None, typer.Option(help="Components per module. 16 to 256 are usual. Without it, a budget is given out.")
 ]
 Budget = Annotated[
     str | None,
     typer.Option(help="In place of --rank: bytes of all factors, as `300MB`, `0.25bpw` (bits per quantised weight) or "
-                      "`r32` (what a 16-bit rank 32 takes). Each module gets the rank that buys most."),
+                      f"`r32` (what a 16-bit rank 32 takes). Each module gets the rank that buys most. "
+                      f"Without either, {DEFAULT_BUDGET}."),
 ]  # fmt: skip
 Sensitivity = Annotated[
-    str,
-    typer.Option(help="For --budget, what an error is taken to cost: fisher or empirical (gradients), or relative."),
+    str | None,
+    typer.Option(help="For --budget, what an error is taken to cost: fisher or empirical (gradients), or relative; "
+                      "uniform for one rank for all. By default as the preset says."),
+]  # fmt: skip
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", help=f"fast, balanced or best: factor bits, sensitivity and rounds that go together; "
+                                  f"{DEFAULT_PRESET} where neither rank nor budget is given."),
+]  # fmt: skip
+Rounds = Annotated[
+    int | None, typer.Option(help="Times that each module is quantised, for its adapter the last time; default 1.")
 ]
 Calibration = Annotated[
     str,
@@ -49,7 +62,12 @@ Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
 Objective = Annotated[str, typer.Option(help="What the factors minimise: eora, output, diagonal or svd.")]
-FactorBits = Annotated[int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")]
+FactorBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed). By default as the preset says, or 16."
+    ),
+]
 GroupSize = Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan.json of `eora plan`: bits, ranks and grid of every module.")
@@ -87,21 +105,37 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
 
 def adapter_options(
-    rank: int | None, budget: str | None, sensitivity: str, objective: str, factor_bits: int
+    rank: int | None,
+    budget: str | None,
+    objective: str,
+    factor_bits: int | None,
+    sensitivity: str | None,
+    preset: str | None = None,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """What `EoRA` takes, checked before anything is loaded."""
     if rank is not None and budget is not None:
         fail("--rank and --budget exclude each other.")
+    if rank is None and objective != OBJECTIVES[0]:
+        fail(f"--objective {objective} needs a --rank: under a budget, components of `{OBJECTIVES[0]}` are weighed.")
     with errors():
-        validate_choice(objective, OBJECTIVES, what="--objective")
-        validate_choice(factor_bits, FACTOR_BITS, what="--factor-bits")
-        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
-        options = {"objective": objective, "factor_bits": factor_bits}
+        options = {
+            "rank": None if rank is None else validate_rank(rank, what="--rank"),
+            "budget": budget,
+            "objective": validate_choice(objective, OBJECTIVES, what="--objective"),
+            "factor_bits": _given(factor_bits, FACTOR_BITS, "--factor-bits"),
+            "sensitivity": _given(sensitivity, (*SENSITIVITIES, UNIFORM), "--sensitivity"),
+            "preset": _given(preset, PRESETS, "--preset"),
+            "rounds": None if rounds is None else validate_count(rounds, what="--rounds"),
+        }
         if budget is not None:
             # Any model shows whether the form is right.
             budget_bytes(budget, [ModuleShape("", 1 << 10, 1 << 10)])
-            return {**options, "rank": AUTO, "budget": budget, "sensitivity": sensitivity}
-        return {**options, "rank": validate_rank(DEFAULT_RANK if rank is None else rank, what="--rank")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _given(value: Any, choices: Iterable[Any], what: str) -> Any:
+    return None if value is None else validate_choice(value, choices, what=what)
 
 
 def counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:

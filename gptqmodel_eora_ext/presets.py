@@ -30,5 +30,5 @@ class Preset:
 PRESETS = {
     "fast": Preset(factor_bits=4, sensitivity=UNIFORM, rounds=1),
     "balanced": Preset(factor_bits=4, sensitivity="fisher", rounds=1),
-    "best": Preset(factor_bits=4, sensitivity="fisher", rounds=2),
+    "best": Preset(factor_bits=4, sensitivity="fisher", rounds=3),
 }

@@ -288,10 +288,15 @@ def test_generate_refuses_another_base(
 
 
 @pytest.mark.parametrize(
-    ("adapter", "data", "message"), [(EoRA(), [[1]], "`rank` is needed"), (EoRA(rank=4), [], "dataset is empty")]
+    ("adapter", "data", "message"),
+    [
+        (EoRA(rank=4), [], "dataset is empty"),
+        (EoRA(objective="svd"), [[1]], "Name a rank, or leave the objective out"),
+        (EoRA(rank=4, rounds=2), [[1]], "rounds=2 is not possible: the checkpoint is quantised already"),
+    ],
 )
 def test_generate_checks_before_loading(adapter: EoRA, data: list[Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         GPTQModel.adapter.generate(
             adapter=adapter,
             model_id_or_path="missing",

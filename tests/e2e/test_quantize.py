@@ -44,6 +44,12 @@ def gptq(**options: Any) -> QuantizeConfig:
         pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="svd")}, id="svd"),
         pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="diagonal", factor_bits=4)}, id="diagonal"),
         pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, objective="output")}, id="output"),
+        pytest.param(gptq(bits=2), {"adapter": EoRA(rank=16, factor_bits=4, rounds=2)}, id="two-rounds"),
+        pytest.param(
+            gptq(sym=False, desc_act=True, act_group_aware=False),
+            {"adapter": EoRA(rank=16, rounds=3)},
+            id="three-rounds",
+        ),
     ],
 )
 def test_reported_errors_are_what_the_loaded_model_has(
@@ -92,8 +98,9 @@ def test_ranks_under_a_budget(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": "auto"}, "go together"),
-        ({"rank": 8, "budget": "1MB"}, "go together"),
+        ({"rank": 8, "budget": "1MB"}, "exclude each other"),
+        ({"preset": "better"}, "one of fast, balanced, best, got 'better'"),
+        ({"rank": 8, "rounds": 0}, "`rounds` must be at least 1, got 0"),
         ({"rank": "auto", "budget": "1MB", "objective": "svd"}, "objective \"eora\", got objective='svd'"),
         ({"rank": "auto", "budget": "1MB", "sensitivity": "x"}, "one of fisher, empirical, relative"),
         ({"rank": "most"}, "must be an integer"),
@@ -269,7 +276,7 @@ def test_experts_that_saw_few_or_no_tokens(tmp_path: Path, tokenizer: Any, caplo
 @pytest.mark.parametrize(
     ("config", "options", "error", "message"),
     [
-        (gptq(), {"adapter": EoRA()}, ValueError, "`rank` is needed"),
+        (gptq(), {"adapter": EoRA(objective="svd")}, ValueError, "Name a rank, or leave the objective out"),
         (gptq(), {"calibration": []}, ValueError, "calibration dataset is empty"),
         (RTNConfig(bits=4, group_size=64), {"calibration": None}, ValueError, "needs data with every quantisation"),
         (gptq(), {"adapter_calibration_dataset": []}, ValueError, "`adapter_calibration_dataset` is empty"),

@@ -112,11 +112,8 @@ class EoRA(Lora):
         self._asked = {"factor_bits": factor_bits, "sensitivity": sensitivity, "rounds": rounds}
         self._settle()
         self.objective: str = validate_choice(objective, OBJECTIVES, what="EoRA: `objective`")
-        if rank == AUTO and self.objective != "eora":
-            raise ValueError(
-                f'EoRA: rank "auto" weighs the components of objective "eora", got objective={objective!r}. '
-                f"Name a rank, or leave the objective out."
-            )
+        if rank == AUTO:
+            self._require_components()
         self.packed = None
         self._factors: tuple[tuple[Any, ...], Factors] | None = None
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
@@ -131,6 +128,13 @@ class EoRA(Lora):
         )
         self.rounds: int = validate_count(chosen["rounds"], what="EoRA: `rounds`")
 
+    def _require_components(self) -> None:
+        if self.objective != "eora":
+            raise ValueError(
+                f'EoRA: rank "auto" weighs the components of objective "eora", got objective={self.objective!r}. '
+                f"Name a rank, or leave the objective out."
+            )
+
     @property
     def asked_rounds(self) -> bool:
         """Whether the rounds were asked for by number, not by a preset."""
@@ -139,6 +143,7 @@ class EoRA(Lora):
     def settle_for_making(self) -> None:
         """Where nothing was asked of an adapter that is to be made, take the default preset and say so."""
         if self.rank is None:
+            self._require_components()
             self.preset, self.rank, self.budget = DEFAULT_PRESET, AUTO, DEFAULT_BUDGET
             self._settle()
             setup_logger().info(
