@@ -24,9 +24,11 @@ GEMV_UNITS = 16
 GEMV_INDEXED_UNITS = 8
 # NVIDIA's assembler spills a few bytes for the sake of occupancy where some kernels could have more registers; told
 # that they may have so many, it does not. Of 128 threads, four programs of the first fit a multiprocessor, and three of
-# the second, which the GEMV at 3 bits and tiles of 64 rows need.
+# the second, which the GEMV at 3 bits and tiles of 64 rows need. The last is all there are, for the GEMV at 3 bits that
+# looks groups up.
 FEWER_REGISTERS = 128
 MORE_REGISTERS = 168
+ALL_REGISTERS = 255
 # Rank components per step without tensor cores.
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
@@ -105,7 +107,7 @@ def gemv(outs: tuple[int, ...], in_features: int, bits: int, indexed: bool, proc
     tiles = sum(-(-out // GEMV_COLUMNS) for out in outs)
     units = GEMV_INDEXED_UNITS if indexed else GEMV_UNITS
     splits, per_split = _split(-(-in_features // unit_codes(bits)), units, -(-GEMV_PROGRAMS * processors // tiles))
-    limit = MORE_REGISTERS if bits == 3 and not indexed else None
+    limit = (ALL_REGISTERS if indexed else MORE_REGISTERS) if bits == 3 else None
     return Settings(
         1, GEMV_COLUMNS, units, GEMV_RANKS, splits, per_split, num_warps=GEMV_WARPS, num_stages=2, registers=limit
     )
@@ -154,7 +156,8 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
         block_k = 64
     tiles = -(-rows // block_m) * -(-rank // SHRINK_RANKS)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles), most)
-    return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3)
+    limit = FEWER_REGISTERS if block_m == 64 else None
+    return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3, registers=limit)
 
 
 def dequantize(block_k: int) -> Settings:
