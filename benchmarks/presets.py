@@ -1,0 +1,68 @@
+"""What do the presets cost: time of `quantize` beside quantising alone, sensitivities measured anew in every run?
+
+With GPTQModel's search for scales, as in `recovery.py`, which tells what the presets win. One process, kinds
+interleaved.
+
+    python benchmarks/presets.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from gptqmodel import GPTQModel, QuantizeConfig
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.presets import DEFAULT_BUDGET, PRESETS
+
+SAMPLES, SEQLEN = 32, 256
+BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4
+PLAIN = "plain"
+
+
+def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> float:
+    """Seconds of `quantize` alone; loading and saving cost the same for all."""
+    with common.scratch() as folder, quiet():
+        os.environ["XDG_CACHE_HOME"] = str(folder)
+        adapter = None if kind == PLAIN else EoRA(preset=kind, budget=DEFAULT_BUDGET)
+        model = GPTQModel.load(str(base), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH))
+        start = time.perf_counter()
+        model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    kinds = (PLAIN, *PRESETS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
+    options = parser.parse_args()
+    calibration = common.calibration(SAMPLES, SEQLEN)
+    with common.scratch() as folder:
+        base = common.first_layers(folder / "model", options.layers)
+        seconds: dict[str, list[float]] = {kind: [] for kind in options.kinds}
+        quantize(base, PLAIN, calibration[:8])  # thread pools and kernels start up once
+        for _ in range(options.repeats):
+            for kind in options.kinds:
+                seconds[kind].append(quantize(base, kind, calibration))
+    median = {kind: statistics.median(times) for kind, times in seconds.items()}
+    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "bits": BITS, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
+             "budget": DEFAULT_BUDGET, "layers": options.layers or "all"}  # fmt: skip
+    result: dict[str, Any] = {"setup": setup, "seconds": seconds}
+    result["time ratio"] = {kind: median[kind] / median[PLAIN] for kind in options.kinds}
+    common.keep("presets", result, as_json=options.json)
+    rows = [[kind, median[kind], result["time ratio"][kind]] for kind in options.kinds]
+    common.table(("run", "seconds", "ratio"), rows)
+
+
+if __name__ == "__main__":
+    main()
