@@ -81,7 +81,8 @@ def predicted_losses() -> dict[str, Any]:
     weights = {name: linear.weight.data for name, linear in linears.items()}
     for bits, mse in recovery["setup"]["mse"].items():
         grid = Grid(recovery["setup"]["group_size"], True, mse)
-        modules[int(bits)] = forecast_modules(shapes, weights, sensitivity, grid, most=most, bits=(int(bits),))
+        width = int(bits)
+        modules[width] = forecast_modules(shapes, weights, sensitivity, grid, most=most, swept=width, bits=(width,))
     rows = []
     for run in cells:
         bits, rank, factor_bits = run["bits"], run["rank"], run.get("factor_bits", 16)

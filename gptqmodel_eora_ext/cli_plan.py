@@ -130,7 +130,7 @@ def plan(
         linears, measured = survey(host, shapes, data, kind=sensitivity)
         weights = {name: linear.weight.data for name, linear in linears.items()}
         progress = counted(bar("forecasting modules"))
-        modules = forecast_modules(shapes, weights, measured, grid, most=most, progress=progress)
+        modules = forecast_modules(shapes, weights, measured, grid, most=most, swept=bits, progress=progress)
         points = plan_points(modules, grid, bits=bits, factor_bits=widths, budgets=sweep)
         chosen = None
         if total:

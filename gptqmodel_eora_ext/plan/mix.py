@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ..budget import ModuleShape, weight_bytes
 from ..ranks import most_rank
-from ..solve import Curve, Grid, allocate
+from ..solve import MOST_STEPS, Curve, Grid, allocate
 from .file import ModulePlan, Plan
 from .modules import PlannedModule, bits_per_weight, plain_bytes
 
-# Steps that a total is divided into: bytes that the steps leave unused are below 0.2 % of SmolLM2.
+# Steps that a plan's total is divided into: bytes that the steps leave unused are below 0.2 % of SmolLM2.
 STEPS = 100_000
 
 
@@ -39,8 +39,17 @@ def largest_rank(shapes: Sequence[ModuleShape], total: int, bits: int, group_siz
     return most_rank(shapes, max(total - plain_bytes(shapes, bits, group_size), 0), factor_bits)
 
 
-def mixed(modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits: int) -> Mix:
+def mixed(
+    modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits: int, *, steps: int = MOST_STEPS
+) -> Mix:
     """The bits and ranks of least predicted loss within ``total`` bytes.
+
+    Args:
+        modules: with forecasts at every width on offer.
+        total: bytes of weights, scales, zeros and factors.
+        grid: how weights are rounded.
+        factor_bits: of stored factors.
+        steps: that the total is divided into.
 
     Raises:
         ValueError: when even the fewest bits do not fit.
@@ -56,7 +65,7 @@ def mixed(modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits:
         )
     most = largest_rank(shapes, total, fewest, grid.group_size, factor_bits)
     choices = [_choices(module, most, grid.group_size, factor_bits) for module in modules]
-    picked = allocate([_curve(options) for options in choices], total, steps=STEPS)
+    picked = allocate([_curve(options) for options in choices], total, steps=steps)
     taken = [options[index] for options, index in zip(choices, picked, strict=True)]
     weights = sum(weight_bytes(shape, one.bits, grid.group_size) for shape, one in zip(shapes, taken, strict=True))
     spent = sum(one.nbytes for one in taken)
@@ -113,7 +122,7 @@ def planned(
     Raises:
         ValueError: when even the fewest bits do not fit.
     """
-    found = mixed(modules, total, grid, factor_bits)
+    found = mixed(modules, total, grid, factor_bits, steps=STEPS)
     return Plan(
         model=model,
         sensitivity=sensitivity,

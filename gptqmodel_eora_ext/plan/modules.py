@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budget import ModuleShape, weight_bytes
+from ..adapter import FACTOR_BITS
+from ..budget import ModuleShape, factor_bytes, weight_bytes
 from ..ranks import rank_options
 from ..refine.forecast import Forecast, Rounder, forecast
 from ..refine.sensitivity import Sensitivity
@@ -16,6 +17,8 @@ from ..solve import Curve, Grid, rank_curve
 
 # Widths of weights that are planned with; all have kernels.
 PLANNED_BITS = (2, 3, 4)
+# Bits a weight that factors may take in a mix: with more, wider weights are the better buy, from 2 to 4 bits.
+WORTH_BITS = 2
 # Nats a token at which one module's loss levels off: the second order grows without end, what a module can cost does
 # not. Without it one outlier module (SmolLM2's layer 11 down_proj, 1.3 of 2.9 nats predicted) speaks for the model;
 # with it the rank correlation with measured losses rises from 0.945 to 0.991. Anything from 0.02 to 0.1 gives the same.
@@ -72,6 +75,7 @@ def forecast_modules(
     grid: Grid,
     *,
     most: int,
+    swept: int = PLANNED_BITS[0],
     bits: Sequence[int] = PLANNED_BITS,
     progress: Callable[[Iterable[ModuleShape]], Iterable[ModuleShape]] = iter,
 ) -> list[PlannedModule]:
@@ -82,7 +86,8 @@ def forecast_modules(
         weights: W of each, out × in.
         sensitivity: of the model.
         grid: how weights are rounded.
-        most: components to forecast.
+        most: components to forecast at the width that a sweep is over; at others no more than could ever pay.
+        swept: that width.
         bits: widths.
         progress: wraps the modules, to show how far the forecasts are.
     """
@@ -92,11 +97,18 @@ def forecast_modules(
         weight = weights[shape.name].to(torch.float32)
         rank = min(most, *weight.shape)
         found = {
-            width: forecast(shape.name, weight - approximation, sensitivity, rank)
+            width: forecast(
+                shape.name, weight - approximation, sensitivity, rank if width == swept else min(rank, _worth(shape))
+            )
             for width, approximation in zip(bits, rounded(shape.name, weight, bits), strict=True)
         }
         modules.append(PlannedModule(shape, found, in_nats=sensitivity.kind != "relative"))
     return modules
+
+
+def _worth(shape: ModuleShape) -> int:
+    """Components, in the fewest bits, that take as much as `WORTH_BITS` more for each weight."""
+    return WORTH_BITS * shape.weights // (8 * factor_bytes(1, shape, min(FACTOR_BITS)))
 
 
 def plain_bytes(shapes: Iterable[ModuleShape], bits: int, group_size: int) -> int:

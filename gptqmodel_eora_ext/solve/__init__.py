@@ -1,6 +1,6 @@
 """Linear algebra that turns (error, second moment, rank) into low-rank factors. Imports torch, nothing else."""
 
-from .allocate import Curve, allocate, component_gains, error_loss, price, rank_curve
+from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, price, rank_curve
 from .error import energy_left, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
@@ -9,6 +9,7 @@ from .quantized import GROUP_SIZE, QuantizedFactor, quantize_factors
 
 __all__ = [
     "GROUP_SIZE",
+    "MOST_STEPS",
     "ColumnOrder",
     "Curve",
     "Grid",
