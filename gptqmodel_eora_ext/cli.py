@@ -12,14 +12,13 @@ import typer
 from rich.table import Table
 
 from . import __version__
-from .adapter import FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_rank
+from .adapter import DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_rank
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable, weight_bytes
 from .hosts.peft import AdapterFolder, export_peft
 from .kernel_report import MANY_ROWS, kernel_report
 from .options import (
-    DEFAULT_RANK,
     QUANTIZED_BITS,
     BatchSize,
     Budget,

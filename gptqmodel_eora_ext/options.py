@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .adapter import AUTO, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
+from .adapter import AUTO, DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, validate_choice, validate_rank
 from .budget import ModuleShape, budget_bytes
 from .calibration import read_texts
 from .hosts.peft import AdapterError
@@ -22,7 +22,6 @@ err = Console(stderr=True)
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-DEFAULT_RANK = 32
 
 Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
 Rank = Annotated[

@@ -28,6 +28,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from .. import SeamError
+
 log = logging.getLogger(__name__)
 
 OLDEST_HOST = Version("7.7.0")
@@ -40,10 +42,6 @@ TRITON_KEY = "gptq_eora_triton"
 
 _undo: list[Callable[[], None]] = []
 _failure: SeamError | None = None
-
-
-class SeamError(RuntimeError):
-    """A GPTQModel that the plugin cannot serve."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,2 @@
+from pathlib import Path
+def name_adapter(checkpoint, folder, factors): pass
