@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hosts.autoround.config import EoRAConfig
-    from .hosts.autoround.inference import load_peft
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import AdapterError
+    from .hosts.peft_model import load_peft
 
 __version__ = "0.1.0"
 __all__ = ["AdapterError", "EoRA", "EoRAConfig", "__version__", "load_peft"]
@@ -20,10 +20,8 @@ _HOMES = {
     "AdapterError": "hosts.peft",
     "EoRA": "hosts.gptqmodel.adapter",
     "EoRAConfig": "hosts.autoround.config",
-    "load_peft": "hosts.autoround.inference",
+    "load_peft": "hosts.peft_model",
 }
-# Their import installs the plugin, which must not happen in the middle of the import of one of our own modules.
-_HOSTS = {"EoRA": "gptqmodel", "EoRAConfig": "auto_round"}
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +29,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    if name in _HOSTS:
-        import_module(_HOSTS[name])
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

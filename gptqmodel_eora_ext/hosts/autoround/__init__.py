@@ -1,1 +1,4 @@
-"""EoRA in AutoRound's own block loop, and AutoRound's checkpoints in GPTQModel's terms."""
+"""EoRA in AutoRound's own block loop. `seams.py` lists the seams."""
+
+# First of all: its import installs the plugin, which needs modules of this package whole.
+import auto_round  # noqa: F401

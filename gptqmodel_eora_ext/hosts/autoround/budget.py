@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from auto_round.utils import check_to_quantized
+from auto_round.utils import check_to_quantized, get_block_names
 
 from ...budget import ModuleShape, budget_bytes
 from ...ranks import RankAllocation, most_rank, rank_options
@@ -18,9 +18,7 @@ from .moments import IGNORED_TOKEN
 log = logging.getLogger(__name__)
 
 
-def allocate_ranks(
-    orchestrator: Any, options: Mapping[str, Any], token_ids: Sequence[torch.Tensor]
-) -> RankAllocation:
+def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Sequence[torch.Tensor]) -> RankAllocation:
     """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
 
     Args:
@@ -33,8 +31,9 @@ def allocate_ranks(
         ValueError: for a model without linear layers to compensate, or without calibration tokens.
     """
     model = orchestrator.model_context.model
-    blocks = tuple(f"{name}." for group in orchestrator.quant_block_list for name in group)
-    linears = {
+    groups = orchestrator.quant_block_list or get_block_names(model)
+    blocks = tuple(f"{name}." for group in groups for name in group)
+    linears: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if name.startswith(blocks) and isinstance(module, torch.nn.Linear) and check_to_quantized(module)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 # Exports of packed integer weights, with the names of AutoRound's `--format`; "fake" keeps Ŵ in 16 bits.
-FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq", "gptqmodel",
-           "auto_awq", "fake")  # fmt: skip
+FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq",
+           "gptqmodel", "auto_awq", "fake")  # fmt: skip
 WORKS = f"Use integer weights with 16-bit activations (W2A16, W3A16, W4A16, W8A16) and one of {', '.join(FORMATS)}."
 
 
@@ -27,8 +27,8 @@ def check_composition(orchestrator: Any) -> None:
             )
         if isinstance(config, BaseRotationConfig):
             raise NotImplementedError(
-                f"EoRA: does not compose with the rotation `{config.algorithm}`: an adapter sees the inputs before they "
-                f"are rotated. Use sign-SGD, RTN, `enable_alg_ext` or AWQ."
+                f"EoRA: does not compose with the rotation `{config.algorithm}`: an adapter sees the inputs before "
+                f"they are rotated. Use sign-SGD, RTN, `enable_alg_ext` or AWQ."
             )
     if orchestrator.diffusion:
         raise NotImplementedError("EoRA: diffusion models have no adapter format here; compensate language models.")

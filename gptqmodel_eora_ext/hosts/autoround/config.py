@@ -25,7 +25,7 @@ LOOP_OBJECTIVES = tuple(name for name in OBJECTIVES if name != "output")
 class EoRAConfig(QuantizationConfig):
     """Compensate each block right after AutoRound has quantised it.
 
-    ``AutoRound(model, scheme="W2A16", alg_configs=["signround", EoRAConfig(rank=64)])``, or ``"eora"`` for the defaults.
+    ``AutoRound(model, scheme="W2A16", alg_configs=["signround", EoRAConfig(rank=64)])``; ``"eora"`` for the defaults.
 
     Args:
         rank: components per module; 32 where neither it nor ``budget`` is given. Cut to min(out, in) with a warning.
@@ -102,7 +102,7 @@ class EoRAConfig(QuantizationConfig):
         if self.objective == "output":
             raise ValueError(
                 'EoRA: objective "output" needs the full-precision and the quantised model\'s inputs side by side, '
-                "which AutoRound's loop does not keep. Use \"eora\", or `eora generate` on the finished checkpoint."
+                'which AutoRound\'s loop does not keep. Use "eora", or `eora generate` on the finished checkpoint.'
             )
         validate_choice(self.sensitivity, SENSITIVITIES, what="EoRA: `sensitivity`")
         validate_choice(self.objective, LOOP_OBJECTIVES, what="EoRA: `objective`")

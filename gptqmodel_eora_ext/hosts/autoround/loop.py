@@ -40,6 +40,7 @@ class EoRATransform(BasePreprocessor):
         super().__init__(config)
         self._composer: Any = None
         self._inputs: tuple[Any, Any, Any] | None = None
+        self._block: Any = None
         self._weights: dict[str, torch.Tensor] = {}
         self._quantized: dict[str, torch.Tensor] = {}
 
@@ -59,7 +60,7 @@ class EoRATransform(BasePreprocessor):
             check_formats(orchestrator.formats)
         self.run = LoopRun(self.config, orchestrator)
         # The instance's own attribute hides the method; another run of another object is not touched.
-        save = orchestrator.save_quantized
+        save: Callable[..., Any] = orchestrator.save_quantized
         orchestrator.save_quantized = functools.wraps(save)(functools.partial(self._save_quantized, save))
 
     def prepare_run(self, composer: Any = None) -> None:
@@ -145,7 +146,7 @@ class EoRATransform(BasePreprocessor):
         if ctx.pbar is not None:
             ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)
 
-    def _compensate(self, name: str, linear: torch.nn.Module, moment: SecondMoment | None) -> None:
+    def _compensate(self, name: str, linear: Any, moment: SecondMoment | None) -> None:
         transposed = isinstance(linear, transformers.Conv1D)
         weight, quantized = self._weights.pop(name), linear.weight.data
         outer, inner = (weight.T, quantized.T) if transposed else (weight, quantized)
@@ -157,10 +158,10 @@ class EoRATransform(BasePreprocessor):
         self.run.factors[name] = factors.to("cpu")
 
 
-def _quantized_linears(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def _quantized_linears(block: torch.nn.Module) -> dict[str, Any]:
     """The block's linear layers that AutoRound quantises, by full name."""
     return {
-        module.global_name: module
+        str(module.global_name): module
         for module in block.modules()
         if isinstance(module, (torch.nn.Linear, transformers.Conv1D)) and check_to_quantized(module)
     }

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ... import __version__
 from ...adapter import ModuleFactors
 from ...compensate import Recipe
 from ...ranks import RankAllocation
+from ..autoround_format import name_adapter
 from ..peft import save_adapter
 from .config import EoRAConfig
 from .moments import IGNORED_TOKEN
@@ -98,8 +99,6 @@ class LoopRun:
 
     def save(self, checkpoint: Path) -> None:
         """Write the adapter into a checkpoint that AutoRound has just exported, and name it there."""
-        from .checkpoint import name_adapter
-
         folder = checkpoint / "eora"
         model = self._orchestrator.model_context.model
         names = [name for name, _ in model.named_modules()]
@@ -130,7 +129,7 @@ class LoopRun:
         }
 
 
-def describe(token_ids: Sequence[torch.Tensor]) -> Mapping[str, Any]:
+def describe(token_ids: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Fingerprint the calibration tokens, so that an adapter tells what it was made on."""
     digest = hashlib.sha256()
     tokens = 0

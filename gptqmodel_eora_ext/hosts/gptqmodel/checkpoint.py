@@ -23,7 +23,7 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from ...adapter import ModuleFactors
 from ...files import write_json
 from ...summary import QUANTIZE_CONFIG
-from ..autoround import checkpoint as autoround
+from .. import autoround_format as autoround
 from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, adapter_entry, save_adapter
 from .adapter import EoRA
 from .quantize import RUN_ATTRIBUTE

@@ -16,7 +16,7 @@ from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.torch import torch_empty_cache
 
-from ..autoround.checkpoint import read_config
+from ..autoround_format import read_config
 from ..peft import save_adapter
 from .adapter import EoRA
 from .awq import move_scales

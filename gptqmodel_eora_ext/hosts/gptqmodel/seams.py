@@ -8,7 +8,7 @@
 | `BaseQModel._quantize_weight_only` | round-to-nearest with an `EoRA` runs in the calibrated loop |
 | `module_looper.ModuleLooper` | a subclass that equips the processor which quantises |
 | `BaseQModel.save_quantized` | writes the adapter and names it in the checkpoint |
-| `BaseQuantizeConfig.from_pretrained` | a checkpoint's adapter that has `eora.json` loads as `EoRA`; AutoRound's are read |
+| `BaseQuantizeConfig.from_pretrained` | an adapter with `eora.json` loads as `EoRA`; AutoRound's configs are read |
 | `auto._is_supported_quantization_config` | AutoRound's packed checkpoints are quantised ones |
 | `importer.AUTO_BACKEND_KERNEL_MAPPING` | `EoRAFusedLinear` comes first, `EoRATritonLinear` before Triton's kernel |
 | `loader.gptqmodel_post_init` | attaches factors, checked, before kernels are initialised |

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..peft import AdapterError, AdapterFolder
+from .peft import AdapterError, AdapterFolder
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."
@@ -16,7 +16,7 @@ KERNELS = "auto_round_extension."
 def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
     """Put an adapter on a model by PEFT, which knows GPTQModel's kernels but not AutoRound's own.
 
-    ``load_peft(AutoModelForCausalLM.from_pretrained("out"), "out/eora")``. Models with other kernels, or none, work too.
+    ``load_peft(AutoModelForCausalLM.from_pretrained("out"), "out/eora")``. Models with other kernels work too.
 
     Args:
         model: as transformers gives it.

@@ -24,8 +24,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ...adapter import ModuleFactors
-from ...files import write_json
+from ..adapter import ModuleFactors
+from ..files import write_json
 
 CONFIG_FILE = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -93,7 +93,8 @@ def packing(config: Mapping[str, Any], where: str) -> Packing:
     if act_bits is not None and act_bits <= 8:
         raise NotImplementedError(
             f"EoRA: `{where}` is quantised as `{data_type}` with activations in {act_bits} bits "
-            f"(`{config.get('act_data_type') or data_type}`, format `{name}`), which cannot be dequantised here. {WORKS}"
+            f"(`{config.get('act_data_type') or data_type}`, format `{name}`), which cannot be dequantised here. "
+            f"{WORKS}"
         )
     words = set(re.split(r"[:\s]", name))
     if data_type != "int" or not words <= {"auto_round", "autoround", "auto_gptq", "gptq", "gptqmodel", "exllamav2",
@@ -160,7 +161,7 @@ def packed_modules(checkpoint: Path, layout: Packing) -> Iterator[tuple[str, Pac
             raise ValueError(f"EoRA: {name} in `{checkpoint}` has a qweight but no scales. Export the model again.")
         groups, out_features = scales
         if layout.method == "awq":
-            in_features, bits = rows, columns * WORD_BITS / out_features
+            in_features, bits = float(rows), columns * WORD_BITS / out_features
         else:
             zeros = shapes.get(f"{name}.qzeros", (0, 0))[1]
             bits = zeros * WORD_BITS / out_features
@@ -213,7 +214,7 @@ def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFac
 
     AutoRound and transformers do not read that file. A checkpoint in 16 bits (`fake`) has no place for a name.
     """
-    from ..peft import adapter_entry
+    from .peft import adapter_entry
 
     path = checkpoint / QUANTIZE_CONFIG
     if path.is_file():
