@@ -43,6 +43,8 @@ from .options import (
     read_calibration,
 )
 from .plan import SWEEP, plan_points
+from .study_command import EXAMPLE as STUDY_EXAMPLE
+from .study_command import study
 from .summary import AdapterSummary, find_adapter, summarize
 
 app = typer.Typer(
@@ -334,6 +336,9 @@ def demo(
     out.print(table)
     out.print(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
               f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")', highlight=False)  # fmt: skip
+
+
+app.command(epilog=STUDY_EXAMPLE)(study)
 
 
 def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:

@@ -58,10 +58,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedModule:
-    """Width and group size of a packed linear layer."""
+    """A packed linear layer: its width, group size (-1 for a whole row) and shape."""
 
     bits: int
     group_size: int
+    out_features: int
+    in_features: int
 
 
 def read_config(checkpoint: Path) -> dict[str, Any] | None:
@@ -126,15 +128,15 @@ def quantize_config(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"EoRA: `{checkpoint}` holds no packed layer. Is the export complete? The `fake` format has none."
         )
-    usual = Counter(modules.values()).most_common(1)[0][0]
+    bits, group_size = Counter((one.bits, one.group_size) for one in modules.values()).most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
-        if module != usual:
+        if (module.bits, module.group_size) != (bits, group_size):
             dynamic[f"+:^{re.escape(name)}$"] = {"bits": module.bits, "group_size": module.group_size}
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in plain_matrices(checkpoint)}
     return {
-        "bits": usual.bits,
-        "group_size": usual.group_size,
+        "bits": bits,
+        "group_size": group_size,
         "sym": bool(config.get("sym", True)),
         "desc_act": False,
         "lm_head": any(name.rsplit(".", 1)[-1] == "lm_head" for name in modules),
@@ -170,7 +172,7 @@ def packed_modules(checkpoint: Path, layout: Packing) -> Iterator[tuple[str, Pac
             raise NotImplementedError(
                 f"EoRA: {name} in `{checkpoint}` is packed in {bits:g} bits as {layout.method.upper()}. {WORKS}"
             )
-        yield name, PackedModule(int(bits), _group_size(int(in_features), groups))
+        yield name, PackedModule(int(bits), _group_size(int(in_features), groups), out_features, int(in_features))
 
 
 def _group_size(in_features: int, groups: int) -> int:
