@@ -92,17 +92,14 @@ def in_loop(two_layers: Path, tokenizer: Any, calibration: Batches, tmp_path_fac
 def test_the_adapter_corrects_what_the_loaded_model_computes(
     in_loop: Path, two_layers: Path, calibration: Batches
 ) -> None:
-    """The report is of the block with its own modules uncompensated, so what is measured is like it, not equal."""
+    """Each module is compensated for what it reads in the final model, so what is measured is what was reported."""
     reports = json.loads((in_loop / "eora" / "eora.json").read_text())["modules"]
     measured = measured_errors(two_layers, load(in_loop), calibration[:SAMPLES])
     assert set(measured) == set(reports) and len(measured) == 14
     for name, report in reports.items():
         assert report["rank"] == 16
         assert report["error_after"] < report["error_before"]
-        assert measured[name] < report["error_before"], name
-        if "q_proj" in name:
-            # Its inputs are what the blocks before it give: compensated outputs, as the loop saw them.
-            assert measured[name] == pytest.approx(report["error_after"], rel=0.1), name
+        assert measured[name] == pytest.approx(report["error_after"], rel=0.15), name
 
 
 def test_the_exported_weights_are_the_quantisers_own(in_loop: Path) -> None:

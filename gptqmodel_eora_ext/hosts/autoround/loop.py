@@ -1,8 +1,10 @@
 """Compensation in AutoRound's block loop: right after a block is quantised, before anything reads its output.
 
 1. AutoRound tunes and quantises a block: each weight W becomes Ŵ.
-2. One forward of the quantised block over the inputs that AutoRound holds for it gives the second moments.
-3. The factors are solved for, and each weight becomes Ŵ + BA.
+2. A forward of the quantised block over the inputs that AutoRound holds for it gives the second moments of what q/k/v
+   read. It ends there.
+3. The factors are solved for, and each of their weights becomes Ŵ + BA. The same for o, gate/up and down in turn, so
+   that each is compensated for what it will read.
 4. AutoRound computes the block's outputs, which the next block is tuned on (where it propagates quantised inputs).
 5. Ŵ comes back; AutoRound packs it as ever.
 """
@@ -25,7 +27,7 @@ from ...capture import SecondMoment
 from ...compensate import Recipe, compensate
 from .checks import check_composition, check_formats
 from .config import EoRAConfig
-from .moments import second_moments
+from .moments import BlockInputs
 from .run import LoopRun
 
 log = logging.getLogger(__name__)
@@ -134,14 +136,14 @@ class EoRATransform(BasePreprocessor):
         """Compensate every module that was quantised."""
         assert self._inputs is not None
         start = time.perf_counter()
-        inputs, input_others, token_ids = self._inputs
         modules = {name: ctx.model.get_submodule(name) for name in self._weights}
-        moments = second_moments(
-            self._block, modules, self._composer.block_forward, inputs, input_others, token_ids
-        )  # fmt: skip
-        self.run.begin_block(list(modules))
-        for name, linear in modules.items():
-            self._compensate(name, linear, moments.get(name))
+        if modules:
+            held = BlockInputs(self._block, modules, self._composer.block_forward, *self._inputs)
+            for stage in held.stages():
+                moments = held.moments(stage)
+                self.run.begin_stage(stage)
+                for name in stage:
+                    self._compensate(name, modules[name], moments.get(name))
         self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)
         if ctx.pbar is not None:
             ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)

@@ -1,7 +1,8 @@
-"""Second moments of a block's module inputs, from one forward of AutoRound's own runner over its own cached inputs."""
+"""Second moments of a block's module inputs, by forwards of AutoRound's own runner over its own cached inputs."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,38 +17,77 @@ from ...capture import SecondMoment
 IGNORED_TOKEN = -100
 
 
-def second_moments(
-    block: torch.nn.Module,
-    modules: Mapping[str, torch.nn.Module],
-    runner: Any,
-    inputs: Any,
-    input_others: Mapping[str, Any],
-    token_ids: Sequence[torch.Tensor] | None,
-) -> dict[str, SecondMoment]:
-    """Run the block and sum x xᵀ of each module's input; modules that read one tensor share one sum.
+# A dense block has four: q/k/v, o, gate/up, down. Each is a forward up to there; beyond, all modules share one forward.
+MOST_STAGES = 8
+
+
+class BlockInputs:
+    """A quantised block, and the inputs that AutoRound holds for it.
 
     Args:
-        block: as it is now, quantised.
-        modules: linear layers of the block by full name.
+        block: as it is now.
+        modules: its quantised linear layers by full name.
         runner: AutoRound's `BlockForwardRunner`; its batching, device and autocast are used, not its compiled forward.
         inputs: hidden states, a list of samples (or a dict of them), as the runner takes them.
         input_others: the block's other arguments.
         token_ids: of each sample, 1 × tokens; `IGNORED_TOKEN` is left out of the sums. None: every token counts.
-
-    Returns:
-        ``{full name: moment}``; a module that no token reached has none.
     """
-    eager = copy.copy(runner)
-    eager.block_forward = block_forward
-    watch = _Watch(modules)
-    samples = inputs["hidden_states"] if isinstance(inputs, dict) else inputs
-    count = len(samples)
-    with torch.no_grad(), watch:
-        for start in range(0, count, eager.batch_size):
-            batch = range(start, min(start + eager.batch_size, count))
-            watch.begin_batch(_keep_mask(token_ids, batch))
-            eager.forward(block, inputs, dict(input_others), torch.tensor(batch))
-    return watch.moments()
+
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        modules: Mapping[str, torch.nn.Module],
+        runner: Any,
+        inputs: Any,
+        input_others: Mapping[str, Any],
+        token_ids: Sequence[torch.Tensor] | None,
+    ) -> None:
+        self._block = block
+        self._modules = modules
+        self._runner = copy.copy(runner)
+        self._runner.block_forward = block_forward
+        self._inputs = inputs
+        self._input_others = input_others
+        self._token_ids = token_ids
+        count = len(inputs["hidden_states"] if isinstance(inputs, dict) else inputs)
+        size = self._runner.batch_size
+        self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def stages(self) -> list[list[str]]:
+        """Modules that read one input, in the order in which the block runs them; all in one where that is too many.
+
+        Compensating stage by stage lets each see what the ones before it now give. Found on the first batch: a module
+        that it does not reach (an expert) makes one stage of all.
+        """
+        watch = _Watch(self._modules)
+        self._run(watch, self._batches[:1])
+        stages: dict[str, list[str]] = {}
+        for name, leader in watch.leaders.items():
+            stages.setdefault(leader, []).append(name)
+        if len(watch.leaders) < len(self._modules) or len(stages) > MOST_STAGES:
+            return [list(self._modules)]
+        return list(stages.values())
+
+    def moments(self, stage: Sequence[str]) -> dict[str, SecondMoment]:
+        """Second moments of the inputs of a stage's modules; a module that no token reached has none."""
+        alone = len(stage) < len(self._modules)
+        watch = _Watch({name: self._modules[name] for name in stage}, stop=alone)
+        self._run(watch, self._batches)
+        if alone:
+            (moment,) = watch.sums.values()
+            return dict.fromkeys(stage, moment)
+        return {name: watch.sums[leader] for name, leader in watch.leaders.items()}
+
+    def _run(self, watch: _Watch, batches: Sequence[range]) -> None:
+        with torch.no_grad(), watch:
+            for batch in batches:
+                watch.begin_batch(_keep_mask(self._token_ids, batch))
+                with contextlib.suppress(_Reached):
+                    self._runner.forward(self._block, self._inputs, dict(self._input_others), torch.tensor(batch))
+
+
+class _Reached(Exception):
+    """The input that a forward ran for is there."""
 
 
 def _keep_mask(token_ids: Sequence[torch.Tensor] | None, batch: Sequence[int]) -> torch.Tensor | None:
@@ -60,12 +100,19 @@ def _keep_mask(token_ids: Sequence[torch.Tensor] | None, batch: Sequence[int]) -
 
 
 class _Watch:
-    """Hooks on the modules of a block."""
+    """Hooks that sum x xᵀ, once for modules that read the same tensor.
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+    Args:
+        modules: to watch, by name.
+        stop: end the forward at the first of them.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], *, stop: bool = False) -> None:
+        self.sums: dict[str, SecondMoment] = {}
+        # Module → the one whose sum is also its own; in the order in which they ran.
+        self.leaders: dict[str, str] = {}
         self._modules = modules
-        self._sums: dict[str, SecondMoment] = {}
-        self._leaders: dict[str, str] = {}
+        self._stop = stop
         self._handles = ExitStack()
         self._keep: torch.Tensor | None = None
         # Inputs of the batch under way, kept so that no other tensor takes their identity.
@@ -88,7 +135,7 @@ class _Watch:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0]
             first = self._seen.setdefault(id(rows), (rows, name))[1]
-            leader = self._leaders.setdefault(name, first)
+            leader = self.leaders.setdefault(name, first)
             if leader != name:
                 if first != leader:
                     raise RuntimeError(
@@ -97,14 +144,13 @@ class _Watch:
                     )
                 return
             keep = self._keep if self._keep is not None and self._keep.shape == rows.shape[:-1] else None
-            moment = self._sums.get(name)
+            moment = self.sums.get(name)
             if moment is None:
-                moment = self._sums[name] = SecondMoment(rows.shape[-1], name)
+                moment = self.sums[name] = SecondMoment(rows.shape[-1], name)
             # The block runs under autocast, which would take the products to 16 bits.
             with torch.autocast(rows.device.type, enabled=False):
                 moment.add(rows, keep)
+            if self._stop:
+                raise _Reached
 
         return hook
-
-    def moments(self) -> dict[str, SecondMoment]:
-        return {name: self._sums[leader] for name, leader in self._leaders.items()}

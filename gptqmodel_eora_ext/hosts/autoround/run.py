@@ -74,8 +74,8 @@ class LoopRun:
 
             self.allocation = allocate_ranks(self._orchestrator, self.options, token_ids or ())
 
-    def begin_block(self, names: Sequence[str]) -> None:
-        """Called with a block's modules before any of them is compensated."""
+    def begin_stage(self, names: Sequence[str]) -> None:
+        """Called with modules that are compensated together, before any of them is."""
         if self.allocation is not None:
             self.allocation.begin(names)
 
