@@ -124,9 +124,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(
-    "algorithms", [["rtn", "eora"], ["awq", "rtn", "eora"], ["eora", "awq"]], ids=["rtn", "awq", "listed first"]
-)
+@pytest.mark.parametrize("algorithms", [["rtn", "eora"], ["eora", "awq"]], ids=["rtn", "awq, listed after"])
 def test_composes_with_other_quantisers(
     tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path, algorithms: list[str]
 ) -> None:
@@ -222,6 +220,8 @@ def test_mixed_widths_and_layers_left_alone(tiny: Path, tokenizer: Any, calibrat
               "model.layers.1.self_attn.o_proj": {"bits": 16}}  # fmt: skip
     quantizer = autoround(tiny, tokenizer, calibration, "signround", layer_config=layers)
     _, folders = quantizer.quantize_and_save(str(tmp_path), format="auto_round,auto_gptq")
+    # Without an adapter it loads as well, and is left as it is.
+    assert len(kernels(load(Path(folders[0])))) == 13 and not (Path(folders[0]) / "quantize_config.json").exists()
     for folder in map(Path, folders):
         with quiet():
             generate_adapter(EoRA(rank=8), str(tiny), folder, calibration[:SAMPLES], batch_size=8)
@@ -245,21 +245,14 @@ def test_scales_that_autorounds_awq_has_moved_are_moved_in_the_base(
     assert all(one["error_after"] < one["error_before"] < 0.1 * one["signal"] for one in modules.values())
 
 
-def test_a_checkpoint_without_an_adapter_loads(in_loop: Path, tiny: Path, tokenizer: Any, calibration: Batches,
-                                               tmp_path: Path) -> None:  # fmt: skip
-    quantizer = autoround(tiny, tokenizer, calibration, "rtn", iters=None)
-    _, folder = quantizer.quantize_and_save(str(tmp_path), format="auto_round")
-    assert not (Path(folder) / "quantize_config.json").exists()
-    assert len(kernels(load(Path(folder)))) == 14
-
-
 def test_another_base_and_formats_that_cannot_be_read_are_refused(
-    in_loop: Path, two_layers: Path, tiny: Path, calibration: Batches, tmp_path: Path
+    in_loop: Path, two_layers: Path, tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path
 ) -> None:
     other = AutoModelForCausalLM.from_pretrained(two_layers, dtype="auto")
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(1.5)
     other.save_pretrained(tmp_path / "sibling")
+    tokenizer.save_pretrained(tmp_path / "sibling")
     for base, message in ((tiny, "found a weight of"), (tmp_path / "sibling", "embed_tokens.weight: they differ by")):
         with quiet(), pytest.raises(ValueError, match=f"is not the model that .* was quantised from: .*{message}"):
             generate_adapter(EoRA(rank=4, path=tmp_path / "out"), str(base), in_loop, calibration)
