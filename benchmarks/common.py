@@ -69,11 +69,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def base_model() -> Any:
-    """SmolLM2 at full precision, bfloat16."""
+def base_model(folder: Path | None = None) -> Any:
+    """SmolLM2 (or what `first_layers` made of it) at full precision, bfloat16."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder or smollm2(), dtype=torch.bfloat16)
 
 
 def first_layers(folder: Path, layers: int) -> Path:
@@ -92,7 +92,7 @@ def first_layers(folder: Path, layers: int) -> Path:
     return folder
 
 
-def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
+def densified(checkpoint: str | Path, adapter: Any = None, base: Path | None = None) -> Any:
     """The full-precision architecture with each weight set to Ŵ + BA, as GPTQModel loads them: fast to evaluate."""
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
@@ -100,7 +100,7 @@ def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
     from gptqmodel_eora_ext.hosts.gptqmodel.weights import dequantize
 
     quantized = GPTQModel.load(str(checkpoint), adapter=adapter, backend=BACKEND.GPTQ_TORCH)
-    dense = base_model()
+    dense = base_model(base)
     for name, kernel in quantized.model.named_modules():
         if not isinstance(kernel, BaseQuantLinear):
             continue
@@ -108,7 +108,7 @@ def densified(checkpoint: str | Path, adapter: Any = None) -> Any:
         # A module may have no factors: rank 0 under a budget.
         if kernel.adapter is not None and kernel.adapter.lora_A is not None:
             weight += (kernel.adapter.lora_A.to(torch.float32) @ kernel.adapter.lora_B.to(torch.float32)).T
-        dense.get_submodule(name).weight.data = weight.to(torch.bfloat16)
+        dense.get_submodule(name).weight.data = weight.to(torch.bfloat16).cpu()
     return dense
 
 

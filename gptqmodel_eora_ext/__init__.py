@@ -8,14 +8,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import AdapterError
+    from .hosts.peft_model import load_peft
     from .plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["AdapterError", "EoRA", "Plan", "__version__"]
+__all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft"]
 
-_HOMES = {"EoRA": "hosts.gptqmodel.adapter", "AdapterError": "hosts.peft", "Plan": "plan"}
+_HOMES = {
+    "AdapterError": "hosts.peft",
+    "EoRA": "hosts.gptqmodel.adapter",
+    "EoRAConfig": "hosts.autoround.config",
+    "Plan": "plan",
+    "load_peft": "hosts.peft_model",
+}
 
 
 def __getattr__(name: str) -> Any:

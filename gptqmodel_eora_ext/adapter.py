@@ -12,6 +12,7 @@ import torch
 from .solve import QuantizedFactor
 
 AUTO = "auto"
+DEFAULT_RANK = 32
 # What makes the errors of different modules comparable when ranks are chosen.
 SENSITIVITIES = ("fisher", "empirical", "relative")
 # In their place: one rank for all modules, the largest that the budget allows.

@@ -1,12 +1,12 @@
-"""Makes `import gptqmodel` alone enough: what the `torch.backends` entry point calls.
+"""Makes `import gptqmodel` or `import auto_round` alone enough: what the `torch.backends` entry point calls.
 
-`torch` calls it at the end of `import torch`, which may be before `gptqmodel` is imported or in the middle of it.
-So nothing heavy is imported here, nothing raises, and all that is done is to ask for a call once `gptqmodel` has
-finished importing.
+`torch` calls it at the end of `import torch`, which may be before a host is imported or in the middle of it. So nothing
+heavy is imported here, nothing raises, and all that is done is to ask for a call once a host has finished importing.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 import sys
@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 OFF_SWITCH = "GPTQMODEL_EORA_EXT_DISABLE"
-HOST = "gptqmodel"
+# Host → the module whose `install_or_log` makes the plugin known to it.
+HOSTS = {"gptqmodel": ".hosts.gptqmodel.seams", "auto_round": ".hosts.autoround.seams"}
 
 
 class _NotifyingSpec(importlib.machinery.ModuleSpec):
@@ -29,17 +30,17 @@ class _NotifyingSpec(importlib.machinery.ModuleSpec):
         super().__setattr__(name, value)
         if name == "_initializing" and value is False and self.name in sys.modules:
             self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
-            _install()
+            _install(self.name)
 
 
 class _HostFinder:
-    """Meta-path finder that lets the other finders find the host, then marks its spec."""
+    """Meta-path finder that lets the other finders find a host, then marks its spec."""
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != HOST:
+        if name not in HOSTS:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -53,28 +54,27 @@ class _HostFinder:
 
 
 def autoload() -> None:
-    """Arrange for the plugin to be installed into GPTQModel. Never raises."""
+    """Arrange for the plugin to be installed into its hosts. Never raises."""
     _never_raise(_arrange)
 
 
 def _arrange() -> None:
     if os.environ.get(OFF_SWITCH, "").lower() not in ("", "0", "false"):
         return
-    host = sys.modules.get(HOST)
-    if host is None:
-        if _HostFinder not in sys.meta_path:
-            sys.meta_path.insert(0, _HostFinder)  # type: ignore[arg-type]
-    elif getattr(host.__spec__, "_initializing", False):
-        host.__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr]
-    else:
-        _install()
+    for name in HOSTS:
+        host = sys.modules.get(name)
+        if host is None:
+            if _HostFinder not in sys.meta_path:
+                sys.meta_path.insert(0, _HostFinder)  # type: ignore[arg-type]
+        elif getattr(host.__spec__, "_initializing", False):
+            host.__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr]
+        else:
+            _install(name)
 
 
-def _install() -> None:
+def _install(host: str) -> None:
     def install() -> None:
-        from .hosts.gptqmodel.seams import install_or_log
-
-        install_or_log()
+        importlib.import_module(HOSTS[host], __package__).install_or_log()
 
     _never_raise(install)
 

@@ -10,6 +10,8 @@ DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 512
 TEXT_COLUMNS = ("text", "content", "prompt")
 JSON_SUFFIXES = (".json", ".jsonl")
+# Of the windows, where there is text of a task: half serves the task without hurting the rest (EoRA, section 4).
+TASK_SHARE = 0.5
 
 
 def read_texts(source: str, *, split: str = "train") -> Iterable[str]:
@@ -76,3 +78,37 @@ def windows(
     if count == 0:
         raise ValueError(f"Calibration: {len(tokens)} tokens do not fill one window of {seqlen}. Pass more text.")
     return [{"input_ids": tokens[i * seqlen : (i + 1) * seqlen], "attention_mask": [1] * seqlen} for i in range(count)]
+
+
+def mixed_windows(
+    general: Iterable[str],
+    task: Iterable[str] | None,
+    tokenizer: Any,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seqlen: int = DEFAULT_SEQLEN,
+    task_share: float = TASK_SHARE,
+) -> list[dict[str, list[int]]]:
+    """Windows of general text and of a task's, in turns. A task with too little text gives what it has.
+
+    Args:
+        general: documents.
+        task: documents of the task; None for general text alone.
+        tokenizer: the model's own.
+        samples: windows at most, of both together.
+        seqlen: tokens per window.
+        task_share: of ``samples``, above 0 and below 1.
+
+    Raises:
+        ValueError: when one of them does not fill a window, or the share is not between 0 and 1.
+    """
+    if task is None:
+        return windows(general, tokenizer, samples=samples, seqlen=seqlen)
+    if not 0 < task_share < 1:
+        raise ValueError(f"Calibration: the task's share must be between 0 and 1, got {task_share}.")
+    wanted = min(max(1, round(samples * task_share)), samples - 1)
+    special = windows(task, tokenizer, samples=wanted, seqlen=seqlen)
+    plain = windows(general, tokenizer, samples=samples - len(special), seqlen=seqlen)
+    # Spread evenly, so that every batch holds some of both.
+    order = [((index + 0.5) / len(part), part[index]) for part in (plain, special) for index in range(len(part))]
+    return [window for _, window in sorted(order, key=lambda one: one[0])]

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from . import __version__
-from .adapter import OBJECTIVES, validate_rank
+from .adapter import DEFAULT_RANK, OBJECTIVES, validate_rank
 from .calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, windows
 from .cli_plan import plan
 from .evaluate.perplexity import DEFAULT_WINDOW
@@ -48,6 +48,8 @@ from .options import (
     read_calibration,
     read_plan,
 )
+from .study_command import EXAMPLE as STUDY_EXAMPLE
+from .study_command import study
 from .summary import AdapterSummary, find_adapter, summarize
 
 app = typer.Typer(
@@ -58,7 +60,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 WORST_MODULES = 10
-DEMO_RANK = 32
 
 
 @app.callback(invoke_without_command=True)
@@ -283,7 +284,7 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option("--out", help="Folder for the quantised models.")] = Path("demo"),
     bits: Annotated[int, typer.Option(help="2, 3 or 4.", min=2, max=4)] = 2,
-    rank: Annotated[int, typer.Option(help="Components per module.")] = DEMO_RANK,
+    rank: Annotated[int, typer.Option(help="Components per module.")] = DEFAULT_RANK,
 ) -> None:
     """Quantise SmolLM2-135M with an adapter, load it again in a new process, and show what was won back."""
     with errors():
@@ -301,6 +302,9 @@ def demo(
     out.print(table)
     out.print(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
               f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")', highlight=False)  # fmt: skip
+
+
+app.command(epilog=STUDY_EXAMPLE)(study)
 
 
 def _print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:

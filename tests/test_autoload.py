@@ -36,6 +36,12 @@ def test_import_of_the_host_alone_is_enough(imports: str) -> None:
     assert "active: True" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("imports", ["import auto_round", "from gptqmodel_eora_ext import EoRAConfig"])
+def test_import_of_autoround_alone_is_enough(imports: str) -> None:
+    done = run(f"{imports}; from auto_round.algorithms.registry import resolve_alg_config as r; print(r('eora'))")
+    assert "EoRAConfig(rank=32" in done.stdout and "not active" not in done.stderr, done.stderr
+
+
 def test_the_switch_turns_it_off() -> None:
     done = run(f"import gptqmodel; {ACTIVE}", **{OFF_SWITCH: "1"})
     assert "active: False" in done.stdout, done.stderr

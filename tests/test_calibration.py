@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptqmodel_eora_ext.calibration import read_texts, windows
+from gptqmodel_eora_ext.calibration import mixed_windows, read_texts, windows
 
 
 class Words:
@@ -57,3 +57,16 @@ def test_windows_join_documents() -> None:
 def test_too_little_text() -> None:
     with pytest.raises(ValueError, match="3 tokens do not fill one window of 8"):
         windows(["a b"], Words(), seqlen=8)
+
+
+def test_half_of_the_windows_are_the_tasks_spread_evenly() -> None:
+    general, task = ["a " * 100], ["bb " * 100]
+    mixed = mixed_windows(general, task, Words(), samples=6, seqlen=10)
+    assert [window["input_ids"][0] for window in mixed] == [1, 2, 1, 2, 1, 2]
+    few = mixed_windows(general, ["bb " * 10], Words(), samples=5, seqlen=10)
+    assert [window["input_ids"][0] for window in few].count(2) == 1 and len(few) == 5
+    assert mixed_windows(general, None, Words(), samples=3, seqlen=10) == windows(
+        general, Words(), samples=3, seqlen=10
+    )
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.0"):
+        mixed_windows(general, task, Words(), task_share=1.0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.hosts.test_peft import NAMES, write
 
-COMMANDS = ["quantize", "generate", "plan", "export", "inspect", "eval", "demo"]
+COMMANDS = ["quantize", "generate", "plan", "export", "inspect", "eval", "study", "demo"]
 runner = CliRunner()
 
 

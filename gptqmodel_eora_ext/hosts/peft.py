@@ -101,6 +101,19 @@ def save_adapter(
         write_json(fresh / DETAILS_FILE, {**details, **report, "version": DETAILS_VERSION})
 
 
+def adapter_entry(place: str, factors: Mapping[str, ModuleFactors]) -> dict[str, Any]:
+    """What a checkpoint's `quantize_config.json` says of its adapter.
+
+    Packed factors are named `eora`, which GPTQModel without the plugin refuses instead of misreading.
+
+    Args:
+        place: the adapter's folder, relative to the checkpoint.
+        factors: full module name → factors.
+    """
+    name = "eora" if any(one.packed for one in factors.values()) else "lora"
+    return {"name": name, "path": place, "rank": uniform_rank(factors)}
+
+
 def export_peft(source: AdapterFolder, folder: Path) -> None:
     """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
 

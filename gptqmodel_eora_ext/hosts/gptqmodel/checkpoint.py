@@ -23,7 +23,8 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from ...adapter import ModuleFactors
 from ...files import write_json
 from ...summary import QUANTIZE_CONFIG
-from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, save_adapter, uniform_rank
+from .. import autoround_format as autoround
+from ..peft import DETAILS_FILE, AdapterError, AdapterFolder, adapter_entry, save_adapter
 from .adapter import EoRA
 from .quantize import RUN_ATTRIBUTE
 from .run import CompensationRun
@@ -68,10 +69,7 @@ def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
 
 
 def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFactors]) -> None:
-    """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint.
-
-    Packed factors are named `eora`, which GPTQModel without the plugin refuses instead of misreading.
-    """
+    """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint."""
     inside, outside = folder.resolve(), checkpoint.resolve()
     if not inside.is_relative_to(outside):
         log.warning("EoRA: the adapter is in `%s`, outside the checkpoint `%s`, which therefore cannot name it. "
@@ -80,13 +78,13 @@ def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFac
         return
     path = checkpoint / QUANTIZE_CONFIG
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not content and autoround.read_config(checkpoint) is not None:
+        content = autoround.quantize_config(checkpoint)
     if not content:
         log.warning("EoRA: `%s` has no %s to name the adapter in. Load it with adapter=EoRA(path=%r).",
                     checkpoint, QUANTIZE_CONFIG, str(folder))  # fmt: skip
         return
-    kind = EoRA if any(one.packed for one in factors.values()) else Lora
-    place = inside.relative_to(outside).as_posix()
-    content["adapter"] = {"name": kind.name(), "path": place, "rank": uniform_rank(factors)}
+    content["adapter"] = adapter_entry(inside.relative_to(outside).as_posix(), factors)
     write_json(path, content)
 
 
@@ -127,8 +125,28 @@ def _details(folder: Path) -> dict[str, Any]:
 # Loading -------------------------------------------------------------------------------------------------------
 
 
+def is_supported(original: Callable[..., bool], config: Any) -> bool:
+    """Whether a model's config tells of a quantisation that GPTQModel loads: AutoRound's packed integers are, too."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or not autoround.is_autoround(found):
+        return original(config)
+    try:
+        autoround.packing(found, str(getattr(config, "name_or_path", "")))
+    except NotImplementedError:
+        return original(config)
+    return True
+
+
 def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`."""
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`.
+
+    A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
+    """
+    place = Path(args[0] if args else kwargs["save_dir"])
+    if not (place / QUANTIZE_CONFIG).is_file() and autoround.read_config(place) is not None:
+        from gptqmodel import QuantizeConfig
+
+        return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
     config = original(*args, **kwargs)
     stock = config.adapter
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)

@@ -16,9 +16,11 @@ from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.torch import torch_empty_cache
 
+from ..autoround_format import read_config
 from ..peft import save_adapter
 from .adapter import EoRA
 from .awq import move_scales
+from .base_model import check_embeddings, scales_were_moved
 from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
 from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
@@ -102,7 +104,17 @@ def generate_adapter(
         log.info("EoRA: loading the full-precision model `%s`.", base)
         model = GPTQModel.load(base, quantize_config=config, **loading)
         _check_same_model(model, kernels, checkpoint, base)
-        if config.export_quant_method() == METHOD.AWQ:
+        native = Path(model.model_local_path)
+        check_embeddings(checkpoint, native, base)
+        if read_config(checkpoint) is None:
+            moved = config.export_quant_method() == METHOD.AWQ
+        else:
+            # AutoRound's export to AWQ's format moves no scales, its algorithm AWQ does whatever the format.
+            moved = scales_were_moved(checkpoint, native)
+        if moved:
+            if config.offload_to_disk:
+                config.offload_to_disk = False
+                model = GPTQModel.load(base, quantize_config=config, **loading)
             move_scales(model, others, kernels)
         setattr(model, RUN_ATTRIBUTE, run)
         if report is not None:

@@ -8,7 +8,8 @@
 | `BaseQModel._quantize_weight_only` | round-to-nearest with an `EoRA` runs in the calibrated loop |
 | `module_looper.ModuleLooper` | a subclass that equips the processor which quantises |
 | `BaseQModel.save_quantized` | writes the adapter and names it in the checkpoint |
-| `BaseQuantizeConfig.from_pretrained` | a checkpoint's adapter that has `eora.json` loads as `EoRA` |
+| `BaseQuantizeConfig.from_pretrained` | an adapter with `eora.json` loads as `EoRA`; AutoRound's configs are read |
+| `auto._is_supported_quantization_config` | AutoRound's packed checkpoints are quantised ones |
 | `importer.AUTO_BACKEND_KERNEL_MAPPING` | `EoRAFusedLinear` comes first, `EoRATritonLinear` before Triton's kernel |
 | `loader.gptqmodel_post_init` | attaches factors, checked, before kernels are initialised |
 | `GPTQModel.adapter.generate` | an `EoRA` is made by the plugin |
@@ -28,6 +29,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from .. import SeamError
+
 log = logging.getLogger(__name__)
 
 OLDEST_HOST = Version("7.7.0")
@@ -40,10 +43,6 @@ TRITON_KEY = "gptq_eora_triton"
 
 _undo: list[Callable[[], None]] = []
 _failure: SeamError | None = None
-
-
-class SeamError(RuntimeError):
-    """A GPTQModel that the plugin cannot serve."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def list_seams() -> list[Seam]:
     """The attributes to replace, with what must be true of each."""
     import gptqmodel
     from gptqmodel.looper import awq_processor, gptq_processor, module_looper, qqq_processor
-    from gptqmodel.models import loader
+    from gptqmodel.models import auto, loader
     from gptqmodel.models.auto import GPTQModel
     from gptqmodel.models.base import BaseQModel
     from gptqmodel.quantization.config import BaseQuantizeConfig
@@ -199,6 +198,7 @@ def list_seams() -> list[Seam]:
         Seam(module_looper, "ModuleLooper", ("model", "processors"), lambda original: quantize.CompensatingLooper),
         Seam(BaseQModel, "save_quantized", ("save_dir", "eora_path"), method(checkpoint.save_quantized)),
         Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(checkpoint.config_from_pretrained)),
+        Seam(auto, "_is_supported_quantization_config", ("config",), plain(checkpoint.is_supported)),
         Seam(loader, "gptqmodel_post_init", ("model",), plain(checkpoint.attach_adapters)),
         Seam(GPTQModel.adapter, "generate", ("adapter", "model_id_or_path", "quantized_model_id_or_path",
                                              "calibration_dataset"), class_method(generate.generate)),

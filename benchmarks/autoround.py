@@ -1,0 +1,200 @@
+"""What does an adapter win back on AutoRound's 2-bit checkpoints: made in its loop, afterwards, by GPTQModel's `Lora`?
+
+Recovered share = (loss_q − loss_adapter) / (loss_q − loss_full) on held-out text, in nats per token, against AutoRound
+alone. Same calibration and rank for all. Each also tells its time and peak memory: compensation in the loop against
+AutoRound alone, `generate` against stock's. A process a run, so that peak memory is the run's own; results are kept
+after every run, so that an interrupted benchmark goes on.
+
+    python benchmarks/autoround.py --json
+    python benchmarks/autoround.py --layers 4 --group-sizes 64 --ranks 32      # a look at it
+    python benchmarks/autoround.py --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from cost import high_water_mark
+from gptqmodel import GPTQModel
+from gptqmodel.adapter.adapter import Lora
+
+from gptqmodel_eora_ext import EoRA, EoRAConfig
+from gptqmodel_eora_ext.files import cache_folder
+from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+
+BITS = 2
+# The one export that GPTQModel's own `generate` opens.
+FORMAT = "auto_gptq"
+# 16k tokens: a run takes minutes on two cores, and all contenders see the same.
+SAMPLES, SEQLEN = 64, 256
+NAME = "autoround"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. kind: "alone" (AutoRound), "in loop", "afterwards" (`generate` with `EoRA`), "stock" (with `Lora`)."""
+
+    kind: str
+    group_size: int
+    rank: int = 0
+
+
+def cell_of(run: dict[str, Any]) -> Cell:
+    return Cell(**{one.name: run[one.name] for one in fields(Cell)})
+
+
+def quantize(base: Path, folder: Path, cell: Cell, iters: int, device: str) -> tuple[Path, float]:
+    """AutoRound, with compensation in its loop or alone."""
+    from auto_round import AutoRound
+
+    algorithms: list[Any] = ["signround"]
+    if cell.kind == "in loop":
+        algorithms.append(EoRAConfig(rank=cell.rank))
+    windows = [torch.tensor([window["input_ids"]]) for window in common.calibration(SAMPLES, SEQLEN)]
+    start = time.perf_counter()
+    quantizer = AutoRound(
+        str(base), tokenizer=common.tokenizer(), scheme=f"W{BITS}A16", group_size=cell.group_size, iters=iters,
+        alg_configs=algorithms, dataset=windows, nsamples=SAMPLES, seqlen=SEQLEN, batch_size=common.BATCH_SIZE,
+        device_map=device, format=FORMAT,
+    )  # fmt: skip
+    _, made = quantizer.quantize_and_save(str(folder), format=FORMAT)
+    return Path(made), time.perf_counter() - start
+
+
+def one(cell: Cell, folder: Path, layers: int, iters: int, windows: int, device: str) -> dict[str, Any]:
+    """Run a cell in this process."""
+    base = common.first_layers(folder / "base", layers)
+    checkpoint = folder / f"g{cell.group_size}"
+    adapter = None
+    if cell.kind in ("alone", "in loop"):
+        place = checkpoint if cell.kind == "alone" else folder / f"g{cell.group_size}-r{cell.rank}"
+        made, seconds = quantize(base, place, cell, iters, device)
+    else:
+        (made,) = checkpoint.iterdir()
+        place = folder / f"{cell.kind}-g{cell.group_size}-r{cell.rank}"
+        kind = EoRA if cell.kind == "afterwards" else Lora
+        start = time.perf_counter()
+        with quiet():
+            GPTQModel.adapter.generate(
+                adapter=kind(rank=cell.rank, path=str(place)), model_id_or_path=str(base),
+                quantized_model_id_or_path=str(made), calibration_dataset=common.calibration(SAMPLES, SEQLEN),
+                batch_size=common.BATCH_SIZE, device=device,
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        adapter = kind(rank=cell.rank, path=str(place))
+    memory = high_water_mark() if device == "cpu" else torch.cuda.max_memory_allocated()
+    with quiet():
+        dense = common.densified(made, adapter, base).to(device)
+        losses = common.losses(dense, common.held_out(), windows)
+    return {**asdict(cell), "seconds": seconds, "peak bytes": memory, "loss": losses}
+
+
+def rows_of(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a group size, rank and text: recovered shares of the three."""
+    found = {cell_of(run): run for run in runs}
+    rows = []
+    for group_size, rank in sorted({(cell.group_size, cell.rank) for cell in found if cell.rank}):
+        plain = found[Cell("alone", group_size)]["loss"]
+        for text in plain:
+            row: dict[str, Any] = {"group size": group_size, "rank": rank, "text": text, "full": full[text],
+                                   "quantised": plain[text]}  # fmt: skip
+            for kind in ("in loop", "afterwards", "stock"):
+                run = found.get(Cell(kind, group_size, rank))
+                row[kind] = (plain[text] - run["loss"][text]) / (plain[text] - full[text]) if run else None
+            rows.append(row)
+    return rows
+
+
+def costs_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a group size and rank: what compensation costs, in time and peak memory."""
+    found = {cell_of(run): run for run in runs}
+    rows = []
+    for group_size, rank in sorted({(cell.group_size, cell.rank) for cell in found if cell.rank}):
+        row: dict[str, Any] = {"group size": group_size, "rank": rank}
+        for kind, against in (("in loop", Cell("alone", group_size)), ("afterwards", Cell("stock", group_size, rank))):
+            run, other = found.get(Cell(kind, group_size, rank)), found.get(against)
+            if run and other:
+                row[f"{kind} / {against.kind}, seconds"] = run["seconds"] / other["seconds"]
+                row[f"{kind} / {against.kind}, peak bytes"] = run["peak bytes"] / other["peak bytes"]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[64, 32])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--iters", type=int, default=50, help="AutoRound's tuning steps per block")
+    parser.add_argument("--layers", type=int, default=0, help="use only the first so many layers; 0 for all")
+    parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=cache_folder() / "benchmarks" / NAME, help="for checkpoints")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    setup = {"bits": BITS, "format": FORMAT, "samples": SAMPLES, "seqlen": SEQLEN, "iters": options.iters,
+             "layers": options.layers, "windows": options.windows, "device": _named(options.device)}  # fmt: skip
+    folder = options.work / "-".join(str(setup[name]) for name in ("layers", "iters", "samples", "seqlen"))
+    if options.cell is not None:
+        found = one(Cell(**options.cell), folder, options.layers, options.iters, options.windows, options.device)
+        print(json.dumps(found), file=sys.__stdout__)
+        return
+
+    kept = common.RESULTS / f"{NAME}.json"
+    previous = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
+    if previous and previous["setup"] != setup:
+        raise SystemExit(f"{kept} holds results of another set-up, {previous['setup']}. Pass --fresh to replace them.")
+    runs: list[dict[str, Any]] = previous.get("runs", [])
+    folder.mkdir(parents=True, exist_ok=True)
+    base = common.first_layers(folder / "base", options.layers)
+    full = previous.get("full") or common.losses(
+        common.base_model(base).to(options.device), common.held_out(), options.windows
+    )
+    wanted = [Cell("alone", group_size) for group_size in options.group_sizes]
+    wanted += [
+        Cell(kind, group_size, rank)
+        for group_size, rank in itertools.product(options.group_sizes, options.ranks)
+        for kind in ("in loop", "afterwards", "stock")
+    ]
+    result: dict[str, Any] = {}
+    for cell in wanted:
+        if cell not in map(cell_of, runs):
+            # What stands in for a checkpoint that is gone from the work folder.
+            missing = cell.kind in ("afterwards", "stock") and not (folder / f"g{cell.group_size}").is_dir()
+            if missing:
+                _run(Cell("alone", cell.group_size))
+            runs.append(_run(cell))
+        result = {"setup": setup, "full": full, "runs": runs, "shares": rows_of(runs, full), "costs": costs_of(runs)}
+        common.keep(NAME, result, as_json=False)
+    common.keep(NAME, result, as_json=options.json)
+    for part in ("shares", "costs"):
+        if result[part]:
+            header = tuple(result[part][-1])
+            common.table(header, [[row.get(name) for name in header] for row in result[part]])
+
+
+def _run(cell: Cell) -> dict[str, Any]:
+    """A cell in a process of its own, with this one's options."""
+    command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _named(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+if __name__ == "__main__":
+    main()

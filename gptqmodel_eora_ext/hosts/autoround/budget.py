@@ -1,0 +1,79 @@
+"""A budget in place of a rank, in AutoRound's loop: sensitivities and forecasts before the first block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from auto_round.utils import check_to_quantized, get_block_names
+
+from ...budget import ModuleShape, budget_bytes
+from ...ranks import RankAllocation, most_rank, rank_options
+from ...refine.forecast import Rounder, forecast
+from ...solve import Grid
+from ..gptqmodel.auto import cached_sensitivity
+from .moments import IGNORED_TOKEN
+
+log = logging.getLogger(__name__)
+
+# AutoRound tunes rounding and clipping by gradients; forecasts stand in for that by a quick GPTQ that searches scales.
+SCALE_SEARCH = 2.4
+
+
+def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Sequence[torch.Tensor]) -> RankAllocation:
+    """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
+
+    Args:
+        orchestrator: AutoRound's object for the run, its model at full precision.
+        options: budget, sensitivity and factor bits.
+        token_ids: calibration, 1 × tokens each.
+
+    Raises:
+        NotImplementedError: when the model is not in memory as a whole.
+        ValueError: for a model without linear layers to compensate, or without calibration tokens.
+    """
+    model = orchestrator.model_context.model
+    groups = orchestrator.quant_block_list or get_block_names(model)
+    blocks = tuple(f"{name}." for group in groups for name in group)
+    linears: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(blocks) and isinstance(module, torch.nn.Linear) and check_to_quantized(module)
+    }
+    if not linears or not token_ids:
+        missing = "linear layers to compensate" if token_ids else "calibration tokens"
+        raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise NotImplementedError(
+            f"EoRA: a budget needs gradients of the whole model, but AutoRound keeps {absent} on disk. "
+            f"Pass low_cpu_mem_usage=False, or name a rank."
+        )
+    shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
+    budget = budget_bytes(options["budget"], shapes)
+    batches = [_batch(ids) for ids in token_ids]
+    sensitivity = cached_sensitivity(model, linears, batches, kind=options["sensitivity"])
+    most = most_rank(shapes, budget, options["factor_bits"])
+    ranks = {
+        shape.name: rank_options(
+            shape, most, options["factor_bits"], fixed=None if shape.name in sensitivity.output_moments else 0
+        )
+        for shape in shapes
+    }
+    log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
+    rounders: dict[Grid, Rounder] = {}
+    forecasts = {}
+    for name, linear in linears.items():
+        weight = linear.weight.detach()
+        grid = Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH)
+        [approximation] = rounders.setdefault(grid, Rounder(sensitivity, grid))(name, weight, [linear.bits])
+        delta = weight.to(torch.float32) - approximation
+        forecasts[name] = forecast(name, delta, sensitivity, ranks[name].ranks[-1]).curve(ranks[name])
+    return RankAllocation(ranks, forecasts, sensitivity.output_moments, budget)
+
+
+def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    keep = ids.reshape(1, -1) != IGNORED_TOKEN
+    return {"input_ids": ids.reshape(1, -1).clamp_min(0), "attention_mask": keep.long()}

@@ -1,0 +1,125 @@
+"""`EoRAConfig`: what AutoRound's users put into `alg_configs` beside their quantiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from auto_round.algorithms.quantization.config import QuantizationConfig
+
+from ...adapter import (
+    AUTO,
+    DEFAULT_RANK,
+    FACTOR_BITS,
+    OBJECTIVES,
+    SENSITIVITIES,
+    validate_choice,
+    validate_rank,
+)
+from ...budget import FORM, ModuleShape, budget_bytes
+
+NAME = "eora"
+# "output" pairs a module's input with the full-precision model's; AutoRound's loop keeps one of them at a time.
+LOOP_OBJECTIVES = tuple(name for name in OBJECTIVES if name != "output")
+
+
+class EoRAConfig(QuantizationConfig):
+    """Compensate each block right after AutoRound has quantised it.
+
+    ``AutoRound(model, scheme="W2A16", alg_configs=["signround", EoRAConfig(rank=64)])``; ``"eora"`` for the defaults.
+
+    Args:
+        rank: components per module; 32 where neither it nor ``budget`` is given. Cut to min(out, in) with a warning.
+        budget: in place of a rank: bytes of all factors, as a number or "300MB", "0.25bpw" or "r32". Each module gets
+            the rank that takes most off the loss.
+        sensitivity: for a budget, what an error in a module is taken to cost: "fisher", "empirical" or "relative".
+        objective: what the factors minimise: "eora", "diagonal" or "svd".
+        factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load.
+        scheme_options: what AutoRound passes to every algorithm (`bits`, `group_size`, …); the quantiser's are used.
+
+    Raises:
+        ValueError: for a rank that is no positive integer, a rank beside a budget, a budget in no known form, or an
+            unknown objective, sensitivity or width.
+    """
+
+    need_calib = True
+
+    @classmethod
+    def register_args(cls, registry: Any) -> None:
+        """Declare the flags of AutoRound's command line."""
+        registry.add_argument(
+            "--eora-rank", field="rank", default=None, type=int,
+            help=f"EoRA: components per module; {DEFAULT_RANK} without --eora-budget.",
+        )  # fmt: skip
+        registry.add_argument(
+            "--eora-budget", field="budget", default=None, type=str, help=f"EoRA, in place of a rank: bytes, {FORM}."
+        )
+        registry.add_argument(
+            "--eora-sensitivity", field="sensitivity", default=SENSITIVITIES[0], choices=list(SENSITIVITIES),
+            help="EoRA, for a budget: what an error in a module is taken to cost.",
+        )  # fmt: skip
+        registry.add_argument(
+            "--eora-objective", field="objective", default=LOOP_OBJECTIVES[0], choices=list(LOOP_OBJECTIVES),
+            help="EoRA: what the factors minimise.",
+        )  # fmt: skip
+        registry.add_argument(
+            "--eora-factor-bits", field="factor_bits", default=FACTOR_BITS[0], type=int, choices=list(FACTOR_BITS),
+            help="EoRA: bits of a stored factor; 16 is a plain PEFT adapter.",
+        )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        rank: int | None = None,
+        budget: int | str | None = None,
+        sensitivity: str = SENSITIVITIES[0],
+        objective: str = LOOP_OBJECTIVES[0],
+        factor_bits: int = FACTOR_BITS[0],
+        **scheme_options: Any,
+    ) -> None:
+        super().__init__(**scheme_options)
+        self.rank = rank
+        self.budget = budget
+        self.sensitivity = sensitivity
+        self.objective = objective
+        self.factor_bits = factor_bits
+        self.validate()
+
+    def validate(self) -> None:
+        """Check all options; AutoRound sets some after construction, where they are passed to it directly.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if self.rank is not None and self.budget is not None:
+            raise ValueError(
+                f"EoRA: rank and budget exclude each other, got rank={self.rank!r} and budget={self.budget!r}."
+            )
+        if self.rank is not None:
+            validate_rank(self.rank)
+        if self.budget is not None:
+            # Any module shows whether the form is right.
+            budget_bytes(self.budget, [ModuleShape("", 1 << 10, 1 << 10)])
+        if self.objective == "output":
+            raise ValueError(
+                'EoRA: objective "output" needs the full-precision and the quantised model\'s inputs side by side, '
+                'which AutoRound\'s loop does not keep. Use "eora", or `eora generate` on the finished checkpoint.'
+            )
+        validate_choice(self.sensitivity, SENSITIVITIES, what="EoRA: `sensitivity`")
+        validate_choice(self.objective, LOOP_OBJECTIVES, what="EoRA: `objective`")
+        validate_choice(self.factor_bits, FACTOR_BITS, what="EoRA: `factor_bits`")
+        if self.budget is not None and self.objective != "eora":
+            raise ValueError(
+                f'EoRA: a budget weighs the components of objective "eora", got objective={self.objective!r}. '
+                f"Name a rank, or leave the objective out."
+            )
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        return f"EoRAConfig({shown})"
+
+    def options(self) -> dict[str, Any]:
+        """What was asked, ready for JSON."""
+        common = {"objective": self.objective, "factor_bits": self.factor_bits}
+        if self.budget is not None:
+            return {"rank": AUTO, **common, "budget": self.budget, "sensitivity": self.sensitivity}
+        return {"rank": DEFAULT_RANK if self.rank is None else self.rank, **common}

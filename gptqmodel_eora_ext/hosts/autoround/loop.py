@@ -1,0 +1,169 @@
+"""Compensation in AutoRound's block loop: right after a block is quantised, before anything reads its output.
+
+1. AutoRound tunes and quantises a block: each weight W becomes Ŵ.
+2. A forward of the quantised block over the inputs that AutoRound holds for it gives the second moments of what q/k/v
+   read. It ends there.
+3. The factors are solved for, and each of their weights becomes Ŵ + BA. The same for o, gate/up and down in turn, so
+   that each is compensated for what it will read.
+4. AutoRound computes the block's outputs, which the next block is tuned on (where it propagates quantised inputs).
+5. Ŵ comes back; AutoRound packs it as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from auto_round.algorithms.transforms.base import BasePreprocessor
+from auto_round.utils import check_to_quantized
+
+from ...capture import SecondMoment
+from ...compensate import Recipe, compensate
+from .checks import check_composition, check_formats
+from .config import EoRAConfig
+from .moments import BlockInputs
+from .run import LoopRun
+
+log = logging.getLogger(__name__)
+
+
+class EoRATransform(BasePreprocessor):
+    """AutoRound's pipeline member for `EoRAConfig`. One serves one run of one model."""
+
+    config: EoRAConfig
+
+    def __init__(self, config: EoRAConfig) -> None:
+        super().__init__(config)
+        self._composer: Any = None
+        self._inputs: tuple[Any, Any, Any] | None = None
+        self._block: Any = None
+        self._weights: dict[str, torch.Tensor] = {}
+        self._quantized: dict[str, torch.Tensor] = {}
+
+    # The run ---------------------------------------------------------------------------------------------------
+
+    def bind(self, orchestrator: Any) -> None:
+        """Called when AutoRound has resolved scheme, layers and formats, before it looks at any data.
+
+        Raises:
+            ValueError: for options that do not hold together.
+            NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with.
+        """
+        super().bind(orchestrator)
+        self.config.validate()
+        check_composition(orchestrator)
+        if orchestrator.formats is not None:
+            check_formats(orchestrator.formats)
+        self.run = LoopRun(self.config, orchestrator)
+        # The instance's own attribute hides the method; another run of another object is not touched.
+        save: Callable[..., Any] = orchestrator.save_quantized
+        orchestrator.save_quantized = functools.wraps(save)(functools.partial(self._save_quantized, save))
+
+    def prepare_run(self, composer: Any = None) -> None:
+        """Called once before the first block."""
+        self._composer = composer
+        # Last, so that W is what the other algorithms (AWQ) have made of it.
+        composer.preprocessors.remove(self)
+        composer.preprocessors.append(self)
+        compress = composer.compress_block
+        composer.compress_block = functools.wraps(compress)(functools.partial(self._compress_block, compress))
+        self.run.begin()
+
+    def finalize_run(self) -> None:
+        """Called once after the last block."""
+        if self._composer is not None:
+            self._composer.__dict__.pop("compress_block", None)
+            self._composer = None
+
+    def _save_quantized(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        wants_folders = kwargs.pop("return_folders", False)
+        saved = save(*args, return_folders=True, **kwargs)
+        if saved is None:
+            return None
+        model, folders = saved
+        for folder in [folders] if isinstance(folders, str) else folders:
+            self.run.save(Path(folder))
+        return (model, folders) if wants_folders else model
+
+    # A block ---------------------------------------------------------------------------------------------------
+
+    def _compress_block(
+        self,
+        compress: Callable[..., Any],
+        block: torch.nn.Module,
+        fp_inputs: Any,
+        input_others: Any,
+        block_ctx: Any,
+        q_inputs: Any = None,
+        input_ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Remember the block's inputs for `post_quantize_block`, and put Ŵ back once its outputs are computed."""
+        self.run.allocate(input_ids)
+        self._inputs = (fp_inputs if q_inputs is None else q_inputs, input_others, input_ids)
+        self._block = block
+        try:
+            return compress(block, fp_inputs, input_others, block_ctx, q_inputs=q_inputs, input_ids=input_ids, **kwargs)
+        finally:
+            for name, quantized in self._quantized.items():
+                block_ctx.model.get_submodule(name).weight.data = quantized
+            self._inputs = self._block = None
+            self._quantized = {}
+            self._weights = {}
+
+    def register_fp_input_forward_hooks(self, block: torch.nn.Module) -> list[Any]:
+        """None: what is wanted is the inputs of the quantised block."""
+        return []
+
+    def pre_quantize_block(self, ctx: Any) -> None:
+        """Keep W."""
+        if self._inputs is None:
+            raise NotImplementedError(
+                "EoRA: compensation runs in AutoRound's own loop (`quantize`, `quantize_and_save`), not through "
+                "`quantize_block`. Use `eora generate` on the finished checkpoint."
+            )
+        for name, linear in _quantized_linears(self._block).items():
+            self._weights[name] = linear.weight.detach().clone()
+
+    @torch.no_grad()
+    def post_quantize_block(self, ctx: Any) -> None:
+        """Compensate every module that was quantised."""
+        assert self._inputs is not None
+        start = time.perf_counter()
+        modules = {name: ctx.model.get_submodule(name) for name in self._weights}
+        if modules:
+            held = BlockInputs(self._block, modules, self._composer.block_forward, *self._inputs)
+            for stage in held.stages():
+                moments = held.moments(stage)
+                self.run.begin_stage(stage)
+                for name in stage:
+                    self._compensate(name, modules[name], moments.get(name))
+        self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)
+        if ctx.pbar is not None:
+            ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)
+
+    def _compensate(self, name: str, linear: Any, moment: SecondMoment | None) -> None:
+        transposed = isinstance(linear, transformers.Conv1D)
+        weight, quantized = self._weights.pop(name), linear.weight.data
+        outer, inner = (weight.T, quantized.T) if transposed else (weight, quantized)
+        recipe: Recipe = self.run.recipe(name)
+        factors = compensate(outer, inner, moment or SecondMoment(outer.shape[1], name), recipe, name=name)
+        update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
+        self._quantized[name] = quantized
+        linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
+        self.run.factors[name] = factors.to("cpu")
+
+
+def _quantized_linears(block: torch.nn.Module) -> dict[str, Any]:
+    """The block's linear layers that AutoRound quantises, by full name."""
+    return {
+        str(module.global_name): module
+        for module in block.modules()
+        if isinstance(module, (torch.nn.Linear, transformers.Conv1D)) and check_to_quantized(module)
+    }

@@ -1,0 +1,156 @@
+"""Second moments of a block's module inputs, by forwards of AutoRound's own runner over its own cached inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from auto_round.compressors.utils import block_forward
+
+from ...capture import SecondMoment
+
+# AutoRound's calibrator gives this id to tokens that count for nothing: padding, and repetitions at a sample's end.
+IGNORED_TOKEN = -100
+
+
+# A dense block has four: q/k/v, o, gate/up, down. Each is a forward up to there; beyond, all modules share one forward.
+MOST_STAGES = 8
+
+
+class BlockInputs:
+    """A quantised block, and the inputs that AutoRound holds for it.
+
+    Args:
+        block: as it is now.
+        modules: its quantised linear layers by full name.
+        runner: AutoRound's `BlockForwardRunner`; its batching, device and autocast are used, not its compiled forward.
+        inputs: hidden states, a list of samples (or a dict of them), as the runner takes them.
+        input_others: the block's other arguments.
+        token_ids: of each sample, 1 × tokens; `IGNORED_TOKEN` is left out of the sums. None: every token counts.
+    """
+
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        modules: Mapping[str, torch.nn.Module],
+        runner: Any,
+        inputs: Any,
+        input_others: Mapping[str, Any],
+        token_ids: Sequence[torch.Tensor] | None,
+    ) -> None:
+        self._block = block
+        self._modules = modules
+        self._runner = copy.copy(runner)
+        self._runner.block_forward = block_forward
+        self._inputs = inputs
+        self._input_others = input_others
+        self._token_ids = token_ids
+        count = len(inputs["hidden_states"] if isinstance(inputs, dict) else inputs)
+        size = self._runner.batch_size
+        self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def stages(self) -> list[list[str]]:
+        """Modules that read one input, in the order in which the block runs them; all in one where that is too many.
+
+        Compensating stage by stage lets each see what the ones before it now give. Found on the first batch: a module
+        that it does not reach (an expert) makes one stage of all.
+        """
+        watch = _Watch(self._modules)
+        self._run(watch, self._batches[:1])
+        stages: dict[str, list[str]] = {}
+        for name, leader in watch.leaders.items():
+            stages.setdefault(leader, []).append(name)
+        if len(watch.leaders) < len(self._modules) or len(stages) > MOST_STAGES:
+            return [list(self._modules)]
+        return list(stages.values())
+
+    def moments(self, stage: Sequence[str]) -> dict[str, SecondMoment]:
+        """Second moments of the inputs of a stage's modules; a module that no token reached has none."""
+        alone = len(stage) < len(self._modules)
+        watch = _Watch({name: self._modules[name] for name in stage}, stop=alone)
+        self._run(watch, self._batches)
+        if alone:
+            (moment,) = watch.sums.values()
+            return dict.fromkeys(stage, moment)
+        return {name: watch.sums[leader] for name, leader in watch.leaders.items()}
+
+    def _run(self, watch: _Watch, batches: Sequence[range]) -> None:
+        with torch.no_grad(), watch:
+            for batch in batches:
+                watch.begin_batch(_keep_mask(self._token_ids, batch))
+                with contextlib.suppress(_Reached):
+                    self._runner.forward(self._block, self._inputs, dict(self._input_others), torch.tensor(batch))
+
+
+class _Reached(Exception):
+    """The input that a forward ran for is there."""
+
+
+def _keep_mask(token_ids: Sequence[torch.Tensor] | None, batch: Sequence[int]) -> torch.Tensor | None:
+    if token_ids is None or len(token_ids) <= batch[-1]:
+        return None
+    chosen = [token_ids[index].reshape(1, -1) for index in batch]
+    if len({ids.shape for ids in chosen}) > 1:
+        return None
+    return torch.cat(chosen) != IGNORED_TOKEN
+
+
+class _Watch:
+    """Hooks that sum x xᵀ, once for modules that read the same tensor.
+
+    Args:
+        modules: to watch, by name.
+        stop: end the forward at the first of them.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], *, stop: bool = False) -> None:
+        self.sums: dict[str, SecondMoment] = {}
+        # Module → the one whose sum is also its own; in the order in which they ran.
+        self.leaders: dict[str, str] = {}
+        self._modules = modules
+        self._stop = stop
+        self._handles = ExitStack()
+        self._keep: torch.Tensor | None = None
+        # Inputs of the batch under way, kept so that no other tensor takes their identity.
+        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def __enter__(self) -> None:
+        for name, module in self._modules.items():
+            self._handles.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+
+    def __exit__(self, *exception: object) -> None:
+        self._handles.close()
+        self._seen = {}
+
+    def begin_batch(self, keep: torch.Tensor | None) -> None:
+        """Rows of the next forward to count, batch × tokens; None for all."""
+        self._keep = keep
+        self._seen = {}
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0]
+            first = self._seen.setdefault(id(rows), (rows, name))[1]
+            leader = self.leaders.setdefault(name, first)
+            if leader != name:
+                if first != leader:
+                    raise RuntimeError(
+                        f"{name} read the input of {leader} in one batch and another input in a later one; such a "
+                        f"block cannot be compensated in AutoRound's loop. Use `eora generate` on its checkpoint."
+                    )
+                return
+            keep = self._keep if self._keep is not None and self._keep.shape == rows.shape[:-1] else None
+            moment = self.sums.get(name)
+            if moment is None:
+                moment = self.sums[name] = SecondMoment(rows.shape[-1], name)
+            # The block runs under autocast, which would take the products to 16 bits.
+            with torch.autocast(rows.device.type, enabled=False):
+                moment.add(rows, keep)
+            if self._stop:
+                raise _Reached
+
+        return hook

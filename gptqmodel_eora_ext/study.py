@@ -1,0 +1,300 @@
+"""Quantise a model with AutoRound, make adapters for it in several sizes, evaluate each: one folder, step by step.
+
+Every step leaves a file; started again with the same options, the study goes on after the last finished one, and
+AutoRound after the last finished block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .calibration import mixed_windows, read_texts
+from .evaluate.size import weight_bytes
+from .files import write_json
+
+STATE = "study.json"
+QUANTIZED = "quantised"
+ADAPTERS = "adapters"
+RESUME = ".autoround"
+FULL_PRECISION = "full precision"
+# What may change from one call to the next: adapters and texts are added, a device changes no result.
+EXTENSIBLE = ("ranks", "budgets", "texts", "device")
+
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What is studied.
+
+    Attributes:
+        model: full-precision model, a folder or a hub name.
+        calibration: general text, as `read_texts` takes it.
+        task: text of a task, which makes half of the calibration; None for general text alone.
+        texts: held-out text files to evaluate on.
+        ranks: of adapters, the same for every module.
+        budgets: of adapters with a rank for each module.
+        factor_bits: of all adapters.
+        bits, group_size, sym, iters, format: AutoRound's.
+        samples, seqlen, batch_size: calibration windows, tokens of each, windows per forward.
+        window, max_windows: tokens of an evaluation window, and how many at most.
+        device: "cpu", "cuda" or "cuda:0"; None for CUDA where there is one.
+    """
+
+    model: str
+    calibration: str
+    task: str | None
+    texts: tuple[str, ...]
+    ranks: tuple[int, ...]
+    budgets: tuple[str, ...]
+    factor_bits: int
+    bits: int
+    group_size: int
+    sym: bool
+    iters: int
+    format: str
+    samples: int
+    seqlen: int
+    batch_size: int
+    window: int
+    max_windows: int | None
+    device: str | None
+
+    @property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Name of each adapter → what `EoRA` takes."""
+        common = {"factor_bits": self.factor_bits}
+        width = "" if self.factor_bits == 16 else f"-{self.factor_bits}bit"
+        chosen: dict[str, dict[str, Any]] = {f"r{rank}{width}": {"rank": rank, **common} for rank in self.ranks}
+        for budget in self.budgets:
+            chosen[f"budget-{budget}{width}"] = {"rank": "auto", "budget": budget, **common}
+        return chosen
+
+
+class Study:
+    """A study in a folder.
+
+    Args:
+        folder: where everything goes.
+        options: what is studied.
+
+    Raises:
+        ValueError: when the folder holds a study with other options.
+    """
+
+    def __init__(self, folder: Path, options: StudyOptions) -> None:
+        self.folder = folder
+        self.options = options
+        self._path = folder / STATE
+        self.state: dict[str, Any] = {"options": json.loads(json.dumps(asdict(options))), "steps": {}, "losses": {}}
+        if self._path.is_file():
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            for name, value in self.state["options"].items():
+                if name not in EXTENSIBLE and known["options"].get(name) != value:
+                    raise ValueError(
+                        f"Study: `{folder}` was begun with {name}={known['options'].get(name)!r}, now {value!r} is "
+                        f"asked. Use another folder, or the options it was begun with."
+                    )
+            self.state = {**known, "options": self.state["options"]}
+
+    def run(self, progress: Progress) -> None:
+        """Do what is not done yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep()
+        self._quantize()
+        for name, options in self.options.adapters.items():
+            self._make_adapter(name, options, progress)
+        for text in self.options.texts:
+            for name in (FULL_PRECISION, QUANTIZED, *self.options.adapters):
+                self._evaluate(name, text, progress)
+
+    def _keep(self) -> None:
+        write_json(self._path, self.state)
+
+    def _done(self, step: str, **facts: Any) -> None:
+        self.state["steps"][step] = facts
+        self._keep()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The quantised model's folder, once it is there."""
+        return self.folder / str(self.state["steps"][QUANTIZED]["folder"])
+
+    # Steps -----------------------------------------------------------------------------------------------------
+
+    def _quantize(self) -> None:
+        if QUANTIZED in self.state["steps"]:
+            return
+        options = self.options
+        import torch
+        from auto_round import AutoRound
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        data = self._windows(tokenizer)
+        start = time.perf_counter()
+        with _resumable(self.folder / RESUME):
+            quantizer = AutoRound(
+                options.model,
+                tokenizer=tokenizer,
+                scheme=f"W{options.bits}A16",
+                group_size=options.group_size,
+                sym=options.sym,
+                iters=options.iters,
+                dataset=[torch.tensor([window["input_ids"]]) for window in data],
+                nsamples=len(data),
+                seqlen=options.seqlen,
+                batch_size=options.batch_size,
+                device_map=self._device,
+                format=options.format,
+            )
+            _, folder = quantizer.quantize_and_save(str(self.folder / QUANTIZED), format=options.format)
+        del quantizer, _
+        self._free()
+        place = Path(folder).relative_to(self.folder).as_posix()
+        self._done(QUANTIZED, folder=place, seconds=round(time.perf_counter() - start, 1))
+        shutil.rmtree(self.folder / RESUME, ignore_errors=True)
+
+    def _make_adapter(self, name: str, options: dict[str, Any], progress: Progress) -> None:
+        if name in self.state["steps"]:
+            return
+        from .hosts.gptqmodel.output import quiet
+
+        start = time.perf_counter()
+        with quiet():
+            from transformers import AutoTokenizer
+
+            from .hosts.gptqmodel.adapter import EoRA
+            from .hosts.gptqmodel.generate import generate_adapter
+
+            folder = self.folder / ADAPTERS / name
+            generate_adapter(
+                EoRA(path=folder, **options),
+                self.options.model,
+                self.checkpoint,
+                self._windows(AutoTokenizer.from_pretrained(self.options.model)),
+                batch_size=self.options.batch_size,
+                report=progress(f"adapter {name}"),
+                loading={"device": self._device},
+            )
+        self._free()
+        self._done(name, folder=f"{ADAPTERS}/{name}", seconds=round(time.perf_counter() - start, 1))
+
+    def _evaluate(self, name: str, text: str, progress: Progress) -> None:
+        losses = self.state["losses"].setdefault(name, {})
+        if text in losses:
+            return
+        import torch
+
+        from .evaluate.perplexity import text_loss
+        from .hosts.gptqmodel.output import quiet
+
+        with quiet():
+            from transformers import AutoTokenizer
+
+            source = self.options.model
+            ids = AutoTokenizer.from_pretrained(source)(Path(text).read_text(encoding="utf-8")).input_ids
+            model = self._load(name)
+            report = progress(f"{name} on {Path(text).stem}")
+            found = text_loss(
+                model, torch.tensor(ids), window=self.options.window, max_windows=self.options.max_windows,
+                progress=report,
+            )  # fmt: skip
+        del model
+        self._free()
+        losses[text] = {"nats": found.nats, "perplexity": found.perplexity, "tokens": found.tokens}
+        self._keep()
+
+    def _load(self, name: str) -> Any:
+        if name == FULL_PRECISION:
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_pretrained(self.options.model, dtype="auto").to(self._device)
+        from gptqmodel import GPTQModel
+
+        from .hosts.gptqmodel.adapter import EoRA
+
+        adapter = EoRA(path=self.folder / ADAPTERS / name) if name != QUANTIZED else None
+        return GPTQModel.load(str(self.checkpoint), adapter=adapter, device=self._device).model
+
+    def _windows(self, tokenizer: Any) -> list[dict[str, list[int]]]:
+        options = self.options
+        task = read_texts(options.task) if options.task else None
+        return mixed_windows(
+            read_texts(options.calibration), task, tokenizer, samples=options.samples, seqlen=options.seqlen
+        )
+
+    @property
+    def _device(self) -> str:
+        import torch
+
+        return self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @staticmethod
+    def _free() -> None:
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # Results ---------------------------------------------------------------------------------------------------
+
+    def results(self) -> list[dict[str, Any]]:
+        """A row for each model: losses by text, share of the lost loss won back, bytes, bits per quantised weight."""
+        weights = _quantized_weights(self.checkpoint)
+        base_bytes = weight_bytes(self.checkpoint)
+        rows = []
+        for name in (FULL_PRECISION, QUANTIZED, *self.options.adapters):
+            losses = {text: self.state["losses"][name][text] for text in self.options.texts}
+            row: dict[str, Any] = {"model": name, "losses": losses}
+            if name != FULL_PRECISION:
+                adapter = self.folder / ADAPTERS / name
+                adapter_bytes = weight_bytes(adapter) if name != QUANTIZED else 0
+                row |= {"bytes": base_bytes, "adapter_bytes": adapter_bytes, "bits_added": 8 * adapter_bytes / weights}
+                row["recovered"] = {text: self._recovered(name, text) for text in self.options.texts}
+                row["seconds"] = self.state["steps"][name]["seconds"]
+            rows.append(row)
+        return rows
+
+    def _recovered(self, name: str, text: str) -> float | None:
+        full, none, found = (self.state["losses"][one][text]["nats"] for one in (FULL_PRECISION, QUANTIZED, name))
+        return (none - found) / (none - full) if none > full else None
+
+
+def _quantized_weights(checkpoint: Path) -> int:
+    from .hosts.autoround_format import packed_modules, packing, read_config
+
+    config = read_config(checkpoint)
+    assert config is not None
+    modules = packed_modules(checkpoint, packing(config, str(checkpoint)))
+    return sum(one.out_features * one.in_features for _, one in modules)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Have AutoRound keep its progress in ``folder``, unless the user has named another."""
+    name = "AR_RESUME_DIR"
+    known = os.environ.get(name)
+    if known is None:
+        os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if known is None:
+            del os.environ[name]
+
+
+def text_names(texts: Sequence[str]) -> dict[str, str]:
+    """Short names of files for the head of a table; the whole path where two would be called the same."""
+    stems = [Path(text).stem for text in texts]
+    return {text: stem if stems.count(stem) == 1 else text for text, stem in zip(texts, stems, strict=True)}

@@ -1,0 +1,123 @@
+"""`eora study`: from a model to the table that says which adapter is worth its bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .adapter import FACTOR_BITS, OBJECTIVES
+from .calibration import DEFAULT_SAMPLES
+from .evaluate.perplexity import DEFAULT_WINDOW
+from .evaluate.size import readable
+from .hosts.autoround_format import BITS
+from .options import (
+    BatchSize,
+    Calibration,
+    Json,
+    Model,
+    Samples,
+    SeqLen,
+    adapter_options,
+    check_model,
+    errors,
+    fail,
+    out,
+    progress_bars,
+    read_calibration,
+)
+from .study import FULL_PRECISION, Study, StudyOptions, text_names
+
+EXAMPLE = "Example:  eora study Qwen/Qwen3-8B study --calibration allenai/c4:en --text heldout.txt --budget 0.5bpw"
+RANKS = (32, 64, 256)
+FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_gptq", "auto_round:auto_awq", "auto_awq")
+# AutoRound's own default.
+ITERS = 200
+SEQLEN = 2048
+
+
+def study(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the study; started again, it goes on.")],
+    calibration: Calibration,
+    texts: Annotated[list[Path], typer.Option("--text", help="Held-out text; once for each.")],
+    task: Annotated[
+        str | None, typer.Option(help="Text of a task, like --calibration: half of the windows are taken from it.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Weights per scale; -1 for a whole row.")] = 64,
+    sym: Annotated[bool, typer.Option(help="Symmetric quantisation; at 2 bits the better choice.")] = True,
+    iters: Annotated[int, typer.Option(help="AutoRound's tuning steps per block; 0 rounds to nearest.", min=0)] = ITERS,
+    format: Annotated[str, typer.Option(help=f"AutoRound's export: {', '.join(FORMATS)}.")] = FORMATS[0],
+    ranks: Annotated[
+        list[int] | None, typer.Option("--rank", help="A rank; once for each. By default 32, 64 and 256.")
+    ] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budget", help="A budget, like that of `eora generate`; once for each.")
+    ] = None,
+    factor_bits: Annotated[
+        int, typer.Option(help="Bits of a stored factor: 16 (plain PEFT), 8 or 4 (packed).")
+    ] = FACTOR_BITS[0],
+    samples: Samples = DEFAULT_SAMPLES,
+    seqlen: SeqLen = SEQLEN,
+    batch_size: BatchSize = 8,
+    window: Annotated[int, typer.Option(help="Tokens per evaluation window.", min=2)] = DEFAULT_WINDOW,
+    max_windows: Annotated[int | None, typer.Option(help="Evaluation windows of a text, at most.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; CUDA where there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantise with AutoRound, make adapters in several sizes, evaluate each: score and bytes, before and after."""
+    if format not in FORMATS:
+        fail(f"--format must be one of {', '.join(FORMATS)}, got {format}.")
+    widths = BITS["awq" if "awq" in format else "gptq"]
+    if bits not in widths:
+        fail(f"--bits must be one of {', '.join(map(str, widths))} in the format {format}, got {bits}.")
+    check_model(model)
+    for rank in ranks or ():
+        adapter_options(rank, None, OBJECTIVES[0], factor_bits, None)
+    for budget in budgets or ():
+        adapter_options(None, budget, OBJECTIVES[0], factor_bits, None)
+    for text in texts:
+        if not text.is_file():
+            fail(f"there is no file `{text}`.")
+    for source in (calibration, task):
+        if source is not None:
+            read_calibration(source)
+    options = StudyOptions(
+        model=model, calibration=calibration, task=task, texts=tuple(map(str, texts)),
+        ranks=tuple(ranks or (() if budgets else RANKS)), budgets=tuple(budgets or ()), factor_bits=factor_bits,
+        bits=bits, group_size=group_size, sym=sym, iters=iters, format=format, samples=samples, seqlen=seqlen,
+        batch_size=batch_size, window=window, max_windows=max_windows, device=device,
+    )  # fmt: skip
+    with errors():
+        made = Study(output, options)
+        with progress_bars() as bar:
+            made.run(bar)
+        rows = made.results()
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    _print(rows, text_names(options.texts))
+
+
+def _print(rows: list[dict[str, Any]], names: dict[str, str]) -> None:
+    scores = Table("model", title="Perplexity, and the share of the lost loss that is won back")
+    sizes = Table("model", "base", "adapter", "total", "bits per weight added", "seconds", title="Bytes")
+    for name in names.values():
+        scores.add_column(name)
+        scores.add_column("won back")
+    for row in rows:
+        cells = [row["model"]]
+        for text in names:
+            share = row.get("recovered", {}).get(text)
+            cells += [f"{row['losses'][text]['perplexity']:.2f}", "" if not share else f"{share:.1%}"]
+        scores.add_row(*cells)
+        if row["model"] != FULL_PRECISION:
+            sizes.add_row(row["model"], readable(row["bytes"]), readable(row["adapter_bytes"]),
+                          readable(row["bytes"] + row["adapter_bytes"]), f"{row['bits_added']:.3f}",
+                          f"{row['seconds']:.0f}")  # fmt: skip
+    out.print(scores)
+    out.print(sizes)
