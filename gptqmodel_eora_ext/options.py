@@ -116,7 +116,7 @@ def adapter_options(
     """What `EoRA` takes, checked before anything is loaded."""
     if rank is not None and budget is not None:
         fail("--rank and --budget exclude each other.")
-    if rank is None and objective != OBJECTIVES[0]:
+    if rank is None and objective in OBJECTIVES[1:]:
         fail(f"--objective {objective} needs a --rank: under a budget, components of `{OBJECTIVES[0]}` are weighed.")
     with errors():
         options = {
