@@ -19,6 +19,9 @@ from .modules import PlannedModule, bits_per_weight, plain_bytes
 SWEEP = ("0.0625bpw", "0.125bpw", "0.25bpw", "0.5bpw", "0.75bpw", "1.0bpw", "1.5bpw")
 PLAIN, UNIFORM, CHOSEN, MIXED = "none", "uniform", "auto", "mixed"
 PLAIN_TITLE = "plain"
+# A plain model is marked only where an adapter's predicted loss is so many times lower. On SmolLM2 measured over predicted
+# loss of adapters at 2 bits is 1.05 (WikiText-2) and 1.28 times (C4) that of plain 3 bits: 1.16 by the geometric mean.
+MARGIN = 1.16
 
 
 @dataclass(frozen=True)
@@ -171,5 +174,6 @@ def _dominating(point: Point, points: Sequence[Point]) -> str:
 
 
 def _beats(other: Point, point: Point) -> bool:
-    no_worse = other.total_bytes <= point.total_bytes and other.loss <= point.loss
+    margin = MARGIN if point.ranks == PLAIN and other.ranks != PLAIN else 1.0
+    no_worse = other.total_bytes <= point.total_bytes and margin * other.loss <= point.loss
     return no_worse and (other.total_bytes, other.loss) != (point.total_bytes, point.loss)

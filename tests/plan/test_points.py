@@ -8,6 +8,7 @@ import pytest
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes
 from gptqmodel_eora_ext.plan import SATURATION, PlannedModule, Point, plan_points, planned
 from gptqmodel_eora_ext.plan.picture import draw
+from gptqmodel_eora_ext.plan.points import MARGIN
 from gptqmodel_eora_ext.solve import Grid
 
 from .conftest import BUDGETS
@@ -60,7 +61,9 @@ def test_dominated_is_larger_and_worse(points: list[Point]) -> None:
         better = [
             other.title
             for other in alone
-            if other is not point and other.total_bytes <= point.total_bytes and other.loss <= point.loss
+            if other is not point
+            and other.total_bytes <= point.total_bytes
+            and (MARGIN if point.ranks == "none" else 1.0) * other.loss <= point.loss
         ]
         assert point.dominated == bool(better) and (not better or point.dominated_by in better)
     # 8 bits of adapter for a weight are no match for plain 4 bits.
