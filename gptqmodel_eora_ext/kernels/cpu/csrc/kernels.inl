@@ -165,14 +165,23 @@ inline I together(I once, I shifted) {
   return WIDE_CODES ? once : iadd(once, shl<4>(shifted));
 }
 
-// Asks for the strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
+// Asks for a strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
 // each segment, all by the middle of the strip. All at once, they would keep the codes waiting.
-inline void fetch_up(const Linear& l, int strip, int segment) {
-  const int64_t bytes = factor_bytes(l.up_kind, int64_t(l.rank) * LANES);
-  const int64_t step = (2 * bytes / l.segments + 63) / 64 * 64, begin = segment * step;
-  const char* up = (const char*)l.up + strip * bytes;
-  for (int64_t line = begin; line < begin + step && line < bytes; line += 64) __builtin_prefetch(up + line);
-}
+struct UpAhead {
+  const char *next, *end;
+  int64_t step;
+
+  UpAhead(const Linear& l, int strip) {
+    const int64_t bytes = factor_bytes(l.up_kind, int64_t(l.rank) * LANES);
+    next = (const char*)l.up + strip * bytes;
+    end = next + bytes;
+    step = (2 * bytes / l.segments + 63) / 64 * 64;
+  }
+  void fetch() {
+    if (next >= end) return;
+    for (const char* last = next + step; next < last; next += 64) __builtin_prefetch(next);
+  }
+};
 
 // Bytes ahead of the codes being read that are asked for, since the processor's own prefetching ends with a 4 KiB page:
 // 0.21 ms instead of 0.24 for 4096 × 4096 at 2 bits; 1, 4 and 8 KiB do no better.
@@ -195,9 +204,10 @@ template <int B, int S, int R>
 void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   const int64_t row_stride = int64_t(l.units) * LANES * S;
+  UpAhead up(l, strip);
   for (int r = 0; r < R; ++r) y[r] = l.bias ? fload(l.bias + strip * LANES) : fzero();
   for (int segment = 0; segment < l.segments; ++segment) {
-    if (l.rank) fetch_up(l, strip, segment);
+    up.fetch();
     I once[R][S], shifted[R][S];
     for (int r = 0; r < R; ++r) {
       for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
