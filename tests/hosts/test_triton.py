@@ -10,7 +10,9 @@ import torch
 from gptqmodel import BACKEND
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.models._const import DEVICE
+from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 from gptqmodel.quantization.config import FORMAT, METHOD
+from gptqmodel.utils import model
 from gptqmodel.utils.importer import AUTO_BACKEND_KERNEL_MAPPING, clear_validation_cache, select_quant_linear
 
 from gptqmodel_eora_ext import EoRA
@@ -52,6 +54,22 @@ def test_selected_for_an_eora_adapter(bits: int, device: DEVICE, format: FORMAT)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_not_selected_without_one(bits: int, adapter: Any) -> None:
     assert select(bits, adapter) is not EoRATritonLinear
+
+
+def explicit(adapter: Any) -> Any:
+    """What a model's modules are tried with under an explicit backend."""
+    return model.select_quant_linear(
+        bits=2, group_size=64, desc_act=False, sym=False, device=DEVICE.CUDA, backend=BACKEND.GPTQ_TRITON,
+        format=FORMAT.GPTQ, quant_method=METHOD.GPTQ, pack=False, pack_dtype=torch.int32, adapter=adapter,
+        multi_select=True,
+    )  # fmt: skip
+
+
+def test_an_explicit_triton_backend_means_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert explicit(EoRA(rank=4)) == [EoRATritonLinear, TritonV2Linear]
+    assert explicit(Lora(rank=4, path="a")) == explicit(None) == [TritonV2Linear]
+    monkeypatch.setenv(SWITCH, "triton")
+    assert explicit(EoRA(rank=4)) == [TritonV2Linear]
 
 
 def test_kernels_for_four_bits_keep_their_place() -> None:

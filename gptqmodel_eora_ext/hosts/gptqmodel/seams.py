@@ -167,8 +167,9 @@ def list_seams() -> list[Seam]:
     from gptqmodel.models.auto import GPTQModel
     from gptqmodel.models.base import BaseQModel
     from gptqmodel.quantization.config import BaseQuantizeConfig
+    from gptqmodel.utils import model
 
-    from . import checkpoint, generate, quantize
+    from . import checkpoint, generate, quantize, triton
 
     def method(function: Callable[..., Any]) -> Callable[[Any], Any]:
         return lambda original: functools.wraps(original)(
@@ -200,6 +201,7 @@ def list_seams() -> list[Seam]:
         Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(checkpoint.config_from_pretrained)),
         Seam(auto, "_is_supported_quantization_config", ("config",), plain(checkpoint.is_supported)),
         Seam(loader, "gptqmodel_post_init", ("model",), plain(checkpoint.attach_adapters)),
+        Seam(model, "select_quant_linear", ("backend", "adapter", "pack"), plain(triton.candidates)),
         Seam(GPTQModel.adapter, "generate", ("adapter", "model_id_or_path", "quantized_model_id_or_path",
                                              "calibration_dataset"), class_method(generate.generate)),
         Seam(gptqmodel, "_default_cpu_workers", (), plain(lambda original: max(LEAST_CPU_WORKERS, original()))),

@@ -7,7 +7,8 @@ Results were checked on an H100 and under Triton's interpreter, the selection wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from gptqmodel.utils.backend import BACKEND
 from ...kernels.dispatch import ALL, DTYPES, SWITCH, TRITON, switched_off
 from ...kernels.layout import WEIGHT_BITS
 from ...kernels.triton import available, runs_on
-from .adapter import version
+from .adapter import EoRA, version
 from .fused import EoRAFusedLinear
 from .shared import Joint
 
@@ -106,3 +107,16 @@ class EoRATritonLinear(EoRAFusedLinear):
         return FusedLinears.prepare(
             [module.packed() for module in modules], factors, [module.bias for module in modules]
         )
+
+
+def candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The kernels that a model's modules are tried with: an explicit `BACKEND.GPTQ_TRITON` means this one, too.
+
+    The automatic order has it already (`seams`). Modules that it cannot serve go to the host's.
+    """
+    found = original(*args, **kwargs)
+    asked = inspect.signature(original).bind(*args, **kwargs).arguments
+    explicit = asked.get("backend") == BACKEND.GPTQ_TRITON and not asked.get("pack")
+    if explicit and isinstance(asked.get("adapter"), EoRA) and isinstance(found, list) and TRITON not in switched_off():
+        return [EoRATritonLinear, *found]
+    return found
