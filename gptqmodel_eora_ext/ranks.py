@@ -154,8 +154,7 @@ class RankAllocation:
         delta: torch.Tensor,
     ) -> torch.Tensor:
         """As `choose`, for a module that has chosen: as many components as it did then, and no bytes more."""
-        output_moment = self.output_moments[name].to(delta.device)
-        gains = component_gains(lora_A, lora_B, second_moment, output_moment)
+        gains = component_gains(lora_A, lora_B, second_moment, self.output_moments[name].to(delta.device))
         return gains.argsort(descending=True)[: self.ranks[name]].sort().values
 
     def report(self) -> dict[str, Any]:
