@@ -28,7 +28,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/presets.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/autoround.py
 	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/kernels_cpu.py
