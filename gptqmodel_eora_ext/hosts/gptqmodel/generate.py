@@ -24,10 +24,13 @@ from .base_model import check_embeddings, scales_were_moved
 from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
 from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
-from .run import CompensationRun
+from .run import CompensationRun, rounds_to_make
 from .weights import CheckpointProcessor
 
 log = logging.getLogger(__name__)
+
+# Why `generate` makes one round.
+FINISHED = "the checkpoint is quantised already"
 
 # Kernels that dequantise on any device, by the checkpoint's method.
 TORCH_BACKENDS = {METHOD.GPTQ: BACKEND.GPTQ_TORCH, METHOD.AWQ: BACKEND.AWQ_TORCH}
@@ -90,6 +93,8 @@ def generate_adapter(
     """
     if calibration is None or len(calibration) == 0:
         raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
+    adapter.settle_for_making()
+    rounds_to_make(adapter, FINISHED)
     folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
@@ -98,9 +103,7 @@ def generate_adapter(
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
-        run = CompensationRun(
-            adapter, config.dynamic, method=str(config.method.value), single_round="the checkpoint is quantised already"
-        )
+        run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), single_round=FINISHED)
         log.info("EoRA: loading the full-precision model `%s`.", base)
         model = GPTQModel.load(base, quantize_config=config, **loading)
         _check_same_model(model, kernels, checkpoint, base)

@@ -55,7 +55,7 @@ class CompensationRun:
         self.adapter = adapter
         self.objective = adapter.objective
         self.factor_bits = adapter.factor_bits
-        self.rounds = _rounds(adapter, single_round)
+        self.rounds = rounds_to_make(adapter, single_round)
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.native_inputs: NativeInputs | None = None
@@ -158,7 +158,12 @@ def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> No
         )
 
 
-def _rounds(adapter: EoRA, single_round: str | None) -> int:
+def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:
+    """The rounds of an adapter, where ``single_round`` does not say why there can be only one.
+
+    Raises:
+        NotImplementedError: for several rounds, asked for by name, where only one is possible.
+    """
     if single_round is None or adapter.rounds == 1:
         return adapter.rounds
     if adapter.asked_rounds:
