@@ -58,6 +58,11 @@ class WeightedError:
         """Where it lies."""
         return self.delta.device
 
+    @property
+    def rounds(self) -> bool:
+        """Whether `lift` is faster rounded."""
+        return self.dtype is torch.float32 and multiplies_bfloat16(self.device)
+
     def weigh(self, rows: torch.Tensor) -> torch.Tensor:
         """X C for X of k × in, in X's dtype."""
         moment = self.second_moment
@@ -83,10 +88,8 @@ class WeightedError:
         return self.weigh(projected / self.unit)
 
     def lift(self, weighed: torch.Tensor, *, rounded: bool) -> torch.Tensor:
-        """Y S / unit from Y ΔW C / unit; with ``rounded`` in bfloat16 from float32, where that is faster."""
-        if rounded and weighed.dtype == self.dtype == torch.float32 and multiplies_bfloat16(self.device):
-            return _rounded_times(weighed, self.delta)
-        return times(weighed, self.delta.T)
+        """Y S / unit from Y ΔW C / unit; with ``rounded`` in bfloat16."""
+        return _rounded_times(weighed, self.delta) if rounded else times(weighed, self.delta.T)
 
     def root(self) -> torch.Tensor:
         """ΔW L, float64, out × in, with any L Lᵀ = C."""
@@ -133,6 +136,11 @@ class OutputError:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.moment.device
+
+    @property
+    def rounds(self) -> bool:
+        """As `WeightedError.rounds`: there is no product in `lift`."""
+        return False
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """As `WeightedError.project`, of the identity: Y itself."""

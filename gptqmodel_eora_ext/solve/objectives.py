@@ -26,7 +26,7 @@ from .subspace import dominant_subspace
 
 # The iteration stops when the weighted error is predicted to be within this share of the least. The prediction
 # is on the safe side where gains fall faster and faster, as they do, so that 1.001 holds (benchmarks/solver.py).
-TOLERANCE = 8e-4
+TOLERANCE = 7e-4
 # Share of the difference between the two models' inputs that `output` makes up for. 1 follows the full-precision
 # output entirely and overfits the calibration data; QEP and SAES-SVD damp the cross term for the same reason.
 OUTPUT_DAMPING = 0.25

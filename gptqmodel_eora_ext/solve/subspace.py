@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -33,14 +34,33 @@ DENSE_BELOW = 2
 # Products of S with a block. Errors of quantised layers take 5 to 10; past this many a full eigendecomposition,
 # which cannot fail, takes over.
 MOST_PRODUCTS = 80
-# Where the best correction leaves less than this share of the energy (outlier channels), float32 sums of all of it are
-# too coarse a ruler for the rest, and the iteration runs in float64.
-FLOAT32_RANGE = 1e-2
-# Directions proposed in bfloat16 miss some 10^-5 of the energy, which is too much where less than this share of it is
-# left: with 1.6 % left the error was 1.0005 of the least, with 8 % 1.0002.
-ROUNDED_RANGE = 5e-2
 # The same ruler's end for float64.
 FLOAT64_RANGE = 1e-12
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """What the iteration runs in.
+
+    Attributes:
+        dtype: of the products that define and measure.
+        rounded: whether those that only propose directions are taken in bfloat16.
+        range: share of the energy; where the best correction leaves less, this is too coarse.
+    """
+
+    dtype: torch.dtype
+    rounded: bool
+    range: float
+
+
+# Directions proposed in bfloat16 miss some 10^-5 of the energy: errors of 1.0005 to 1.0016 of the least were found with
+# 1 to 2 % left, of 1.0002 with 8 %. Float32 sums of all of the energy are too coarse a ruler for the rest where that is
+# less than a hundredth (outlier channels).
+PRECISIONS = (
+    _Precision(torch.float32, True, 5e-2),
+    _Precision(torch.float32, False, 1e-2),
+    _Precision(torch.float64, False, 0.0),
+)
 
 
 def dominant_subspace(
@@ -62,9 +82,9 @@ def dominant_subspace(
         found = torch.linalg.svd(error.root(), full_matrices=False).U[:, :rank].T
         return found, error.project(found)
     if min(error.shape) > DENSE_BELOW * (rank + _block(rank)):
-        for dtype in (torch.float32, torch.float64):
-            if error.dtype in (dtype, torch.float32):
-                converged = _block_krylov(error, rank, dtype, tolerance, seed)
+        for precision in PRECISIONS:
+            if error.dtype in (precision.dtype, torch.float32) and (error.rounds or not precision.rounded):
+                converged = _block_krylov(error, rank, precision, tolerance, seed)
                 if converged is not None:
                     return converged
     found = _dense(error, rank)
@@ -91,25 +111,26 @@ def _top_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _block_krylov(
-    error: WeightedError | OutputError, rank: int, dtype: torch.dtype, tolerance: float, seed: int
+    error: WeightedError | OutputError, rank: int, precision: _Precision, tolerance: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Iterate until the weighted error stops falling; None where ``dtype`` is too coarse or it does not stop.
+    """Iterate until the weighted error stops falling; None where ``precision`` is too coarse or it does not stop.
 
     The test is on the quantity that counts, not on the vectors, which for close eigenvalues never settle and need not.
     The error left is estimated on random probes with the found subspace projected out: the difference of the whole
     energy and the captured one would need the trace of S, which costs more than all of the iteration.
     """
     out_features, in_features = error.shape
+    dtype = precision.dtype
     block = _block(rank)
     widest = min(MOST_BLOCKS * block, min(error.shape) - block)
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randn(PROBES, out_features, generator=generator, dtype=dtype).to(error.device)
     # Random rows stand for Y ΔW of a random Y, which would take another product; of its size, for the sake of `unit`.
     start = torch.randn(block, in_features, generator=generator, dtype=dtype).to(error.device) * error.largest
-    fresh = _orthonormal(error.lift(error.weigh_evenly(start), rounded=True))
+    fresh = _orthonormal(error.lift(error.weigh_evenly(start), rounded=precision.rounded))
 
     space = _Space(probes, in_features, widest + block)
-    captured, gains, rounded = 0.0, [], True
+    captured, gains = 0.0, []
     for product in range(MOST_PRODUCTS):
         # The probes ride along in the first product.
         rows = torch.cat([fresh, probes]) if product == 0 else fresh
@@ -128,12 +149,11 @@ def _block_krylov(
             captured += gains[-1]
             top = rotation[:rank]
             left = _energy_outside(energies, top @ space.inside, top @ space.images_inside, values[:rank])
-            if dtype is torch.float32 and left < FLOAT32_RANGE * total:
+            if left < precision.range * total:
                 return None
-            rounded = left > ROUNDED_RANGE * total
             if _still_to_gain(gains) <= max(tolerance * left, FLOAT64_RANGE * total):
                 return top @ space.basis, top @ space.projected
-        fresh = _orthonormal(error.lift(weighed, rounded=rounded), space.basis)
+        fresh = _orthonormal(error.lift(weighed, rounded=precision.rounded), space.basis)
         if holds_more and space.rows + block > widest:
             space.keep(values[: rank + block], rotation[: rank + block])
     return None
