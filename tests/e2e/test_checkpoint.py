@@ -27,8 +27,9 @@ from .helpers import Batches, Made, kernels, load, measured_errors, quantize
 
 pytestmark = pytest.mark.e2e
 
-# PEFT multiplies factors in float32, GPTQModel in bfloat16: two layers of a bfloat16 model apart.
-PEFT_TOLERANCE = 0.05
+# PEFT multiplies factors in float32, GPTQModel in bfloat16: two layers of a bfloat16 model apart. By root mean squares:
+# one unit in the last place of the largest logits is a sixteenth of their rms.
+PEFT_TOLERANCE = 0.01
 
 STOCK = """
 import sys, torch
@@ -78,8 +79,7 @@ def test_with_plugin_without_plugin_and_peft_agree(made: Made, prompt: list[int]
 
     base = AutoModelForCausalLM.from_pretrained(made.folder)
     through_peft = logits(PeftModel.from_pretrained(base, made.folder / "eora"), prompt)
-    rms = ours.float().square().mean().sqrt()
-    assert (ours.float() - through_peft.float()).abs().max() / rms < PEFT_TOLERANCE
+    assert (ours.float() - through_peft.float()).norm() < PEFT_TOLERANCE * ours.float().norm()
 
 
 def test_the_adapter_matters(made: Made, prompt: list[int]) -> None:
