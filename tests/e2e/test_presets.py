@@ -34,7 +34,7 @@ def details(made: Made) -> dict[str, Any]:
 def test_rounds_leave_less_of_the_error(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
     left = {}
     for rounds in (1, 2):
-        adapter = EoRA(rank=16, factor_bits=4, rounds=rounds)
+        adapter = EoRA(rank=16, rounds=rounds)
         made = quantize(two_layers, tmp_path / str(rounds), gptq(mse=2.4), calibration, adapter=adapter)
         assert details(made)["rounds"] == rounds
         left[rounds] = {name: made.factors[name].error_after for name in FIRST}
