@@ -30,7 +30,7 @@ from gptqmodel.adapter.adapter import Lora
 
 from gptqmodel_eora_ext import EoRA, EoRAConfig
 from gptqmodel_eora_ext.files import cache_folder
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 BITS = 2
 # The one export that GPTQModel's own `generate` opens.

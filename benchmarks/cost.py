@@ -22,7 +22,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import Lora
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 RANK = 32
 SAMPLES, SEQLEN = 64, 256

@@ -25,7 +25,7 @@ from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import forecast_modules
 from gptqmodel_eora_ext.refine.forecast import Rounder
 from gptqmodel_eora_ext.solve import Grid, weighted_energy

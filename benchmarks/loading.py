@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.autoload import OFF_SWITCH
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 RANK = 32
 TOKENS = 256

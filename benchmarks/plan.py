@@ -30,7 +30,7 @@ from gptqmodel.adapter.adapter import AdapterCache
 from gptqmodel_eora_ext import EoRA, Plan
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes, weight_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, largest_rank, plan_points, planned, sweep_rank
 from gptqmodel_eora_ext.plan.modules import plain_bytes
 from gptqmodel_eora_ext.solve import Grid

@@ -19,7 +19,7 @@ import common
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.presets import DEFAULT_BUDGET, PRESETS
 
 SAMPLES, SEQLEN = 32, 256

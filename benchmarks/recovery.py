@@ -30,7 +30,7 @@ from gptqmodel.adapter.adapter import AdapterCache, Lora
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter import SENSITIVITIES
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.presets import PRESETS
 from gptqmodel_eora_ext.solve import GROUP_SIZE as FACTOR_GROUP_SIZE
 

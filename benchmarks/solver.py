@@ -26,7 +26,7 @@ from gptqmodel.eora.eora import eora_compute_lora
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel import processors
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.solve import energy_left, eora, weighted_energy
 
 RANK = 64

@@ -107,7 +107,7 @@ def quantize(
     check_out(output, force)
     texts = read_calibration(calibration)
 
-    from .hosts.gptqmodel.output import quiet, watch_layers
+    from .hosts.terminal import quiet, watch_layers
 
     start = time.perf_counter()
     with errors(), progress_bars() as bar, quiet():
@@ -162,7 +162,7 @@ def generate(
         fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
     texts = read_calibration(calibration)
 
-    from .hosts.gptqmodel.output import quiet
+    from .hosts.terminal import quiet
 
     start = time.perf_counter()
     with errors(), progress_bars() as bar, quiet():

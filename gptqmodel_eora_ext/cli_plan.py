@@ -108,7 +108,7 @@ def plan(
         with errors():
             _require_matplotlib()
 
-    from .hosts.gptqmodel.output import quiet
+    from .hosts.terminal import quiet
 
     grid = Grid(group_size, sym, mse)
     with errors(), progress_bars() as bar, quiet():

@@ -167,7 +167,7 @@ class Study:
     def _make_adapter(self, name: str, options: dict[str, Any], progress: Progress) -> None:
         if name in self.state["steps"]:
             return
-        from .hosts.gptqmodel.output import quiet
+        from .hosts.terminal import quiet
 
         start = time.perf_counter()
         with quiet():
@@ -196,7 +196,7 @@ class Study:
         import torch
 
         from .evaluate.perplexity import text_loss
-        from .hosts.gptqmodel.output import quiet
+        from .hosts.terminal import quiet
 
         with quiet():
             from transformers import AutoTokenizer

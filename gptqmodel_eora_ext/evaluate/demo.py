@@ -78,7 +78,7 @@ def _full_precision(base: Path, report: Callable[[int, int], None]) -> dict[str,
 
 def _quantize(base: Path, folder: Path, bits: int, rank: int | None, report: Callable[[int, int], None]) -> float:
     from ..calibration import read_texts, windows
-    from ..hosts.gptqmodel.output import quiet, watch_layers
+    from ..hosts.terminal import quiet, watch_layers
 
     start = time.perf_counter()
     with quiet():

@@ -31,7 +31,7 @@ def measure_checkpoint(
         max_windows: stop after so many.
         progress: makes a `report(done, total)` callback for a named step.
     """
-    from ..hosts.gptqmodel.output import quiet
+    from ..hosts.terminal import quiet
 
     with quiet():
         from gptqmodel import GPTQModel

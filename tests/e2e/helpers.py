@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter import ModuleFactors
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.hosts.gptqmodel.weights import dequantize
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 Batches = list[dict[str, list[int]]]
 

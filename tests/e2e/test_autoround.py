@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import EoRA, EoRAConfig, cli, load_peft
 from gptqmodel_eora_ext.hosts.autoround_format import quantize_config
 from gptqmodel_eora_ext.hosts.gptqmodel.generate import generate_adapter
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, kernels, load, measured_errors
 

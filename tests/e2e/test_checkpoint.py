@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from gptqmodel_eora_ext import AdapterError, EoRA
 from gptqmodel_eora_ext.autoload import OFF_SWITCH
 from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint import adapters_off
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.hosts.peft import CONFIG_FILE, WEIGHTS_FILE
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, Made, kernels, load, measured_errors, quantize
 

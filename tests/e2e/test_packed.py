@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.autoload import OFF_SWITCH
 from gptqmodel_eora_ext.cli import app
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.hosts.peft import WEIGHTS_FILE
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, Made, kernels, load, measured_errors, quantize
 from .test_checkpoint import logits

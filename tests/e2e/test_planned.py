@@ -18,8 +18,8 @@ from gptqmodel_eora_ext.budget import ModuleShape, factor_bytes, weight_bytes
 from gptqmodel_eora_ext.cli import app
 from gptqmodel_eora_ext.evaluate.demo import demo_text
 from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
 from gptqmodel_eora_ext.hosts.gptqmodel.planned import check_plan, warn_if_dominated
+from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import ModulePlan, PlanError
 
 from .helpers import Batches, kernels, load, measured_errors, quantize

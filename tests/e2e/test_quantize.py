@@ -14,7 +14,7 @@ from gptqmodel.nn_modules.hooked_linear import HookedLinear
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.output import quiet
+from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, kernels, load, measured_errors, quantize
 

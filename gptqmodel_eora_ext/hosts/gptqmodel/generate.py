@@ -18,11 +18,11 @@ from gptqmodel.utils.torch import torch_empty_cache
 
 from ..autoround_format import read_config
 from ..peft import save_adapter
+from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
 from .base_model import check_embeddings, scales_were_moved
 from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
-from .output import watch_layers
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, rounds_to_make
 from .weights import CheckpointProcessor

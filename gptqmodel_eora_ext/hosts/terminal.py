@@ -1,4 +1,7 @@
-"""GPTQModel's terminal output, replaced by one progress bar where a command shows its own."""
+"""GPTQModel's terminal output, replaced by one progress bar where a command shows its own.
+
+It stands outside `hosts.gptqmodel`, whose import brings in GPTQModel and with it a banner.
+"""
 
 from __future__ import annotations
 
