@@ -28,7 +28,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA, Plan
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes, weight_bytes
+from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, uniform_rank, weight_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, largest_rank, plan_points, planned, sweep_rank
@@ -95,16 +95,16 @@ def cells(kinds: list[str], totals: list[str]) -> list[Cell]:
     """The cells of some kinds, totals too small for an adapter left out."""
     found = [Cell("plain", bits) for bits in PLAIN_BITS]
     for total in totals:
-        smaller = [bits for bits in PLAIN_BITS if uniform_rank(Cell("uniform", bits, CHOSEN_FACTOR_BITS, total))]
+        smaller = [bits for bits in PLAIN_BITS if rank_of(Cell("uniform", bits, CHOSEN_FACTOR_BITS, total))]
         found += [Cell("uniform", bits, width, total) for bits in smaller for width in FACTOR_BITS]
         found += [Cell("auto", bits, CHOSEN_FACTOR_BITS, total) for bits in smaller]
         found.append(Cell("mix", 0, CHOSEN_FACTOR_BITS, total))
     return [cell for cell in found if cell.kind in kinds]
 
 
-def uniform_rank(cell: Cell) -> int:
+def rank_of(cell: Cell) -> int:
     """The largest rank for all within a cell's total; 0 where none fits."""
-    return max(room(cell.total, cell.bits), 0) // sum(factor_bytes(1, shape, cell.factor_bits) for shape in base()[1])
+    return uniform_rank(room(cell.total, cell.bits), base()[1], cell.factor_bits)
 
 
 def plan_of(cell: Cell) -> Plan:
@@ -122,7 +122,7 @@ def predicted(cell: Cell) -> float:
             forecasts(), GRID, bits=cell.bits, factor_bits=(cell.factor_bits,), budgets=(budget,), with_mixes=False
         )
         return next(point.loss for point in points if point.ranks == "auto")
-    rank = uniform_rank(cell) if cell.total else 0
+    rank = rank_of(cell) if cell.total else 0
     return sum(module.loss(cell.bits, rank, cell.factor_bits or 16) for module in forecasts())
 
 
@@ -132,7 +132,7 @@ def setup_of(cell: Cell) -> tuple[dict[str, Any], EoRA | None]:
     if cell.kind == "plain":
         return config, None
     if cell.kind == "uniform":
-        return config, EoRA(rank=uniform_rank(cell), factor_bits=cell.factor_bits)
+        return config, EoRA(rank=rank_of(cell), factor_bits=cell.factor_bits)
     if cell.kind == "auto":
         return config, EoRA("auto", budget=room(cell.total, cell.bits), factor_bits=cell.factor_bits)
     plan = plan_of(cell)
@@ -155,7 +155,7 @@ def measure(cell: Cell, texts: dict[str, torch.Tensor], windows: int) -> dict[st
         del model
         details = folder / "model" / "eora" / "eora.json"
         reports = json.loads(details.read_text())["modules"] if adapter is not None else {}
-        dense = common.densified(folder / "model").to(device())
+        dense = common.densified(folder / "model").to(common.device())
         losses = common.losses(dense, texts, windows)
     factors = sum(report["bytes"] for report in reports.values())
     stored = sum(weight_bytes(shape, widths[shape.name], GRID.group_size) for shape in base()[1])
@@ -168,10 +168,6 @@ def measure(cell: Cell, texts: dict[str, torch.Tensor], windows: int) -> dict[st
         "predicted": expected,
         "loss": losses,
     }
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cell_of(run: dict[str, Any]) -> Cell:
@@ -236,7 +232,7 @@ def pareto(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
 
 
 def write(path: Path, runs: list[dict[str, Any]], full: dict[str, float], windows: int) -> dict[str, Any]:
-    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "grid": asdict(GRID), "windows": windows, "device": device()}
+    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "grid": asdict(GRID), "windows": windows, "device": common.device()}
     result = {
         "environment": common.environment(),
         "setup": setup,
@@ -279,7 +275,7 @@ def main() -> None:
             full = full or previous["full"]
             known |= {cell_of(run): run for run in previous["runs"]}
     texts = common.held_out()
-    full = full or common.losses(common.base_model().to(device()), texts, options.windows)
+    full = full or common.losses(common.base_model().to(common.device()), texts, options.windows)
     result = write(options.out, list(known.values()), full, options.windows)
     for cell in [] if options.merge else wanted:
         if cell not in known:

@@ -29,7 +29,7 @@ from gptqmodel.adapter.adapter import AdapterCache, Lora
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter import SENSITIVITIES
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
+from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.presets import PRESETS
 from gptqmodel_eora_ext.solve import GROUP_SIZE as FACTOR_GROUP_SIZE
@@ -100,7 +100,7 @@ def budget_cells(bits: int, budget: str) -> dict[str, Cell]:
     """The presets "balanced" and "best", one rank for all within the same bytes, and stock's at no fewer bytes."""
     shapes = module_shapes()
     allowed = budget_bytes(budget, shapes)
-    uniform = int(allowed / sum(factor_bytes(1, shape, BUDGET_FACTOR_BITS) for shape in shapes))
+    uniform = uniform_rank(allowed, shapes, BUDGET_FACTOR_BITS)
     stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
     chosen = Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher")
     return {

@@ -39,6 +39,11 @@ def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int) -> int:
     return rank * row
 
 
+def uniform_rank(nbytes: int, shapes: Iterable[ModuleShape], factor_bits: int) -> int:
+    """The largest rank for all modules whose factors take no more than so many bytes; 0 where none does."""
+    return max(nbytes, 0) // sum(factor_bytes(1, shape, factor_bits) for shape in shapes)
+
+
 def weight_bytes(shape: ModuleShape, bits: int, group_size: int) -> int:
     """Bytes of a module's weights in the GPTQ format: codes, float16 scales, zeros as wide as codes."""
     groups = 1 if group_size == -1 else -(-shape.in_features // group_size)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..budget import ModuleShape, budget_bytes, factor_bytes
+from ..budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from ..ranks import most_rank
 from ..solve import Grid, allocate
 from .mix import mixed
@@ -138,7 +138,7 @@ def _with_adapter(
 
 
 def _uniform(modules: Sequence[PlannedModule], plain: Point, budget: str, size: int, width: int) -> Point:
-    rank = size // sum(factor_bytes(1, module.shape, width) for module in modules)
+    rank = uniform_rank(size, [module.shape for module in modules], width)
     ranks = [min(rank, len(module.forecasts[plain.bits].gains)) for module in modules]
     nbytes = sum(factor_bytes(one, module.shape, width) for one, module in zip(ranks, modules, strict=True))
     loss = sum(module.loss(plain.bits, rank, width) for module in modules)

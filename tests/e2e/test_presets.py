@@ -11,7 +11,7 @@ from gptqmodel import GPTAQConfig, QuantizeConfig, RTNConfig
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
-from gptqmodel_eora_ext.hosts.gptqmodel.run import CompensationRun
+from gptqmodel_eora_ext.hosts.gptqmodel.run import rounds_to_make
 from gptqmodel_eora_ext.presets import DEFAULT_BUDGET, PRESETS
 
 from .helpers import Batches, Made, quantize
@@ -105,5 +105,4 @@ def test_rounds_of_other_quantisers_are_refused(
 
 
 def test_a_preset_makes_one_round_where_more_are_not_possible() -> None:
-    run = CompensationRun(EoRA(preset="best"), None, method="rtn", single_round="nothing to do again")
-    assert run.rounds == 1
+    assert rounds_to_make(EoRA(preset="best"), "nothing to do again") == 1

@@ -15,41 +15,25 @@ and, on the objects of one run, from its start to its end (`loop.py`):
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
 from packaging.version import Version
 
-from .. import SeamError
+from .. import SeamError, problem_at
 
 log = logging.getLogger(__name__)
 
 OLDEST_HOST = Version("0.16.0")
 NEWEST_TESTED_HOST = Version("0.16.1")
 
-_failure: SeamError | None = None
-
 
 def install_or_log() -> None:
-    """Install; a host that cannot be served is logged now, and told again by `require_installed`."""
-    global _failure
+    """Install, or log why this host cannot be served; it then does not know the algorithm."""
     try:
         install()
     except SeamError as error:
-        _failure = error
         log.warning("%s", error)
-
-
-def require_installed() -> None:
-    """Install if the autoload did not, for instance because it is switched off.
-
-    Raises:
-        SeamError: when the installed AutoRound cannot be served.
-    """
-    if _failure is not None:
-        raise _failure
-    install()
 
 
 def installed() -> bool:
@@ -136,12 +120,4 @@ def problems() -> list[str]:
          ("block", "fp_inputs", "input_others", "block_ctx", "q_inputs", "input_ids")),
         (compressors.BaseOrchestrator, "save_quantized", ("output_dir", "return_folders")),
     ]  # fmt: skip
-    found = []
-    for owner, name, parameters in expected:
-        value = getattr(owner, name, None)
-        where = f"{getattr(owner, '__qualname__', owner.__name__)}.{name}"
-        if value is None:
-            found.append(f"{where} is missing")
-        elif parameters and (missing := set(parameters) - set(inspect.signature(value).parameters)):
-            found.append(f"{where} lacks the parameters {sorted(missing)}")
-    return found
+    return [problem for place in expected if (problem := problem_at(*place))]

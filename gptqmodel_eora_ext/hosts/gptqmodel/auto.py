@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
-from ...budget import ModuleShape, budget_bytes, factor_bytes
+from ...budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from ...files import cache_folder
 from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
 from ...refine.forecast import Rounder, forecast
@@ -72,21 +72,22 @@ def allocate_ranks(
     return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
 
 
-def uniform_rank(shapes: Sequence[ModuleShape], adapter: EoRA) -> int:
+def budgeted_rank(shapes: Sequence[ModuleShape], adapter: EoRA) -> int:
     """The largest rank for all modules that the adapter's budget allows.
 
     Raises:
         ValueError: for a budget in no known form, or too small for rank 1.
     """
     budget = budget_bytes(adapter.budget, shapes)
-    one = sum(factor_bytes(1, shape, adapter.factor_bits) for shape in shapes)
-    if budget < one:
+    rank = uniform_rank(budget, shapes, adapter.factor_bits)
+    if rank == 0:
+        one = sum(factor_bytes(1, shape, adapter.factor_bits) for shape in shapes)
         raise ValueError(
             f"EoRA: the budget {adapter.budget!r} is {budget} bytes; rank 1 for all {len(shapes)} modules takes {one}. "
             f'Allow more, or let ranks differ: sensitivity="fisher".'
         )
-    log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), budget // one)
-    return budget // one
+    log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
+    return rank
 
 
 def module_grid(config: Any, name: str) -> Grid:

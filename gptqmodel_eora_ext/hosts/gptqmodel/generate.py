@@ -94,7 +94,7 @@ def generate_adapter(
     if calibration is None or len(calibration) == 0:
         raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
     adapter.settle_for_making()
-    rounds_to_make(adapter, FINISHED)
+    rounds = rounds_to_make(adapter, FINISHED)
     folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
@@ -103,7 +103,7 @@ def generate_adapter(
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
-        run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), single_round=FINISHED)
+        run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), rounds=rounds)
         log.info("EoRA: loading the full-precision model `%s`.", base)
         model = GPTQModel.load(base, quantize_config=config, **loading)
         _check_same_model(model, kernels, checkpoint, base)

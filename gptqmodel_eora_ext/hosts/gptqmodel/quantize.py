@@ -22,12 +22,12 @@ from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from ...adapter import AUTO, UNIFORM
 from .adapter import EoRA
-from .auto import allocate_ranks, module_shapes, uniform_rank
+from .auto import allocate_ranks, budgeted_rank, module_shapes
 from .finished import CheckpointCompensation
 from .native import NativeInputs
 from .planned import check_plan, warn_if_dominated
 from .processors import AWQCompensation, Compensation
-from .run import CompensationRun, check_token_ids
+from .run import CompensationRun, check_token_ids, rounds_to_make
 from .weights import CheckpointProcessor, RTNProcessor
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         config.dynamic,
         method=str(config.method.value),
         adapter_batches=own_batches,
-        single_round=_single_round(config),
+        rounds=rounds_to_make(adapter, _single_round(config)),
     )
     options.update(adapter=None, adapter_calibration_dataset=None)
     config.adapter = None
@@ -165,7 +165,7 @@ class CompensatingLooper(ModuleLooper):
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
             if run.rank == AUTO and run.adapter.sensitivity == UNIFORM:
-                run.rank = uniform_rank(module_shapes(model), run.adapter)
+                run.rank = budgeted_rank(module_shapes(model), run.adapter)
             elif run.rank == AUTO:
                 # AWQ's Ŵ stands for a rescaled W; it is forecast as if it were not known.
                 finished = model.quantize_config.method == METHOD.GPTQ

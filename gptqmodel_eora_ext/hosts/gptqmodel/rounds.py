@@ -44,6 +44,8 @@ class JointRounds:
     def quantize(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What `GPTQ.quantize` returns, of the best round."""
         task = self._task
+        # GPTQ calls itself again where a loss is not a number; that is no round.
+        task.quantize = self._original
         hessian = None if task.H is None else task.H.clone()
         weight = task.clone_module()
         kept: tuple[Any, ...] = self._original(*args, **kwargs)

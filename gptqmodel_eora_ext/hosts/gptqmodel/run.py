@@ -27,16 +27,15 @@ class CompensationRun:
     """State shared by the processors of one `quantize` or `generate` call.
 
     Args:
-        adapter: what the user asked for.
+        adapter: what the user asked for, settled.
         dynamic: GPTQModel's per-module overrides; `{"adapter": {"rank": …}}` there overrides the rank, 0 for none.
         method: quantisation method, for the record.
         adapter_batches: prepared batches of `adapter_calibration_dataset`; empty when the quantiser's are used.
             They run ahead of the quantiser's in the same forwards.
-        single_round: why modules cannot be quantised more than once; None where they can.
+        rounds: times that a module is quantised, by `rounds_to_make`.
 
     Raises:
         ValueError: when a rank in `dynamic` is no integer of at least 0.
-        NotImplementedError: for several rounds, asked for by name, where only one is possible.
     """
 
     def __init__(
@@ -46,16 +45,15 @@ class CompensationRun:
         *,
         method: str,
         adapter_batches: Sequence[Mapping[str, Any]] = (),
-        single_round: str | None = None,
+        rounds: int = 1,
     ) -> None:
-        adapter.settle_for_making()
         assert adapter.rank is not None
         self.rank = adapter.rank
         self.allocation: RankAllocation | None = None
         self.adapter = adapter
         self.objective = adapter.objective
         self.factor_bits = adapter.factor_bits
-        self.rounds = rounds_to_make(adapter, single_round)
+        self.rounds = rounds
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.native_inputs: NativeInputs | None = None

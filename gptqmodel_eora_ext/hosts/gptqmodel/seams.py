@@ -11,6 +11,7 @@
 | `BaseQuantizeConfig.from_pretrained` | an adapter with `eora.json` loads as `EoRA`; AutoRound's configs are read |
 | `auto._is_supported_quantization_config` | AutoRound's packed checkpoints are quantised ones |
 | `importer.AUTO_BACKEND_KERNEL_MAPPING` | `EoRAFusedLinear` comes first, `EoRATritonLinear` before Triton's kernel |
+| `model.select_quant_linear` | an explicit `BACKEND.GPTQ_TRITON` with an `EoRA` tries `EoRATritonLinear` first |
 | `loader.gptqmodel_post_init` | attaches factors, checked, before kernels are initialised |
 | `GPTQModel.adapter.generate` | an `EoRA` is made by the plugin |
 | `_default_cpu_workers` | at least 2, which the host's own loader pool needs (it crashes on 1 or 2 processors) |
@@ -20,7 +21,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from .. import SeamError
+from .. import SeamError, problem_at
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,9 @@ class Seam:
     parameters: tuple[str, ...]
     replacement: Callable[[Any], Any]
 
-    @property
-    def where(self) -> str:
-        return f"{getattr(self.owner, '__qualname__', self.owner.__name__)}.{self.name}"
-
     def problem(self) -> str | None:
         """What is wrong with the host at this place, or None."""
-        original = getattr(self.owner, self.name, None)
-        if original is None:
-            return f"{self.where} is missing"
-        missing = set(self.parameters) - set(inspect.signature(original).parameters)
-        return f"{self.where} lacks the parameters {sorted(missing)}" if missing else None
+        return problem_at(self.owner, self.name, self.parameters)
 
     def apply(self) -> None:
         """Replace the attribute; remember how to put it back."""

@@ -116,7 +116,7 @@ class FusedLinears:
         """
         rows = x.reshape(-1, self.in_features).contiguous()
         # The operator is for those who trace: to call it takes as long as a launch.
-        ys: list[torch.Tensor] = fused_linears(rows, *_fields(self)) if traced(x) else _linears(rows, self)
+        ys: list[torch.Tensor] = fused_linears(rows, *_fields(self)) if _traced(x) else _linears(rows, self)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -273,7 +273,7 @@ def _fields(fused: FusedLinears) -> tuple[Any, ...]:
     return tuple(getattr(fused, one.name) for one in fields(fused) if one.name != "in_features")
 
 
-def traced(x: torch.Tensor) -> bool:
+def _traced(x: torch.Tensor) -> bool:
     """Whether somebody looks on: a compiler, or a tensor that stands for another."""
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor
 
