@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..solve.error import multiplies_bfloat16
 from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16
@@ -24,6 +25,7 @@ class OutputErrorMoment:
 
     def __init__(self, weight: torch.Tensor, quantized: torch.Tensor, name: str) -> None:
         self.delta = weight.to(torch.float32) - quantized.to(torch.float32)
+        self._narrow_delta: torch.Tensor | None = None
         self.name = name
         self._errors = SecondMoment(weight.shape[0], name)
         self._energies = DiagonalMoment(weight.shape[1], name)
@@ -44,11 +46,24 @@ class OutputErrorMoment:
     def add(self, inputs: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Add a batch: see `SecondMoment.add`."""
         rows = kept_rows(inputs, keep, self.delta.shape[1], self.name)
-        self._errors.add(rows @ self.delta.to(rows.device).T)
+        self._errors.add(self._errors_of(rows, inputs.dtype))
         self._energies.add(rows)
         some = rows[::SIGNAL_STRIDE]
         self._signal += float((some @ self.weight.to(some).T).square().sum())
         self._signal_tokens += len(some)
+
+    def _errors_of(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """ΔW x of each row, tokens × out.
+
+        Inputs of bfloat16 (``dtype``) are multiplied as such where that is faster. ΔW and z are rounded then, each
+        entry on its own, which adds some 1e-6 of its trace to G: B only needs the directions of G, and A is solved
+        against the ΔW that is not rounded.
+        """
+        if dtype != torch.bfloat16 or not multiplies_bfloat16(rows.device):
+            return rows @ self.delta.to(rows.device).T
+        if self._narrow_delta is None or self._narrow_delta.device != rows.device:
+            self._narrow_delta = self.delta.to(device=rows.device, dtype=dtype)
+        return rows.to(dtype) @ self._narrow_delta.T
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return G = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
