@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from auto_round import AutoRound
+from auto_round import AutoRound, AutoScheme
 from auto_round.algorithms.composer import AlgorithmComposer
 from gptqmodel import BACKEND
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -51,11 +51,9 @@ def samples(calibration: Batches) -> list[torch.Tensor]:
 def autoround(base: Path, tokenizer: Any, calibration: Batches, algorithms: Any, **options: Any) -> Any:
     """AutoRound's object for a short run on a CPU."""
     chosen: dict[str, Any] = {"scheme": "W2A16", "group_size": GROUP_SIZE, "nsamples": SAMPLES, "seqlen": SEQLEN,
-                              "batch_size": 8, "iters": 2, **options}  # fmt: skip
+                              "batch_size": 8, "iters": 2, "dataset": samples(calibration), **options}  # fmt: skip
     given = {key: value for key, value in chosen.items() if value is not None}
-    return AutoRound(
-        str(base), tokenizer=tokenizer, dataset=samples(calibration), device_map="cpu", alg_configs=algorithms, **given
-    )
+    return AutoRound(str(base), tokenizer=tokenizer, device_map="cpu", alg_configs=algorithms, **given)
 
 
 def random_model(folder: Path, tokenizer: Any, layers: int) -> Path:
@@ -143,6 +141,27 @@ def test_packed_factors_under_a_budget(tiny: Path, tokenizer: Any, calibration: 
     assert 0.8 * budget < spent <= budget and spent == sum(one["bytes"] for one in details["modules"].values())
     assert json.loads((Path(folder) / "quantize_config.json").read_text())["adapter"]["name"] == "eora"
     assert any(kernel.adapter.packed for kernel in kernels(load(Path(folder))).values())
+
+
+def test_widths_that_autoscheme_chose(tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path) -> None:
+    """Compensated in the loop, loaded, and compensated anew as a finished checkpoint."""
+    # AutoScheme takes the name of its data, not the data.
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps([{"text": tokenizer.decode(window["input_ids"] * 2)} for window in calibration]))
+    scheme = AutoScheme(avg_bits=3.5, options=("W2A16G32", "W4A16"), nsamples=4, seqlen=32)
+    options = {"scheme": scheme, "group_size": None, "dataset": str(texts), "enable_torch_compile": False}
+    quantizer = autoround(tiny, tokenizer, calibration, ["signround", EoRAConfig(rank=8)], **options)
+    folder = Path(quantizer.quantize_and_save(str(tmp_path / "out"), format="auto_round")[1])
+    found = kernels(load(folder))
+    assert {(kernel.bits, kernel.group_size) for kernel in found.values()} == {(2, 32), (4, 128)}
+    assert all(kernel.adapter is not None for kernel in found.values())
+    with quiet():
+        afterwards = generate_adapter(
+            EoRA(rank=8, path=tmp_path / "afterwards"), str(tiny), folder, calibration[:4], batch_size=4
+        )
+    for adapter in (folder / "eora", afterwards):
+        modules = json.loads((adapter / "eora.json").read_text())["modules"]
+        assert len(modules) == 14 and all(one["error_after"] < one["error_before"] for one in modules.values())
 
 
 def test_goes_on_after_the_last_finished_block(
