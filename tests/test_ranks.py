@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from gptqmodel_eora_ext.budget import ModuleShape
-from gptqmodel_eora_ext.ranks import RANK_STEP, RankAllocation, most_rank, rank_options
-from gptqmodel_eora_ext.refine.forecast import Rounder, forecast
+from gptqmodel_eora_ext.ranks import (
+    FIRST_OF_UNIFORM,
+    MOST_OF_UNIFORM,
+    RANK_STEP,
+    RankAllocation,
+    most_rank,
+    rank_options,
+)
+from gptqmodel_eora_ext.refine.forecast import Rounder, forecast, forecast_allocation
 from gptqmodel_eora_ext.refine.sensitivity import Sensitivity
 from gptqmodel_eora_ext.solve import Grid, allocate, column_order, component_gains, eora, error_loss, gptq, rank_curve
 
@@ -54,14 +61,10 @@ def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
 def allocation(
     shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity, budget: int
 ) -> RankAllocation:
-    most = most_rank(shapes, budget, FACTOR_BITS)
-    options = {shape.name: rank_options(shape, most, FACTOR_BITS) for shape in shapes}
     rounded = Rounder(sensitivity, Grid(32))
-    forecasts = {}
-    for name, weight in weights.items():
-        delta = weight - rounded(name, weight, [2])[0]
-        forecasts[name] = forecast(name, delta, sensitivity, options[name].ranks[-1]).curve(options[name])
-    return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+    return forecast_allocation(
+        shapes, budget, FACTOR_BITS, sensitivity, lambda name: weights[name] - rounded(name, weights[name], [2])[0]
+    )
 
 
 def nearest(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -133,6 +136,18 @@ def test_sensitive_layers_get_more(
     run(chosen, deltas(weights), sensitivity)
     by_layer = [sum(rank for name, rank in chosen.ranks.items() if name[0] == str(layer)) for layer in range(LAYERS)]
     assert by_layer[0] > 2 * by_layer[-1]
+
+
+def test_only_modules_that_would_take_all_are_offered_more(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    budget = 3_000
+    first, most = (most_rank(shapes, budget, FACTOR_BITS, times) for times in (FIRST_OF_UNIFORM, MOST_OF_UNIFORM))
+    offered = {
+        name: options.ranks[-1] for name, options in allocation(shapes, weights, sensitivity, budget).options.items()
+    }
+    assert set(offered.values()) == {first, most}
+    assert offered["0.q_proj"] == most and offered[f"{LAYERS - 1}.q_proj"] == first
 
 
 def test_options_are_multiples_within_the_shape() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..ranks import RankOptions
+from ..budget import ModuleShape
+from ..ranks import FIRST_OF_UNIFORM, RankAllocation, RankOptions, most_rank, rank_options
 from ..solve import (
     ColumnOrder,
     Curve,
@@ -18,6 +19,7 @@ from ..solve import (
     eora,
     error_loss,
     gptq,
+    price,
     rank_curve,
 )
 from .sensitivity import Sensitivity
@@ -98,3 +100,46 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
     solver = diagonal if second_moment.ndim == 1 else eora
     lora_A, lora_B = solver(delta, second_moment, rank)
     return Forecast(total, component_gains(lora_A, lora_B, second_moment, output_moment).cpu())
+
+
+def forecast_allocation(
+    shapes: Sequence[ModuleShape],
+    budget: int,
+    factor_bits: int,
+    sensitivity: Sensitivity,
+    error: Callable[[str], torch.Tensor],
+    *,
+    fixed_rank: Callable[[str], int | None] = lambda name: None,
+    progress: Callable[[Sequence[ModuleShape]], Iterable[ModuleShape]] = iter,
+) -> RankAllocation:
+    """Forecast every module and give out the budget.
+
+    A module that would take the largest rank on offer is forecast again with the largest that any may have.
+
+    Args:
+        shapes: of the modules, in the order in which the loop meets them.
+        budget: bytes for all.
+        factor_bits: of stored factors.
+        sensitivity: of the model.
+        error: ΔW of a module, out × in, float32: known, or by `Rounder`.
+        fixed_rank: of a module that does not choose.
+        progress: wraps the modules, to show how far the forecasts are.
+    """
+    options: dict[str, RankOptions] = {}
+    curves: dict[str, Curve] = {}
+
+    def offer(shape: ModuleShape, most: int) -> None:
+        # What no calibration token reached gets nothing.
+        fixed = fixed_rank(shape.name) if shape.name in sensitivity.output_moments else 0
+        options[shape.name] = found = rank_options(shape, most, factor_bits, fixed=fixed)
+        curves[shape.name] = forecast(shape.name, error(shape.name), sensitivity, found.ranks[-1]).curve(found)
+
+    first = most_rank(shapes, budget, factor_bits, FIRST_OF_UNIFORM)
+    for shape in progress(shapes):
+        offer(shape, first)
+    at = price(list(curves.values()), budget)
+    for shape in shapes:
+        last = len(options[shape.name].ranks) - 1
+        if last > 0 and curves[shape.name].best_at(at) == last:
+            offer(shape, most_rank(shapes, budget, factor_bits))
+    return RankAllocation(options, curves, sensitivity.output_moments, budget)

@@ -10,8 +10,8 @@ import torch
 from auto_round.utils import check_to_quantized, get_block_names
 
 from ...budget import ModuleShape, budget_bytes
-from ...ranks import RankAllocation, most_rank, rank_options
-from ...refine.forecast import Rounder, forecast
+from ...ranks import RankAllocation
+from ...refine.forecast import Rounder, forecast_allocation
 from ...solve import Grid
 from ..gptqmodel.auto import cached_sensitivity
 from .moments import IGNORED_TOKEN
@@ -55,23 +55,17 @@ def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Seq
     budget = budget_bytes(options["budget"], shapes)
     batches = [_batch(ids) for ids in token_ids]
     sensitivity = cached_sensitivity(model, linears, batches, kind=options["sensitivity"])
-    most = most_rank(shapes, budget, options["factor_bits"])
-    ranks = {
-        shape.name: rank_options(
-            shape, most, options["factor_bits"], fixed=None if shape.name in sensitivity.output_moments else 0
-        )
-        for shape in shapes
-    }
-    log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
+    log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     rounders: dict[Grid, Rounder] = {}
-    forecasts = {}
-    for name, linear in linears.items():
+
+    def error(name: str) -> torch.Tensor:
+        linear = linears[name]
         weight = linear.weight.detach()
         grid = Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH)
         [approximation] = rounders.setdefault(grid, Rounder(sensitivity, grid))(name, weight, [linear.bits])
-        delta = weight.to(torch.float32) - approximation
-        forecasts[name] = forecast(name, delta, sensitivity, ranks[name].ranks[-1]).curve(ranks[name])
-    return RankAllocation(ranks, forecasts, sensitivity.output_moments, budget)
+        return weight.to(torch.float32) - approximation
+
+    return forecast_allocation(shapes, budget, options["factor_bits"], sensitivity, error)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from ...budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from ...files import cache_folder
-from ...ranks import RankAllocation, RankOptions, most_rank, rank_options
-from ...refine.forecast import Rounder, forecast
+from ...ranks import RankAllocation
+from ...refine.forecast import Rounder, forecast_allocation
 from ...refine.sensitivity import Sensitivity, fingerprint, measure_sensitivity
 from ...solve import Grid
 from .adapter import EoRA
@@ -50,26 +50,23 @@ def allocate_ranks(
     shapes = module_shapes(model)
     budget = budget_bytes(adapter.budget, shapes)
     linears, sensitivity = survey(model, shapes, batches, kind=adapter.sensitivity)
-    most = most_rank(shapes, budget, adapter.factor_bits)
-    options: dict[str, RankOptions] = {}
-    for shape in shapes:
-        rank = fixed_rank(shape.name) if shape.name in sensitivity.output_moments else 0
-        options[shape.name] = rank_options(shape, most, adapter.factor_bits, fixed=rank)
-    log.info("EoRA: a budget of %.1f MB for %d modules, up to rank %d.", budget / 1e6, len(shapes), most)
+    log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     config = model.quantize_config
     rounders: dict[Grid, Rounder] = {}
-    forecasts = {}
-    for name, linear in _bar(linears.items(), "EoRA: forecasting modules"):
-        weight = linear.weight.data
-        if quantized is None:
-            grid = module_grid(config, name)
-            rounder = rounders.setdefault(grid, Rounder(sensitivity, grid, spread=spreads_errors(config)))
-            [approximation] = rounder(name, weight, [config.dynamic_get(name, "bits", config.bits)])
-        else:
-            approximation = quantized(name, weight)
-        found = forecast(name, weight.to(torch.float32) - approximation, sensitivity, options[name].ranks[-1])
-        forecasts[name] = found.curve(options[name])
-    return RankAllocation(options, forecasts, sensitivity.output_moments, budget)
+
+    def error(name: str) -> torch.Tensor:
+        weight = linears[name].weight.data
+        if quantized is not None:
+            return weight.to(torch.float32) - quantized(name, weight)
+        grid = module_grid(config, name)
+        rounder = rounders.setdefault(grid, Rounder(sensitivity, grid, spread=spreads_errors(config)))
+        [approximation] = rounder(name, weight, [config.dynamic_get(name, "bits", config.bits)])
+        return weight.to(torch.float32) - approximation
+
+    progress = functools.partial(_bar, title="EoRA: forecasting modules")
+    return forecast_allocation(
+        shapes, budget, adapter.factor_bits, sensitivity, error, fixed_rank=fixed_rank, progress=progress
+    )
 
 
 def budgeted_rank(shapes: Sequence[ModuleShape], adapter: EoRA) -> int:
