@@ -26,8 +26,8 @@ QUANTIZED = "quantised"
 ADAPTERS = "adapters"
 RESUME = ".autoround"
 FULL_PRECISION = "full precision"
-# What may change from one call to the next: adapters and texts are added, a device changes no result.
-EXTENSIBLE = ("ranks", "budgets", "texts", "device")
+# What may change from one call to the next: adapters, texts and tasks are added, a device changes no result.
+EXTENSIBLE = ("ranks", "budgets", "texts", "lm_eval", "lm_eval_path", "device")
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -41,6 +41,9 @@ class StudyOptions:
         calibration: general text, as `read_texts` takes it.
         task: text of a task, which makes half of the calibration; None for general text alone.
         texts: held-out text files to evaluate on.
+        lm_eval: tasks of lm-eval to score.
+        lm_eval_path: folder with tasks of the user's own.
+        limit: documents of a task, at most.
         ranks: of adapters, the same for every module.
         budgets: of adapters with a rank for each module.
         factor_bits: of all adapters.
@@ -54,6 +57,9 @@ class StudyOptions:
     calibration: str
     task: str | None
     texts: tuple[str, ...]
+    lm_eval: tuple[str, ...]
+    lm_eval_path: str | None
+    limit: int | None
     ranks: tuple[int, ...]
     budgets: tuple[str, ...]
     factor_bits: int
@@ -95,16 +101,17 @@ class Study:
         self.folder = folder
         self.options = options
         self._path = folder / STATE
-        self.state: dict[str, Any] = {"options": json.loads(json.dumps(asdict(options))), "steps": {}, "losses": {}}
+        given = json.loads(json.dumps(asdict(options)))
+        self.state: dict[str, Any] = {"options": given, "steps": {}, "losses": {}, "scores": {}}
         if self._path.is_file():
             known = json.loads(self._path.read_text(encoding="utf-8"))
-            for name, value in self.state["options"].items():
+            for name, value in given.items():
                 if name not in EXTENSIBLE and known["options"].get(name) != value:
                     raise ValueError(
                         f"Study: `{folder}` was begun with {name}={known['options'].get(name)!r}, now {value!r} is "
                         f"asked. Use another folder, or the options it was begun with."
                     )
-            self.state = {**known, "options": self.state["options"]}
+            self.state |= {**known, "options": given}
 
     def run(self, progress: Progress) -> None:
         """Do what is not done yet."""
@@ -113,9 +120,8 @@ class Study:
         self._quantize()
         for name, options in self.options.adapters.items():
             self._make_adapter(name, options, progress)
-        for text in self.options.texts:
-            for name in (FULL_PRECISION, QUANTIZED, *self.options.adapters):
-                self._evaluate(name, text, progress)
+        for name in (FULL_PRECISION, QUANTIZED, *self.options.adapters):
+            self._evaluate(name, progress)
 
     def _keep(self) -> None:
         write_json(self._path, self.state)
@@ -189,30 +195,47 @@ class Study:
         self._free()
         self._done(name, folder=f"{ADAPTERS}/{name}", seconds=round(time.perf_counter() - start, 1))
 
-    def _evaluate(self, name: str, text: str, progress: Progress) -> None:
-        losses = self.state["losses"].setdefault(name, {})
-        if text in losses:
+    def _evaluate(self, name: str, progress: Progress) -> None:
+        losses, scores = (self.state[kind].setdefault(name, {}) for kind in ("losses", "scores"))
+        texts = [text for text in self.options.texts if text not in losses]
+        tasks = [task for task in self.options.lm_eval if task not in scores]
+        if not texts and not tasks:
             return
-        import torch
-
-        from .evaluate.perplexity import text_loss
         from .hosts.terminal import quiet
 
         with quiet():
             from transformers import AutoTokenizer
 
-            source = self.options.model
-            ids = AutoTokenizer.from_pretrained(source)(Path(text).read_text(encoding="utf-8")).input_ids
+            tokenizer = AutoTokenizer.from_pretrained(self.options.model)
             model = self._load(name)
-            report = progress(f"{name} on {Path(text).stem}")
-            found = text_loss(
-                model, torch.tensor(ids), window=self.options.window, max_windows=self.options.max_windows,
-                progress=report,
-            )  # fmt: skip
+            for text in texts:
+                losses[text] = self._loss(model, tokenizer, text, progress(f"{name} on {Path(text).stem}"))
+                self._keep()
+            for task in tasks:
+                scores[task] = self._score(model, tokenizer, task)
+                self._keep()
         del model
         self._free()
-        losses[text] = {"nats": found.nats, "perplexity": found.perplexity, "tokens": found.tokens}
-        self._keep()
+
+    def _loss(self, model: Any, tokenizer: Any, text: str, report: Callable[[int, int], None]) -> dict[str, Any]:
+        import torch
+
+        from .evaluate.perplexity import text_loss
+
+        ids = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8")).input_ids)
+        options = self.options
+        found = text_loss(model, ids, window=options.window, max_windows=options.max_windows, progress=report)
+        return {"nats": found.nats, "perplexity": found.perplexity, "tokens": found.tokens}
+
+    def _score(self, model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
+        from .evaluate.tasks import score_task
+
+        options = self.options
+        found = score_task(
+            model, tokenizer, task, include_path=options.lm_eval_path, limit=options.limit,
+            batch_size=options.batch_size,
+        )  # fmt: skip
+        return asdict(found)
 
     def _load(self, name: str) -> Any:
         if name == FULL_PRECISION:
@@ -250,25 +273,33 @@ class Study:
     # Results ---------------------------------------------------------------------------------------------------
 
     def results(self) -> list[dict[str, Any]]:
-        """A row for each model: losses by text, share of the lost loss won back, bytes, bits per quantised weight."""
+        """A row for each model: losses by text, scores by task, what share of the lost is won back (by text and task),
+        bytes, bits per quantised weight.
+        """
         weights = _quantized_weights(self.checkpoint)
         base_bytes = weight_bytes(self.checkpoint)
         rows = []
         for name in (FULL_PRECISION, QUANTIZED, *self.options.adapters):
             losses = {text: self.state["losses"][name][text] for text in self.options.texts}
-            row: dict[str, Any] = {"model": name, "losses": losses}
+            scores = {task: self.state["scores"][name][task] for task in self.options.lm_eval}
+            row: dict[str, Any] = {"model": name, "losses": losses, "scores": scores}
             if name != FULL_PRECISION:
                 adapter = self.folder / ADAPTERS / name
                 adapter_bytes = weight_bytes(adapter) if name != QUANTIZED else 0
                 row |= {"bytes": base_bytes, "adapter_bytes": adapter_bytes, "bits_added": 8 * adapter_bytes / weights}
-                row["recovered"] = {text: self._recovered(name, text) for text in self.options.texts}
+                row["recovered"] = {
+                    **{text: self._recovered(name, "losses", text, "nats") for text in self.options.texts},
+                    **{task: self._recovered(name, "scores", task, "value") for task in self.options.lm_eval},
+                }
                 row["seconds"] = self.state["steps"][name]["seconds"]
             rows.append(row)
         return rows
 
-    def _recovered(self, name: str, text: str) -> float | None:
-        full, none, found = (self.state["losses"][one][text]["nats"] for one in (FULL_PRECISION, QUANTIZED, name))
-        return (none - found) / (none - full) if none > full else None
+    def _recovered(self, name: str, kind: str, what: str, value: str) -> float | None:
+        known = self.state[kind]
+        full, none, found = (known[one][what][value] for one in (FULL_PRECISION, QUANTIZED, name))
+        worse = none > full if kind == "losses" else none < full
+        return (none - found) / (none - full) if worse else None
 
 
 def _quantized_weights(checkpoint: Path) -> int:

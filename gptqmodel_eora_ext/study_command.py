@@ -13,6 +13,7 @@ from .adapter import FACTOR_BITS, OBJECTIVES
 from .calibration import DEFAULT_SAMPLES
 from .evaluate.perplexity import DEFAULT_WINDOW
 from .evaluate.size import readable
+from .evaluate.tasks import check_tasks
 from .hosts.autoround_format import BITS
 from .options import (
     BatchSize,
@@ -43,7 +44,12 @@ def study(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the study; started again, it goes on.")],
     calibration: Calibration,
-    texts: Annotated[list[Path], typer.Option("--text", help="Held-out text; once for each.")],
+    texts: Annotated[list[Path] | None, typer.Option("--text", help="Held-out text; once for each.")] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", help="A task of lm-eval to score; once for each.")
+    ] = None,
+    lm_eval_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own (YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of a task, at most.", min=1)] = None,
     task: Annotated[
         str | None, typer.Option(help="Text of a task, like --calibration: half of the windows are taken from it.")
     ] = None,
@@ -80,14 +86,21 @@ def study(
         adapter_options(rank, None, OBJECTIVES[0], factor_bits, None)
     for budget in budgets or ():
         adapter_options(None, budget, OBJECTIVES[0], factor_bits, None)
-    for text in texts:
+    if not texts and not lm_eval:
+        fail("nothing to evaluate on: name a --text, a task with --lm-eval, or both.")
+    tasks_path = None if lm_eval_path is None else str(lm_eval_path)
+    if lm_eval:
+        with errors():
+            check_tasks(lm_eval, tasks_path)
+    for text in texts or ():
         if not text.is_file():
             fail(f"there is no file `{text}`.")
     for source in (calibration, task):
         if source is not None:
             read_calibration(source)
     options = StudyOptions(
-        model=model, calibration=calibration, task=task, texts=tuple(map(str, texts)),
+        model=model, calibration=calibration, task=task, texts=tuple(map(str, texts or ())),
+        lm_eval=tuple(lm_eval or ()), lm_eval_path=tasks_path, limit=limit,
         ranks=tuple(ranks or (() if budgets else RANKS)), budgets=tuple(budgets or ()), factor_bits=factor_bits,
         bits=bits, group_size=group_size, sym=sym, iters=iters, format=format, samples=samples, seqlen=seqlen,
         batch_size=batch_size, window=window, max_windows=max_windows, device=device,
@@ -104,16 +117,19 @@ def study(
 
 
 def _print(rows: list[dict[str, Any]], names: dict[str, str]) -> None:
-    scores = Table("model", title="Perplexity, and the share of the lost loss that is won back")
+    scores = Table("model", title="Perplexity and scores, and the share of what was lost that is won back")
     sizes = Table("model", "base", "adapter", "total", "bits per weight added", "seconds", title="Bytes")
-    for name in names.values():
+    tasks = rows[0]["scores"]
+    for name in (*names.values(), *(f"{task} ({tasks[task]['metric']})" for task in tasks)):
         scores.add_column(name)
         scores.add_column("won back")
     for row in rows:
+        found = {text: f"{row['losses'][text]['perplexity']:.2f}" for text in names}
+        found |= {task: f"{row['scores'][task]['value']:.4f}" for task in tasks}
         cells = [row["model"]]
-        for text in names:
-            share = row.get("recovered", {}).get(text)
-            cells += [f"{row['losses'][text]['perplexity']:.2f}", "" if not share else f"{share:.1%}"]
+        for one, value in found.items():
+            share = row.get("recovered", {}).get(one)
+            cells += [value, "" if not share else f"{share:.1%}"]
         scores.add_row(*cells)
         if row["model"] != FULL_PRECISION:
             sizes.add_row(row["model"], readable(row["bytes"]), readable(row["adapter_bytes"]),

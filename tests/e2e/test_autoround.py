@@ -291,9 +291,25 @@ def test_a_study_goes_on_and_ends_in_tables(tiny: Path, tmp_path: Path, monkeypa
     from gptqmodel_eora_ext.evaluate.demo import demo_text
 
     general, held_out = demo_text("calibration"), demo_text("heldout")
+    (tmp_path / "rows.jsonl").write_text('{"asked": "Two and two is", "answers": ["five", "four"], "right": 1}\n' * 3)
+    (tmp_path / "sums.yaml").write_text(
+        f"""
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{asked}}}}"
+doc_to_choice: "{{{{answers}}}}"
+doc_to_target: "{{{{right}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+    )
     command = ["study", str(tiny), str(tmp_path / "study"), "--calibration", str(general), "--task", str(held_out),
                "--text", str(held_out), "--iters", "2", "--samples", "8", "--seqlen", "64", "--group-size", "32",
-               "--max-windows", "2", "--device", "cpu", "--json"]  # fmt: skip
+               "--max-windows", "2", "--device", "cpu", "--lm-eval-path", str(tmp_path), "--json"]  # fmt: skip
+    unknown = CliRunner().invoke(cli.app, [*command, "--lm-eval", "products"])
+    assert unknown.exit_code == 2 and "lm-eval knows no task `products`" in " ".join(unknown.output.split())
     with monkeypatch.context() as patch:
         patch.setattr(
             "gptqmodel_eora_ext.study.Study._evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -302,10 +318,14 @@ def test_a_study_goes_on_and_ends_in_tables(tiny: Path, tmp_path: Path, monkeypa
     state = json.loads((tmp_path / "study" / "study.json").read_text())
     assert set(state["steps"]) == {"quantised", "r4"} and not state["losses"]
     made = (tmp_path / "study" / "adapters" / "r4" / "adapter_model.safetensors").stat().st_mtime_ns
-    done = CliRunner().invoke(cli.app, [*command, "--rank", "4", "--rank", "16"])
+    done = CliRunner().invoke(cli.app, [*command, "--rank", "4", "--rank", "16", "--lm-eval", "sums"])
     assert done.exit_code == 0, done.output
     rows = {row["model"]: row for row in json.loads(done.stdout[done.stdout.index("[\n") :])}
     assert list(rows) == ["full precision", "quantised", "r4", "r16"]
+    for row in rows.values():
+        score = row["scores"]["sums"]
+        assert score["metric"] == "acc_norm" and score["value"] in (0, 1)
+        assert set(score["metrics"]) == {"acc", "acc_norm"}
     assert rows["r16"]["adapter_bytes"] > rows["r4"]["adapter_bytes"] > rows["quantised"]["adapter_bytes"] == 0
     assert (tmp_path / "study" / "adapters" / "r4" / "adapter_model.safetensors").stat().st_mtime_ns == made
     assert not (tmp_path / "study" / ".autoround").exists() and "AR_RESUME_DIR" not in os.environ
