@@ -52,6 +52,7 @@ def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
     return Sensitivity(
         {shape.name: moment(shape.out_features, 0.5 ** int(shape.name[0])) for shape in shapes},
         {shape.name: moment(shape.in_features, 1.0) for shape in shapes},
+        {},
         300,
         "fisher",
         "",
@@ -174,7 +175,7 @@ def test_modules_that_cannot_take_what_is_on_offer(
 
 
 def test_what_no_token_reached_is_forecast_to_lose_nothing(shapes: list[ModuleShape]) -> None:
-    nothing = Sensitivity({}, {}, 0, "fisher", "")
+    nothing = Sensitivity({}, {}, {}, 0, "fisher", "")
     shape = shapes[0]
     options = rank_options(shape, 16, 4)
     curve = forecast(shape.name, torch.ones(64, 96), nothing, options.ranks[-1]).curve(options)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ..budget import ModuleShape
-from ..ranks import FIRST_OF_UNIFORM, RankAllocation, RankOptions, most_rank, rank_options
+from ..ranks import (
+    FIRST_OF_UNIFORM,
+    RANK_STEP,
+    RankAllocation,
+    RankOptions,
+    TokenCorrection,
+    most_rank,
+    rank_options,
+)
 from ..solve import (
     ColumnOrder,
     Curve,
@@ -24,6 +32,8 @@ from ..solve import (
 )
 from .sensitivity import Sensitivity
 
+UNCORRECTED = TokenCorrection()
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -32,10 +42,12 @@ class Forecast:
     Attributes:
         total: predicted loss without an adapter.
         gains: what each component takes off, in the order in which `eora` gives them, float64. Any set of them adds up.
+        correction: that both hold already.
     """
 
     total: float
     gains: torch.Tensor
+    correction: TokenCorrection = UNCORRECTED
 
     def curve(self, options: RankOptions) -> Curve:
         """Loss against bytes for the ranks on offer, the components that gain most kept first."""
@@ -95,11 +107,22 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
     total = error_loss(delta, second_moment, output_moment)
-    if rank == 0:
-        return Forecast(total, torch.zeros(0, dtype=torch.float64))
     solver = diagonal if second_moment.ndim == 1 else eora
-    lora_A, lora_B = solver(delta, second_moment, rank)
-    return Forecast(total, component_gains(lora_A, lora_B, second_moment, output_moment).cpu())
+    lora_A, lora_B = solver(delta, second_moment, min(max(rank, RANK_STEP), *delta.shape))
+    gains = component_gains(lora_A, lora_B, second_moment, output_moment)
+    correction = UNCORRECTED
+    weighted = sensitivity.weighted_moments.get(name)
+    if weighted is not None:
+        rest = delta - (lora_B[:, :RANK_STEP] @ lora_A[:RANK_STEP]).to(delta.dtype)
+        whole, left = (error_loss(one, weighted.to(delta.device), output_moment) for one in (delta, rest))
+        first = float(gains[:RANK_STEP].sum())
+        correction = TokenCorrection(_ratio(whole - left, first), _ratio(left, total - first))
+    gains, total = correction(gains, total)
+    return Forecast(total, gains[:rank].cpu(), correction)
+
+
+def _ratio(found: float, expected: float) -> float:
+    return max(found, 0.0) / expected if expected > 0 else 1.0
 
 
 def forecast_allocation(
@@ -127,12 +150,14 @@ def forecast_allocation(
     """
     options: dict[str, RankOptions] = {}
     curves: dict[str, Curve] = {}
+    corrections: dict[str, TokenCorrection] = {}
 
     def offer(shape: ModuleShape, most: int) -> None:
         # What no calibration token reached gets nothing.
         fixed = fixed_rank(shape.name) if shape.name in sensitivity.output_moments else 0
         options[shape.name] = found = rank_options(shape, most, factor_bits, fixed=fixed)
-        curves[shape.name] = forecast(shape.name, error(shape.name), sensitivity, found.ranks[-1]).curve(found)
+        known = forecast(shape.name, error(shape.name), sensitivity, found.ranks[-1])
+        curves[shape.name], corrections[shape.name] = known.curve(found), known.correction
 
     first = most_rank(shapes, budget, factor_bits, FIRST_OF_UNIFORM)
     for shape in progress(shapes):
@@ -142,4 +167,4 @@ def forecast_allocation(
         last = len(options[shape.name].ranks) - 1
         if last > 0 and curves[shape.name].best_at(at) == last:
             offer(shape, most_rank(shapes, budget, factor_bits))
-    return RankAllocation(options, curves, sensitivity.output_moments, budget)
+    return RankAllocation(options, curves, sensitivity.output_moments, corrections, budget)

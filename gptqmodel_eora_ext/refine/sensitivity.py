@@ -5,6 +5,10 @@ by about ½ E[(gᵀ e)²] ≈ ½ tr(G E) nats a token, G = E[g gᵀ] and E = E[e
 to be independent of gradients and of one another, as in K-FAC (arXiv 1503.05671) and HAWQ (arXiv 1911.03852). With
 labels drawn from the model itself G is the true Fisher, which is the curvature of the divergence from the
 full-precision model; with the text's own labels it is the empirical one.
+
+Errors are not quite independent of gradients: a token that all others attend to has large gradients and an input of
+its own. So the inputs are also summed weighed by ‖g‖², which tells how far that goes in each module
+(`ranks.TokenCorrection`).
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ log = logging.getLogger(__name__)
 FULL_BYTES = 4 << 30
 # Values of each weight that its fingerprint reads.
 FINGERPRINT_VALUES = 64
-FORMAT = "eora-sensitivity-1"
+FORMAT = "eora-sensitivity-2"
 TINY = 1e-30
 
 
@@ -46,6 +50,7 @@ class Sensitivity:
         output_moments: G, out × out or its diagonal, float32. Nats a token over squared output.
         second_moments: C of the full-precision model's inputs, in × in or its diagonal; modules that read one input
             share one tensor.
+        weighted_moments: E[‖g‖² x xᵀ] / E‖g‖², in × in or its diagonal; none where there are no gradients.
         tokens: that they stand on.
         kind: one of `SENSITIVITIES`.
         fingerprint: of model, data, kind and seed.
@@ -53,6 +58,7 @@ class Sensitivity:
 
     output_moments: Mapping[str, torch.Tensor]
     second_moments: Mapping[str, torch.Tensor]
+    weighted_moments: Mapping[str, torch.Tensor]
     tokens: int
     kind: str
     fingerprint: str
@@ -61,6 +67,7 @@ class Sensitivity:
         """Write to a safetensors file; shared moments once."""
         names: dict[int, str] = {}
         tensors: dict[str, torch.Tensor] = {f"G.{name}": moment for name, moment in self.output_moments.items()}
+        tensors |= {f"W.{name}": moment for name, moment in self.weighted_moments.items()}
         sources = {}
         for name, moment in self.second_moments.items():
             leader = names.setdefault(id(moment), name)
@@ -87,6 +94,7 @@ class Sensitivity:
         return cls(
             output_moments={key[2:]: tensor for key, tensor in read.items() if key.startswith("G.")},
             second_moments={name: read[f"C.{leader}"] for name, leader in json.loads(header["sources"]).items()},
+            weighted_moments={key[2:]: tensor for key, tensor in read.items() if key.startswith("W.")},
             tokens=int(header["tokens"]),
             kind=header["kind"],
             fingerprint=header["fingerprint"],
@@ -121,7 +129,7 @@ def measure_sensitivity(
         ValueError: for an unknown kind, or a module whose gradient holds NaN or infinity.
     """
     validate_choice(kind, SENSITIVITIES, what="kind")
-    full = 4 * sum(one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
+    full = 4 * sum(2 * one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
     watch = _Watch(modules, full=full)
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -201,7 +209,7 @@ def _run(
     ids = ids[None] if ids.ndim == 1 else ids
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
-    watch.keep = mask.bool()
+    watch.begin(mask.bool())
     embedded = embeddings(ids)
     if kind == "relative":
         model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
@@ -222,7 +230,11 @@ def _run(
 
 @dataclass
 class _Watch:
-    """Hooks on modules that sum both moments."""
+    """Hooks on modules that sum all moments.
+
+    A module's gradients meet its inputs while its layer is run again for the backward, in either order: the gradient of
+    the last output comes before that run, the others after it.
+    """
 
     modules: Mapping[str, torch.nn.Linear]
     full: bool
@@ -233,8 +245,17 @@ class _Watch:
         self._inputs: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._weighted: dict[str, Any] = {}
+        # ‖g‖² of all tokens, by module.
+        self._squares: dict[str, float] = {}
+        self._waiting: dict[str, tuple[str, torch.Tensor]] = {}
         self._handles = ExitStack()
         self._recomputing = False
+
+    def begin(self, keep: torch.Tensor) -> None:
+        """A batch, and its tokens that count."""
+        self.keep = keep
+        self._waiting.clear()
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -250,8 +271,8 @@ class _Watch:
 
     def __enter__(self) -> None:
         for name, module in self.modules.items():
-            handle = module.register_forward_hook(self._hook(name))
-            self._handles.callback(handle.remove)
+            self._handles.callback(module.register_forward_pre_hook(self._again(name)).remove)
+            self._handles.callback(module.register_forward_hook(self._hook(name)).remove)
 
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
@@ -262,11 +283,43 @@ class _Watch:
                 return
             rows, keep = inputs[0], self.keep
             fits = keep.shape == rows.shape[:-1]
-            self._add_inputs(name, module, rows, keep if fits else None)
+            mask = keep if fits else None
+            self._add_inputs(name, module, rows, mask)
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._gradients[name].add(gradient, keep if fits else None))
+                output.register_hook(lambda gradient: self._add_gradients(name, gradient, mask))
 
         return hook
+
+    def _again(self, name: str) -> Callable[..., None]:
+        """A second run may end with the last input that it is for, before the module's output."""
+
+        def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self._recomputing:
+                self._meet(name, "inputs", inputs[0].detach())
+
+        return hook
+
+    def _add_gradients(self, name: str, gradient: torch.Tensor, keep: torch.Tensor | None) -> None:
+        self._gradients[name].add(gradient, keep)
+        if keep is not None:
+            gradient = gradient * keep[..., None]
+        self._meet(name, "gradient", gradient)
+
+    def _meet(self, name: str, what: str, tensor: torch.Tensor) -> None:
+        """Sum ‖g‖² x xᵀ once both are there."""
+        waiting = self._waiting.pop(name, None)
+        if waiting is None or waiting[0] == what:
+            self._waiting[name] = what, tensor
+            return
+        gradient, rows = (tensor, waiting[1]) if what == "gradient" else (waiting[1], tensor)
+        if gradient.shape[:-1] != rows.shape[:-1]:
+            # Of two calls of one module.
+            return
+        squares = gradient.to(torch.float32).square().sum(-1, keepdim=True)
+        if name not in self._weighted:
+            self._weighted[name] = self._sum(rows.shape[-1], name)
+        self._weighted[name].add(rows * squares.sqrt())
+        self._squares[name] = self._squares.get(name, 0.0) + float(squares.sum())
 
     def _add_inputs(self, name: str, module: torch.nn.Linear, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
         """Sum x xᵀ, once for modules that read the same tensor."""
@@ -303,6 +356,9 @@ class _Watch:
         return Sensitivity(
             output_moments=output_moments,
             second_moments=second_moments,
+            weighted_moments={
+                name: one.mean() * (one.tokens / max(self._squares[name], TINY)) for name, one in self._weighted.items()
+            },
             tokens=max((moment.tokens for moment in self._inputs.values()), default=0),
             kind=kind,
             fingerprint=found,

@@ -35,6 +35,7 @@ def modules(shapes: list[ModuleShape], grid: Grid) -> list[PlannedModule]:
     sensitivity = Sensitivity(
         {one.name: moment(one.out_features, 1e-3) for one in shapes},
         {one.name: moment(one.in_features) for one in shapes},
+        {},
         300,
         "fisher",
         "",

@@ -8,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptqmodel_eora_ext.refine import Sensitivity, measure_sensitivity
+from gptqmodel_eora_ext.refine.forecast import forecast
+from gptqmodel_eora_ext.solve import eora
 
 VOCABULARY, TOKENS = 48, 24
 
@@ -55,6 +57,10 @@ def test_empirical_moments_are_those_of_autograd(model: Any, linears: dict[str, 
     rows = torch.cat([one[0] for one in inputs])
     torch.testing.assert_close(found.output_moments[name], gradients.T @ gradients / (2 * TOKENS), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.second_moments[name], rows.T @ rows / (2 * TOKENS), rtol=1e-4, atol=1e-6)
+    squares = gradients.square().sum(1, keepdim=True)
+    expected = (rows * squares).T @ rows / squares.sum()
+    torch.testing.assert_close(found.weighted_moments[name], expected, rtol=1e-4, atol=1e-6)
+    assert set(found.weighted_moments) == set(linears)
     assert found.tokens == 2 * TOKENS
     assert found.second_moments["layers.0.self_attn.q_proj"] is found.second_moments["layers.0.self_attn.v_proj"]
     assert found.second_moments["layers.0.mlp.up_proj"] is not found.second_moments["layers.0.self_attn.v_proj"]
@@ -83,6 +89,27 @@ def test_fisher_predicts_the_divergence(model: Any, linears: dict[str, torch.nn.
     assert predicted == pytest.approx(measured, rel=0.3)
 
 
+def test_tokens_with_inputs_of_their_own_are_corrected_for() -> None:
+    """One token in ten has large gradients, and errors hardly reach its inputs; the bare second order overestimates."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, 24, generator=generator)
+    gradients = torch.randn(4000, 16, generator=generator)
+    rows[::10], gradients[::10] = rows[::10] * torch.logspace(0, -2, 24), gradients[::10] * 10
+    delta = torch.randn(16, 24, generator=generator)
+    squares = gradients.square().sum(1, keepdim=True)
+    known = [rows.T @ rows / 4000, (rows * squares).T @ rows / squares.sum()]
+    sensitivity = Sensitivity(
+        {"m": gradients.T @ gradients / 4000}, {"m": known[0]}, {"m": known[1]}, 4000, "fisher", ""
+    )
+    for rank in (0, 4, 12, 16):
+        found = forecast("m", delta, sensitivity, rank)
+        lora_A, lora_B = eora(delta, known[0], max(rank, 1))
+        left = delta - (lora_B[:, :rank] @ lora_A[:rank]).float()
+        expected = float(((rows @ left.T) * gradients).sum(1).square().mean()) / 2
+        assert found.total - float(found.gains.sum()) == pytest.approx(expected, rel=0.15, abs=1e-3)
+    assert found.correction.tail < 0.7
+
+
 def test_padding_is_left_out(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
     [plain] = windows(1)
     padded = {
@@ -93,6 +120,8 @@ def test_padding_is_left_out(model: Any, linears: dict[str, torch.nn.Linear]) ->
     assert second.tokens == TOKENS
     for name, moment in first.output_moments.items():
         torch.testing.assert_close(second.output_moments[name], moment, rtol=1e-3, atol=1e-6)
+        weighted = (one.weighted_moments[name] for one in (second, first))
+        torch.testing.assert_close(*weighted, rtol=1e-3, atol=1e-6)
 
 
 def test_relative_weighs_by_the_output(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
@@ -109,6 +138,7 @@ def test_diagonals_where_full_moments_do_not_fit(model: Any, linears: dict[str, 
     for name in linears:
         torch.testing.assert_close(diagonal.output_moments[name], full.output_moments[name].diagonal())
         torch.testing.assert_close(diagonal.second_moments[name], full.second_moments[name].diagonal())
+        torch.testing.assert_close(diagonal.weighted_moments[name], full.weighted_moments[name].diagonal())
 
 
 def test_saved_and_read(model: Any, linears: dict[str, torch.nn.Linear], tmp_path: Path) -> None:
@@ -118,6 +148,7 @@ def test_saved_and_read(model: Any, linears: dict[str, torch.nn.Linear], tmp_pat
     assert (read.tokens, read.kind, read.fingerprint) == (found.tokens, found.kind, found.fingerprint)
     for name in linears:
         assert torch.equal(read.output_moments[name], found.output_moments[name])
+        assert torch.equal(read.weighted_moments[name], found.weighted_moments[name])
         assert torch.equal(read.second_moments[name], found.second_moments[name])
     assert read.second_moments["layers.0.self_attn.q_proj"] is read.second_moments["layers.0.self_attn.k_proj"]
 
