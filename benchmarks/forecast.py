@@ -5,7 +5,9 @@ them. Beside it: what `eora plan` forecasts from the full-precision model's inpu
 what rounding to nearest on the same grid would leave.
 
 And do predicted losses rank measured ones? `results/recovery.json` holds losses of plain models and of uniform ranks,
-which are predicted here as `eora plan` predicts them, and by the bare second order.
+which are predicted here as `eora plan` predicts them, and with gradients and inputs taken to be independent. By kind of
+module: what it costs to replace all modules of a kind, and nothing else, by their 2-bit selves with an adapter,
+measured and predicted.
 
     python benchmarks/forecast.py --json
     python benchmarks/forecast.py --parts errors --layers 4
@@ -20,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import common
+import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
@@ -28,13 +31,16 @@ from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import forecast_modules
 from gptqmodel_eora_ext.refine.forecast import Rounder
-from gptqmodel_eora_ext.solve import Grid, weighted_energy
+from gptqmodel_eora_ext.refine.forecast import forecast as forecast_module
+from gptqmodel_eora_ext.solve import Grid, eora, weighted_energy
 
 SAMPLES, SEQLEN = 32, 256
 GRID = Grid(group_size=64, sym=True, scale_search=2.4)
 # Small enough to change little for the modules that follow.
 RANK = 8
-PARTS = ("errors", "losses")
+PARTS = ("errors", "losses", "kinds")
+# One of 2 bits and a rank of 0.5 bits per weight in 4-bit factors.
+KIND_BITS, KIND_RANK, KIND_WINDOWS = 2, 40, 8
 
 
 def found(model: str, bits: int) -> dict[str, float]:
@@ -73,30 +79,64 @@ def predicted_losses() -> dict[str, Any]:
     recovery = json.loads((common.RESULTS / "recovery.json").read_text())
     cells = [run for run in recovery["runs"] if run["kind"] in ("none", "ours")]
     most = max(run["rank"] for run in cells)
-    modules = {}
     with quiet():
         host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=2, group_size=GRID.group_size))
         shapes = module_shapes(host)
         linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="fisher")
     weights = {name: linear.weight.data for name, linear in linears.items()}
+    known = {"predicted": sensitivity, "independent": replace(sensitivity, weighted_moments={})}
+    rows = [{"bits": run["bits"], "rank": run["rank"], "factor_bits": run.get("factor_bits", 16)} for run in cells]
     for bits, mse in recovery["setup"]["mse"].items():
-        grid = Grid(recovery["setup"]["group_size"], True, mse)
-        width = int(bits)
-        modules[width] = forecast_modules(shapes, weights, sensitivity, grid, most=most, swept=width, bits=(width,))
-    rows = []
-    for run in cells:
-        bits, rank, factor_bits = run["bits"], run["rank"], run.get("factor_bits", 16)
-        row = {"bits": bits, "rank": rank, "factor_bits": factor_bits}
-        for name, levelled in (("predicted", True), ("second order", False)):
-            some = (replace(module, in_nats=levelled) for module in modules[bits])
-            row[name] = sum(module.loss(bits, rank, factor_bits) for module in some)
-        rows.append({**row, **{text: run["loss"][text] - full for text, full in recovery["full"].items()}})
+        grid, width = Grid(recovery["setup"]["group_size"], True, mse), int(bits)
+        for name, one in known.items():
+            modules = forecast_modules(shapes, weights, one, grid, most=most, swept=width, bits=(width,))
+            for row in rows:
+                if row["bits"] == width:
+                    row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in modules)
+    for row, run in zip(rows, cells, strict=True):
+        row |= {text: run["loss"][text] - full for text, full in recovery["full"].items()}
     correlations = {
         name: {text: common.rank_correlation([row[name] for row in rows], [row[text] for row in rows])
                for text in recovery["full"]}
-        for name in ("predicted", "second order")
+        for name in known
     }  # fmt: skip
     return {"rank correlations": correlations, "cells": rows}
+
+
+def losses_by_kind() -> list[dict[str, Any]]:
+    """One row a kind of module (`q_proj`): loss above full precision, measured and predicted."""
+    with quiet():
+        host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
+        shapes = module_shapes(host)
+        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="fisher")
+    independent = replace(sensitivity, weighted_moments={})
+    rounded = Rounder(sensitivity, GRID)
+    dense, texts = common.base_model(), common.held_out()
+    full = common.losses(dense, texts, KIND_WINDOWS)
+    compensated: dict[str, dict[str, torch.Tensor]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, linear in linears.items():
+        weight = linear.weight.data.float()
+        [quantized] = rounded(name, weight, [KIND_BITS])
+        delta = weight - quantized
+        lora_A, lora_B = eora(delta, sensitivity.second_moments[name], KIND_RANK)
+        kind = name.rsplit(".", 1)[-1]
+        compensated.setdefault(kind, {})[name] = (quantized + lora_B @ lora_A).to(torch.bfloat16)
+        row = rows.setdefault(kind, {"kind": kind, "independent": 0.0, "corrected": 0.0})
+        for column, known in (("independent", independent), ("corrected", sensitivity)):
+            predicted = forecast_module(name, delta, known, KIND_RANK)
+            row[column] += predicted.total - float(predicted.gains.sum())
+    for kind, weights in compensated.items():
+        kept = {name: dense.get_submodule(name).weight.data for name in weights}
+        for name, weight in weights.items():
+            dense.get_submodule(name).weight.data = weight
+        measured = common.losses(dense, texts, KIND_WINDOWS)
+        for name, weight in kept.items():
+            dense.get_submodule(name).weight.data = weight
+        rows[kind] |= {text: measured[text] - full[text] for text in full}
+        mean = sum(rows[kind][text] for text in full) / len(full)
+        rows[kind] |= {f"measured / {column}": mean / rows[kind][column] for column in ("independent", "corrected")}
+    return list(rows.values())
 
 
 def measured_errors(layers: int) -> dict[str, Any]:
@@ -145,8 +185,11 @@ def main() -> None:
         common.keep("forecast", result, as_json=False)
     if "losses" in options.parts:
         result["losses"] = predicted_losses()
+        common.keep("forecast", result, as_json=False)
+    if "kinds" in options.parts:
+        result["kinds"] = losses_by_kind()
     common.keep("forecast", result, as_json=options.json)
-    for rows in (result.get("errors", {}).get("summary"), result.get("losses", {}).get("cells")):
+    for rows in (result.get("errors", {}).get("summary"), result.get("losses", {}).get("cells"), result.get("kinds")):
         if rows:
             common.table(list(rows[0]), [list(row.values()) for row in rows])
     print(json.dumps(result.get("losses", {}).get("rank correlations")))

@@ -2,13 +2,12 @@
 
 from .file import ModulePlan, Plan, PlanError
 from .mix import Mix, largest_rank, mixed, planned
-from .modules import PLANNED_BITS, SATURATION, PlannedModule, forecast_modules
+from .modules import PLANNED_BITS, PlannedModule, forecast_modules
 from .points import PLAIN_TITLE, SWEEP, Point, plan_points, sweep_rank
 
 __all__ = [
     "PLAIN_TITLE",
     "PLANNED_BITS",
-    "SATURATION",
     "SWEEP",
     "Mix",
     "ModulePlan",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,6 @@ from ..solve import Curve, Grid, rank_curve
 PLANNED_BITS = (2, 3, 4)
 # Bits a weight that factors may take in a mix: with more, wider weights are the better buy, from 2 to 4 bits.
 WORTH_BITS = 2
-# Nats a token at which one module's loss levels off: the second order grows without end, what a module can cost does
-# not. Without it one outlier module (SmolLM2's layer 11 down_proj, 1.3 of 2.9 nats predicted) speaks for the model;
-# with it the rank correlation with measured losses rises from 0.945 to 0.991. Anything from 0.02 to 0.1 gives the same.
-SATURATION = 0.1
 # Share of what components take off the error that is left once factors are rounded: in 4 bits at rank 120 an error of
 # 0.3213 in place of 0.3073 (docs/method.md). At 8 bits the difference does not show.
 KEPT_BY_ROUNDING = {16: 1.0, 8: 1.0, 4: (1 - 0.3213) / (1 - 0.3073)}
@@ -34,19 +29,17 @@ class PlannedModule:
 
     Attributes:
         shape: of the module.
-        forecasts: by width, second order.
-        in_nats: whether they are of the loss, and level off at `SATURATION`.
+        forecasts: by width.
     """
 
     shape: ModuleShape
     forecasts: Mapping[int, Forecast]
-    in_nats: bool = True
 
     def loss(self, bits: int, rank: int = 0, factor_bits: int = 16) -> float:
         """Predicted loss with the first ``rank`` components, which a fixed rank keeps."""
         known = self.forecasts[bits]
         left = known.total - KEPT_BY_ROUNDING[factor_bits] * float(known.gains[:rank].sum())
-        return self._levelled(max(left, 0.0))
+        return max(left, 0.0)
 
     def curve(self, bits: int, most: int, factor_bits: int, *, by_gain: bool) -> tuple[tuple[int, ...], Curve]:
         """Ranks up to ``most``, and the curve of their factors' bytes and of the loss that they leave.
@@ -61,11 +54,9 @@ class PlannedModule:
         known = self.forecasts[bits]
         options = rank_options(self.shape, min(most, len(known.gains)), factor_bits)
         gains = known.gains.sort(descending=True).values if by_gain else known.gains
-        curve = rank_curve(KEPT_BY_ROUNDING[factor_bits] * gains, known.total, options.ranks, options.nbytes)
-        return options.ranks, Curve(curve.nbytes, tuple(map(self._levelled, curve.losses)))
-
-    def _levelled(self, loss: float) -> float:
-        return -SATURATION * math.expm1(-loss / SATURATION) if self.in_nats else loss
+        return options.ranks, rank_curve(
+            KEPT_BY_ROUNDING[factor_bits] * gains, known.total, options.ranks, options.nbytes
+        )
 
 
 def forecast_modules(
@@ -102,7 +93,7 @@ def forecast_modules(
             )
             for width, approximation in zip(bits, rounded(shape.name, weight, bits), strict=True)
         }
-        modules.append(PlannedModule(shape, found, in_nats=sensitivity.kind != "relative"))
+        modules.append(PlannedModule(shape, found))
     return modules
 
 

@@ -26,6 +26,7 @@ from ..solve import (
     diagonal,
     eora,
     error_loss,
+    error_losses,
     gptq,
     price,
     rank_curve,
@@ -106,15 +107,16 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
         return Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
-    total = error_loss(delta, second_moment, output_moment)
     solver = diagonal if second_moment.ndim == 1 else eora
     lora_A, lora_B = solver(delta, second_moment, min(max(rank, RANK_STEP), *delta.shape))
     gains = component_gains(lora_A, lora_B, second_moment, output_moment)
-    correction = UNCORRECTED
     weighted = sensitivity.weighted_moments.get(name)
-    if weighted is not None:
-        rest = delta - (lora_B[:, :RANK_STEP] @ lora_A[:RANK_STEP]).to(delta.dtype)
-        whole, left = (error_loss(one, weighted.to(delta.device), output_moment) for one in (delta, rest))
+    if weighted is None:
+        total, correction = error_loss(delta, second_moment, output_moment), UNCORRECTED
+    else:
+        total, whole, left = error_losses(
+            delta, second_moment, weighted.to(delta.device), output_moment, lora_A[:RANK_STEP], lora_B[:, :RANK_STEP]
+        )
         first = float(gains[:RANK_STEP].sum())
         correction = TokenCorrection(_ratio(whole - left, first), _ratio(left, total - first))
     gains, total = correction(gains, total)

@@ -221,7 +221,10 @@ def _run(
     else:
         with torch.no_grad():
             likely = logits[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
-            targets = torch.multinomial(likely, 1, generator=generator).view(scored.shape).to(device)
+            # By the inverse of the distribution: one random number a token, where multinomial draws one a label.
+            sums = likely.cumsum(-1)
+            drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+            targets = torch.searchsorted(sums, drawn).clamp_max(sums.shape[-1] - 1).view(scored.shape).to(device)
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
     )

@@ -1,6 +1,6 @@
 """Linear algebra that turns (error, second moment, rank) into low-rank factors. Imports torch, nothing else."""
 
-from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, price, rank_curve
+from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, error_losses, price, rank_curve
 from .error import energy_left, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
@@ -23,6 +23,7 @@ __all__ = [
     "eora",
     "eora_from_outputs",
     "error_loss",
+    "error_losses",
     "gptq",
     "output",
     "output_target",

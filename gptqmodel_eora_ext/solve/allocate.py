@@ -85,8 +85,7 @@ def component_gains(
     error = WeightedError(lora_A, second_moment)
     energies = (error.weigh(lora_A) * lora_A).sum(1, dtype=torch.float64)
     columns = lora_B.to(output_moment.dtype)
-    weighted = output_moment[:, None] * columns if output_moment.ndim == 1 else output_moment @ columns
-    return energies * (weighted * columns).sum(0, dtype=torch.float64) / 2
+    return energies * (_weigh(output_moment, columns) * columns).sum(0, dtype=torch.float64) / 2
 
 
 def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor) -> float:
@@ -97,11 +96,47 @@ def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: 
         second_moment: C, in × in or its diagonal.
         output_moment: G, out × out or its diagonal.
     """
-    weighed = WeightedError(delta, second_moment).weigh(delta)
-    moment = output_moment.to(delta.dtype)
-    if moment.ndim == 1:
-        return float((weighed * delta).sum(1, dtype=torch.float64) @ moment.to(torch.float64)) / 2
-    return float((moment @ delta * weighed).sum(dtype=torch.float64)) / 2
+    return _inner(_weigh(output_moment, delta), WeightedError(delta, second_moment).weigh(delta)) / 2
+
+
+def error_losses(
+    delta: torch.Tensor,
+    second_moment: torch.Tensor,
+    weighted_moment: torch.Tensor,
+    output_moment: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+) -> tuple[float, float, float]:
+    """`error_loss` by C, by another C_g, and by C_g of what is left, ΔW − B A: three large products in place of six.
+
+    Args:
+        delta: ΔW, out × in.
+        second_moment: C, in × in or its diagonal.
+        weighted_moment: C_g, the same.
+        output_moment: G, out × out or its diagonal.
+        lora_A: rank × in.
+        lora_B: out × rank.
+    """
+    lora_A, lora_B = lora_A.to(delta.dtype), lora_B.to(delta.dtype)
+    pulled = _weigh(output_moment, delta)
+    by_weighted = WeightedError(delta, weighted_moment)
+    weighed = by_weighted.weigh(delta)
+    whole = _inner(pulled, weighed)
+    pulled_B = _weigh(output_moment, lora_B)
+    cross = _inner(pulled_B, weighed @ lora_A.T)
+    square = _inner(lora_B.T @ pulled_B, by_weighted.weigh(lora_A) @ lora_A.T)
+    bare = _inner(pulled, WeightedError(delta, second_moment).weigh(delta))
+    return bare / 2, whole / 2, (whole - 2 * cross + square) / 2
+
+
+def _weigh(output_moment: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """G times columns; G may be its diagonal."""
+    moment = output_moment.to(columns.dtype)
+    return moment[:, None] * columns if moment.ndim == 1 else moment @ columns
+
+
+def _inner(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first * second).sum(dtype=torch.float64))
 
 
 def allocate(curves: Sequence[Curve], budget: int, *, steps: int = MOST_STEPS) -> list[int]:
