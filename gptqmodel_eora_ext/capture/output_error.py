@@ -12,6 +12,8 @@ from ..solve.error import multiplies_bfloat16
 from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16
+# A token of more than this many times the usual ‖x‖² is multiplied in float32 in any case.
+LARGE_TOKEN = 16
 
 
 class OutputErrorMoment:
@@ -57,13 +59,18 @@ class OutputErrorMoment:
 
         Inputs of bfloat16 (``dtype``) are multiplied as such where that is faster. ΔW and z are rounded then, each
         entry on its own, which adds some 1e-6 of its trace to G: B only needs the directions of G, and A is solved
-        against the ΔW that is not rounded.
+        against the ΔW that is not rounded. A few large tokens may be nearly all of that trace, and little of what is
+        left once they are corrected; they are not rounded.
         """
         if dtype != torch.bfloat16 or not multiplies_bfloat16(rows.device):
             return rows @ self.delta.to(rows.device).T
         if self._narrow_delta is None or self._narrow_delta.device != rows.device:
             self._narrow_delta = self.delta.to(device=rows.device, dtype=dtype)
-        return rows.to(dtype) @ self._narrow_delta.T
+        errors = (rows.to(dtype) @ self._narrow_delta.T).to(torch.float32)
+        energies = torch.linalg.vecdot(rows, rows)
+        large = energies > LARGE_TOKEN * energies.median() if len(rows) else energies.bool()
+        errors[large] = rows[large] @ self.delta.to(rows.device).T
+        return errors
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return G = Σ z zᵀ / tokens, out × out, float32, on ``device``."""

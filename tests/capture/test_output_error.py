@@ -36,12 +36,17 @@ def test_output_error_is_the_second_moment_seen_through_the_error(
     torch.testing.assert_close(outputs.energies().double(), second_moment.diagonal(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("large_token", [1.0, 100.0])
 @pytest.mark.parametrize("rank", [1, 8, 32])
-def test_directions_survive_products_of_bfloat16(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directions_survive_products_of_bfloat16(
+    rank: int, large_token: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(output_error, "multiplies_bfloat16", lambda device: True)
     generator = torch.Generator().manual_seed(0)
     channels = torch.logspace(0, -4, 160)
     rows = (torch.randn(4000, 160, generator=generator) * channels).to(torch.bfloat16)
+    # A few tokens of a direction of their own, which the first component corrects.
+    rows[::250] = large_token * rows[0]
     weight = torch.randn(64, 160, generator=generator).to(torch.bfloat16)
     quantized = (weight + 0.1 * torch.randn(64, 160, generator=generator)).to(torch.bfloat16)
     outputs, inputs = OutputErrorMoment(weight, quantized, "m"), SecondMoment(160, "m")
