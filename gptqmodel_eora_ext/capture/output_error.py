@@ -62,13 +62,13 @@ class OutputErrorMoment:
         against the ΔW that is not rounded. A few large tokens may be nearly all of that trace, and little of what is
         left once they are corrected; they are not rounded.
         """
-        if dtype != torch.bfloat16 or not multiplies_bfloat16(rows.device):
+        if len(rows) == 0 or dtype != torch.bfloat16 or not multiplies_bfloat16(rows.device):
             return rows @ self.delta.to(rows.device).T
         if self._narrow_delta is None or self._narrow_delta.device != rows.device:
             self._narrow_delta = self.delta.to(device=rows.device, dtype=dtype)
         errors = (rows.to(dtype) @ self._narrow_delta.T).to(torch.float32)
         energies = torch.linalg.vecdot(rows, rows)
-        large = energies > LARGE_TOKEN * energies.median() if len(rows) else energies.bool()
+        large = energies > LARGE_TOKEN * energies.median()
         errors[large] = rows[large] @ self.delta.to(rows.device).T
         return errors
 
