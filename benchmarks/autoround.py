@@ -3,9 +3,10 @@
 Recovered share = (loss_q − loss_adapter) / (loss_q − loss_full) on held-out text, in nats per token, against AutoRound
 alone. Same calibration and rank for all. Each also tells its time and peak memory: compensation in the loop against
 AutoRound alone, `generate` against stock's. A process a run, so that peak memory is the run's own; results are kept
-after every run, so that an interrupted benchmark goes on.
+after every run, so that an interrupted benchmark goes on. With `--workers`, so many run at a time on as many threads as
+that leaves each, and what is compared runs side by side.
 
-    python benchmarks/autoround.py --json
+    python benchmarks/autoround.py --workers 2 --json
     python benchmarks/autoround.py --layers 4 --group-sizes 64 --ranks 32      # a look at it
     python benchmarks/autoround.py --device cuda
 """
@@ -15,9 +16,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ FORMAT = "auto_gptq"
 # 16k tokens: a run takes minutes on two cores, and all contenders see the same.
 SAMPLES, SEQLEN = 64, 256
 NAME = "autoround"
+# Kinds that start from the checkpoint of "alone".
+READERS = ("afterwards", "stock")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class Cell:
     kind: str
     group_size: int
     rank: int = 0
+
+
+def cells_of(group_sizes: list[int], ranks: list[int]) -> list[list[Cell]]:
+    """All cells: those that quantise, then those that read what `alone` made; beside each other what is compared."""
+    quantise = []
+    for number, rank in enumerate(ranks):
+        for group_size in group_sizes:
+            quantise += [Cell("alone", group_size)] * (not number) + [Cell("in loop", group_size, rank)]
+    pairs = itertools.product(group_sizes, ranks)
+    return [quantise, [Cell(kind, group_size, rank) for group_size, rank in pairs for kind in READERS]]
 
 
 def cell_of(run: dict[str, Any]) -> Cell:
@@ -74,7 +89,7 @@ def quantize(base: Path, folder: Path, cell: Cell, iters: int, device: str) -> t
 def one(cell: Cell, folder: Path, layers: int, iters: int, windows: int, device: str) -> dict[str, Any]:
     """Run a cell in this process."""
     base = common.first_layers(folder / "base", layers)
-    checkpoint = folder / f"g{cell.group_size}"
+    checkpoint = _checkpoint(folder, cell)
     adapter = None
     if cell.kind in ("alone", "in loop"):
         place = checkpoint if cell.kind == "alone" else folder / f"g{cell.group_size}-r{cell.rank}"
@@ -140,11 +155,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmarks" / NAME, help="for checkpoints")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     setup = {"bits": BITS, "format": FORMAT, "samples": SAMPLES, "seqlen": SEQLEN, "iters": options.iters,
-             "layers": options.layers, "windows": options.windows, "device": _named(options.device)}  # fmt: skip
+             "layers": options.layers, "windows": options.windows, "device": _named(options.device),
+             "workers": options.workers}  # fmt: skip
     folder = options.work / "-".join(str(setup[name]) for name in ("layers", "iters", "samples", "seqlen"))
     if options.cell is not None:
         found = one(Cell(**options.cell), folder, options.layers, options.iters, options.windows, options.device)
@@ -161,22 +178,19 @@ def main() -> None:
     full = previous.get("full") or common.losses(
         common.base_model(base).to(options.device), common.held_out(), options.windows
     )
-    wanted = [Cell("alone", group_size) for group_size in options.group_sizes]
-    wanted += [
-        Cell(kind, group_size, rank)
-        for group_size, rank in itertools.product(options.group_sizes, options.ranks)
-        for kind in ("in loop", "afterwards", "stock")
-    ]
+    threads = max(torch.get_num_threads() // options.workers, 1)
     result: dict[str, Any] = {}
-    for cell in wanted:
-        if cell not in map(cell_of, runs):
-            # What stands in for a checkpoint that is gone from the work folder.
-            missing = cell.kind in ("afterwards", "stock") and not (folder / f"g{cell.group_size}").is_dir()
-            if missing:
-                _run(Cell("alone", cell.group_size))
-            runs.append(_run(cell))
-        result = {"setup": setup, "full": full, "runs": runs, "shares": rows_of(runs, full), "costs": costs_of(runs)}
-        common.keep(NAME, result, as_json=False)
+    for cells in cells_of(options.group_sizes, options.ranks):
+        todo = [cell for cell in cells if cell not in map(cell_of, runs)]
+        # What stands in for a checkpoint that is gone from the work folder.
+        gone = {cell.group_size for cell in todo if cell.kind in READERS and not _checkpoint(folder, cell).is_dir()}
+        with ThreadPoolExecutor(options.workers) as pool:
+            list(pool.map(lambda group_size: _run(Cell("alone", group_size), threads), gone))
+            for done in as_completed([pool.submit(_run, cell, threads) for cell in todo]):
+                runs.append(done.result())
+                result = summary(setup, full, runs)
+                common.keep(NAME, result, as_json=False)
+    result = result or summary(setup, full, runs)
     common.keep(NAME, result, as_json=options.json)
     for part in ("shares", "costs"):
         if result[part]:
@@ -184,12 +198,22 @@ def main() -> None:
             common.table(header, [[row.get(name) for name in header] for row in result[part]])
 
 
-def _run(cell: Cell) -> dict[str, Any]:
+def summary(setup: dict[str, Any], full: dict[str, float], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"setup": setup, "full": full, "runs": runs, "shares": rows_of(runs, full), "costs": costs_of(runs)}
+
+
+def _run(cell: Cell, threads: int) -> dict[str, Any]:
     """A cell in a process of its own, with this one's options."""
     command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _checkpoint(folder: Path, cell: Cell) -> Path:
+    """What AutoRound alone makes."""
+    return folder / f"g{cell.group_size}"
 
 
 def _named(device: str) -> str:

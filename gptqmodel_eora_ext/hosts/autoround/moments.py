@@ -56,11 +56,11 @@ class BlockInputs:
     def stages(self) -> list[list[str]]:
         """Modules that read one input, in the order in which the block runs them; all in one where that is too many.
 
-        Compensating stage by stage lets each see what the ones before it now give. Found on the first batch: a module
+        Compensating stage by stage lets each see what the ones before it now give. Found on the first sample: a module
         that it does not reach (an expert) makes one stage of all.
         """
         watch = _Watch(self._modules)
-        self._run(watch, self._batches[:1])
+        self._run(watch, [self._batches[0][:1]])
         stages: dict[str, list[str]] = {}
         for name, leader in watch.leaders.items():
             stages.setdefault(leader, []).append(name)
