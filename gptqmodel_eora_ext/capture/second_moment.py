@@ -37,10 +37,13 @@ def kept_rows(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, na
 def merged(
     sums: Mapping[torch.device, torch.Tensor], shape: tuple[int, ...], device: torch.device | str
 ) -> torch.Tensor:
-    """The sums of all devices on ``device``, float32; zeros of ``shape`` when there are none."""
-    total = torch.zeros(shape, device=device)
+    """The sums of all devices on ``device``, float32, a copy; zeros of ``shape`` when there are none."""
+    if not sums:
+        return torch.zeros(shape, device=device)
     # A fixed order of devices makes the result independent of which worker finished first.
-    for source in sorted(sums, key=str):
+    first, *others = sorted(sums, key=str)
+    total = sums[first].to(device, copy=True)
+    for source in others:
         total.add_(sums[source].to(device))
     return total
 
@@ -52,6 +55,18 @@ def _add_lower_triangle(total: torch.Tensor, rows: torch.Tensor) -> None:
     for start in range(0, features, width):
         columns = slice(start, start + width)
         total[start:, columns].addmm_(rows[:, start:].T, rows[:, columns])
+
+
+def _mirror_lower_triangle(total: torch.Tensor) -> torch.Tensor:
+    """Copy what is below the diagonal above it, block column by block column: a fraction of a `tril` of the whole."""
+    features = total.shape[0]
+    width = -(-features // TRIANGLE_BLOCKS)
+    for start in range(0, features, width):
+        end = start + width
+        corner = total[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        total[start:end, end:] = total[end:, start:end].T
+    return total
 
 
 class SecondMoment:
@@ -104,8 +119,8 @@ class SecondMoment:
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return C = Σ x xᵀ / tokens, in × in, float32, on ``device``; zeros when no token was seen."""
-        total = merged(self._sums, (self.in_features, self.in_features), device).div_(max(self.tokens, 1)).tril_()
-        return total.add_(total.tril(-1).T)
+        total = merged(self._sums, (self.in_features, self.in_features), device).div_(max(self.tokens, 1))
+        return _mirror_lower_triangle(total)
 
     def require_finite(self) -> None:
         """Raise ValueError when an input held NaN or infinity."""

@@ -216,19 +216,20 @@ def _run(
         return
     logits = model(inputs_embeds=embedded.requires_grad_(), attention_mask=mask, use_cache=False).logits
     scored = watch.keep[:, 1:]
-    if kind == "empirical":
-        targets = ids[:, 1:]
-    else:
-        with torch.no_grad():
-            likely = logits[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
+    with torch.no_grad():
+        likely = logits[:, :-1].float().softmax(-1).cpu()
+        if kind == "empirical":
+            targets = ids[:, 1:, None].cpu()
+        else:
             # By the inverse of the distribution: one random number a token, where multinomial draws one a label.
             sums = likely.cumsum(-1)
-            drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
-            targets = torch.searchsorted(sums, drawn).clamp_max(sums.shape[-1] - 1).view(scored.shape).to(device)
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    (losses.view(scored.shape) * scored).sum().backward()
+            drawn = torch.rand(sums[..., :1].shape, generator=generator) * sums[..., -1:]
+            targets = torch.searchsorted(sums, drawn).clamp_max(sums.shape[-1] - 1)
+        # Of the cross entropy, with no pass over all labels for its value.
+        gradient = torch.zeros_like(logits)
+        gradient[:, :-1] = likely.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=likely.dtype)).to(device)
+        gradient[:, :-1] *= scored[..., None]
+    logits.backward(gradient)
 
 
 @dataclass
