@@ -46,6 +46,11 @@ class Recipe:
     factor_bits: int = 16
     choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the second moment of the output error is all that it needs."""
+        return self.objective == "eora" and self.factor_bits == 16 and self.choose is None
+
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype factors are stored in: the model's own where a quantised kernel runs in it, else float16."""

@@ -40,6 +40,10 @@ class RankOptions:
     ranks: tuple[int, ...]
     nbytes: tuple[int, ...]
 
+    def first(self, count: int) -> RankOptions:
+        """The smallest so many."""
+        return RankOptions(self.ranks[:count], self.nbytes[:count])
+
 
 def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | None = None) -> RankOptions:
     """Multiples of `RANK_STEP` up to ``most`` or the smaller side; or a ``fixed`` rank alone."""
@@ -78,6 +82,10 @@ class TokenCorrection:
         first = float(gains[:RANK_STEP].sum())
         corrected = torch.cat([gains[:RANK_STEP] * self.head, gains[RANK_STEP:] * self.tail])
         return corrected, self.head * first + self.tail * max(total - first, 0.0)
+
+    def scaled(self, factor: float) -> TokenCorrection:
+        """Both times ``factor``."""
+        return TokenCorrection(self.head * factor, self.tail * factor)
 
 
 class RankAllocation:
@@ -131,7 +139,7 @@ class RankAllocation:
         corrections = self._corrections()
         overall = corrections.get("", 1.0)
         open_curves = {
-            name: self._forecasts[name].scaled(corrections.get(_kind(name), overall))
+            name: self._forecasts[name].scaled(corrections.get(kind_of(name), overall))
             for name in self.options
             if name not in self.ranks
         }
@@ -197,12 +205,13 @@ class RankAllocation:
         sums: dict[str, list[float]] = {}
         for name in self.options:
             if name in self._found:
-                for kind in ("", _kind(name)):
+                for kind in ("", kind_of(name)):
                     pair = sums.setdefault(kind, [0.0, 0.0])
                     pair[0] += self._found[name]
                     pair[1] += self._forecasts[name].losses[0]
         return {kind: found / forecast for kind, (found, forecast) in sums.items() if forecast > 0}
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Of a module: the last part of its name (`q_proj`)."""
     return name.rsplit(".", 1)[-1]

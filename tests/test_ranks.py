@@ -1,6 +1,8 @@
 """Ranks chosen module by module: within the budget, in any order, close to the allocation that knows all."""
 
 import random
+import types
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gptqmodel_eora_ext.ranks import (
     MOST_OF_UNIFORM,
     RANK_STEP,
     RankAllocation,
+    kind_of,
     most_rank,
     rank_options,
 )
@@ -60,11 +63,32 @@ def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
 
 
 def allocation(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity, budget: int
+    shapes: list[ModuleShape],
+    weights: dict[str, torch.Tensor],
+    sensitivity: Sensitivity,
+    budget: int,
+    costs: Mapping[str, float] = types.MappingProxyType({}),
 ) -> RankAllocation:
+    """Forecast, kinds of modules costing so many times what second orders tell."""
     rounded = Rounder(sensitivity, Grid(32))
+
+    def divergence(replaced: Mapping[str, torch.Tensor]) -> float:
+        """As if second orders held."""
+        losses = (
+            error_loss(weights[name] - weight, sensitivity.second_moments[name], sensitivity.output_moments[name])
+            * costs.get(kind_of(name), 1.0)
+            for name, weight in replaced.items()
+        )
+        return sum(losses)
+
     return forecast_allocation(
-        shapes, budget, FACTOR_BITS, sensitivity, lambda name: weights[name] - rounded(name, weights[name], [2])[0]
+        shapes,
+        budget,
+        FACTOR_BITS,
+        sensitivity,
+        weights,
+        lambda name, weight: rounded(name, weight, [2])[0],
+        divergence,
     )
 
 
@@ -139,16 +163,28 @@ def test_sensitive_layers_get_more(
     assert by_layer[0] > 2 * by_layer[-1]
 
 
-def test_only_modules_that_would_take_all_are_offered_more(
+def test_modules_are_offered_what_they_may_take(
     shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
 ) -> None:
-    budget = 3_000
+    budget = 8_000
     first, most = (most_rank(shapes, budget, FACTOR_BITS, times) for times in (FIRST_OF_UNIFORM, MOST_OF_UNIFORM))
-    offered = {
-        name: options.ranks[-1] for name, options in allocation(shapes, weights, sensitivity, budget).options.items()
-    }
-    assert set(offered.values()) == {first, most}
-    assert offered["0.q_proj"] == most and offered[f"{LAYERS - 1}.q_proj"] == first
+    chosen = allocation(shapes, weights, sensitivity, budget)
+    offered = {name: options.ranks[-1] for name, options in chosen.options.items()}
+    assert list(offered) == [shape.name for shape in shapes]
+    assert offered["0.q_proj"] == most > first and offered[f"{LAYERS - 1}.q_proj"] < first
+    run(chosen, deltas(weights), sensitivity)
+    assert budget - max(options.nbytes[1] for options in chosen.options.values()) <= chosen.spent
+
+
+def test_a_kind_that_costs_more_than_second_orders_tell_gets_more(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    ranks = []
+    for cost in (1.0, 5.0):
+        chosen = allocation(shapes, weights, sensitivity, 8_000, {"k_proj": cost})
+        run(chosen, deltas(weights), sensitivity)
+        ranks.append(sum(rank for name, rank in chosen.ranks.items() if kind_of(name) == "k_proj"))
+    assert ranks[1] > 1.5 * ranks[0]
 
 
 def test_options_are_multiples_within_the_shape() -> None:

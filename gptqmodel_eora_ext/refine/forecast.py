@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +12,12 @@ import torch
 from ..budget import ModuleShape
 from ..ranks import (
     FIRST_OF_UNIFORM,
+    MOST_OF_UNIFORM,
     RANK_STEP,
     RankAllocation,
     RankOptions,
     TokenCorrection,
+    kind_of,
     most_rank,
     rank_options,
 )
@@ -34,6 +38,12 @@ from ..solve import (
 from .sensitivity import Sensitivity
 
 UNCORRECTED = TokenCorrection()
+# Share by which the weighted error of a forecast's components may exceed the least; the loop solves its own.
+TOLERANCE = 0.01
+# Share of a kind's loss below which what is left of it tells nothing.
+LEAST_LEFT = 0.01
+# Ranks that a module is offered in the loop, over the one that it is forecast to take. Ranks found there lie TODO
+HEADROOM = 2
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,14 @@ class Forecast:
         """Loss against bytes for the ranks on offer, the components that gain most kept first."""
         ordered = self.gains.sort(descending=True).values
         return rank_curve(ordered, self.total, options.ranks, options.nbytes)
+
+    def left(self, rank: int) -> float:
+        """Loss with the first ``rank`` components."""
+        return self.total - float(self.gains[:rank].sum())
+
+    def scaled(self, factor: float) -> Forecast:
+        """All losses times ``factor``."""
+        return Forecast(self.total * factor, self.gains * factor, self.correction.scaled(factor))
 
 
 class Rounder:
@@ -102,13 +120,22 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
         sensitivity: of the model.
         rank: 0 for no components.
     """
+    return _with_components(name, delta, sensitivity, rank)[0]
+
+
+def _with_components(
+    name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
+) -> tuple[Forecast, torch.Tensor, torch.Tensor]:
+    """`forecast`, and A and B."""
     if name not in sensitivity.output_moments:
         # No calibration token reached it: nothing is known to be lost.
-        return Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
+        nothing = Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
+        return nothing, delta.new_zeros(0, delta.shape[1]), delta.new_zeros(delta.shape[0], 0)
     second_moment = sensitivity.second_moments[name].to(delta.device)
     output_moment = sensitivity.output_moments[name].to(delta.device)
     solver = diagonal if second_moment.ndim == 1 else eora
-    lora_A, lora_B = solver(delta, second_moment, min(max(rank, RANK_STEP), *delta.shape))
+    most = min(max(rank, RANK_STEP), *delta.shape)
+    lora_A, lora_B = solver(delta, second_moment, most, tolerance=TOLERANCE)
     gains = component_gains(lora_A, lora_B, second_moment, output_moment)
     weighted = sensitivity.weighted_moments.get(name)
     if weighted is None:
@@ -120,11 +147,11 @@ def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
         first = float(gains[:RANK_STEP].sum())
         correction = TokenCorrection(_ratio(whole - left, first), _ratio(left, total - first))
     gains, total = correction(gains, total)
-    return Forecast(total, gains[:rank].cpu(), correction)
+    return Forecast(total, gains[:rank].cpu(), correction), lora_A[:rank], lora_B[:, :rank]
 
 
 def _ratio(found: float, expected: float) -> float:
-    return max(found, 0.0) / expected if expected > 0 else 1.0
+    return max(found, 0.0) / expected if expected > 0 and math.isfinite(found) else 1.0
 
 
 def forecast_allocation(
@@ -132,41 +159,72 @@ def forecast_allocation(
     budget: int,
     factor_bits: int,
     sensitivity: Sensitivity,
-    error: Callable[[str], torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    quantized: Callable[[str, torch.Tensor], torch.Tensor],
+    divergence: Callable[[Mapping[str, torch.Tensor]], float],
     *,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
     progress: Callable[[Sequence[ModuleShape]], Iterable[ModuleShape]] = iter,
 ) -> RankAllocation:
-    """Forecast every module and give out the budget.
+    """Forecast every module, and give out the budget.
 
-    A module that would take the largest rank on offer is forecast again with the largest that any may have.
+    All modules of a kind are measured together, with the factors of a uniform rank; what that is over the forecast
+    scales the kind's forecasts. A module that would take the largest rank on offer is forecast again with the largest
+    that any may have. In the loop, where each is solved for the largest rank on offer, it is offered up to `HEADROOM`
+    times the one forecast.
 
     Args:
         shapes: of the modules, in the order in which the loop meets them.
         budget: bytes for all.
         factor_bits: of stored factors.
         sensitivity: of the model.
-        error: ΔW of a module, out × in, float32: known, or by `Rounder`.
+        weights: W of each module, out × in.
+        quantized: Ŵ of a module from its name and W: known, or by `Rounder`.
+        divergence: `kinds.Divergence` of the model.
         fixed_rank: of a module that does not choose.
         progress: wraps the modules, to show how far the forecasts are.
     """
     options: dict[str, RankOptions] = {}
-    curves: dict[str, Curve] = {}
-    corrections: dict[str, TokenCorrection] = {}
+    forecasts: dict[str, Forecast] = {}
+    scales: dict[str, float] = {}
+    uniform = most_rank(shapes, budget, factor_bits, 1)
 
-    def offer(shape: ModuleShape, most: int) -> None:
+    def offer(shape: ModuleShape, most: int, approximation: torch.Tensor) -> torch.Tensor:
+        """Forecast, and return Ŵ + BA of the uniform rank."""
         # What no calibration token reached gets nothing.
         fixed = fixed_rank(shape.name) if shape.name in sensitivity.output_moments else 0
         options[shape.name] = found = rank_options(shape, most, factor_bits, fixed=fixed)
-        known = forecast(shape.name, error(shape.name), sensitivity, found.ranks[-1])
-        curves[shape.name], corrections[shape.name] = known.curve(found), known.correction
+        delta = weights[shape.name].to(torch.float32) - approximation
+        known, lora_A, lora_B = _with_components(shape.name, delta, sensitivity, found.ranks[-1])
+        forecasts[shape.name] = known
+        return torch.addmm(approximation, lora_B[:, :uniform].float(), lora_A[:uniform].float())
 
-    first = most_rank(shapes, budget, factor_bits, FIRST_OF_UNIFORM)
-    for shape in progress(shapes):
-        offer(shape, first)
+    first, last = (most_rank(shapes, budget, factor_bits, times) for times in (FIRST_OF_UNIFORM, MOST_OF_UNIFORM))
+    # Kind by kind, so that other weights of only one are in memory.
+    kinds = list(dict.fromkeys(kind_of(shape.name) for shape in shapes))
+    by_kind = sorted(shapes, key=lambda shape: kinds.index(kind_of(shape.name)))
+    for kind, members in itertools.groupby(progress(by_kind), key=lambda shape: kind_of(shape.name)):
+        compensated: dict[str, torch.Tensor] = {}
+        for shape in members:
+            weight = weights[shape.name]
+            found = offer(shape, first, quantized(shape.name, weight).to(torch.float32))
+            compensated[shape.name] = found.to(weight.dtype)
+        total = sum(forecasts[name].total for name in compensated)
+        left = sum(forecasts[name].left(uniform) for name in compensated)
+        scales[kind] = _ratio(divergence(compensated), left) if left > LEAST_LEFT * total else 1.0
+    forecasts = {name: known.scaled(scales[kind_of(name)]) for name, known in forecasts.items()}
+    curves = {shape.name: forecasts[shape.name].curve(options[shape.name]) for shape in shapes}
     at = price(list(curves.values()), budget)
     for shape in shapes:
-        last = len(options[shape.name].ranks) - 1
-        if last > 0 and curves[shape.name].best_at(at) == last:
-            offer(shape, most_rank(shapes, budget, factor_bits))
-    return RankAllocation(options, curves, sensitivity.output_moments, corrections, budget)
+        name = shape.name
+        if 0 < len(options[name].ranks) - 1 == curves[name].best_at(at):
+            offer(shape, last, quantized(name, weights[name]).to(torch.float32))
+            forecasts[name] = forecasts[name].scaled(scales[kind_of(name)])
+            curves[name] = forecasts[name].curve(options[name])
+        ranks = options[name].ranks
+        largest = HEADROOM * ranks[curves[name].best_at(at)] + RANK_STEP
+        count = max(sum(rank <= largest for rank in ranks), 1)
+        options[name], curves[name] = options[name].first(count), curves[name].first(count)
+    corrections = {name: known.correction for name, known in forecasts.items()}
+    in_order = {shape.name: options[shape.name] for shape in shapes}
+    return RankAllocation(in_order, curves, sensitivity.output_moments, corrections, budget)

@@ -51,6 +51,10 @@ class Curve:
         """The same options, their losses times ``factor``."""
         return Curve(self.nbytes, tuple(loss * factor for loss in self.losses))
 
+    def first(self, count: int) -> Curve:
+        """The smallest so many options."""
+        return Curve(self.nbytes[:count], self.losses[:count])
+
 
 def rank_curve(gains: torch.Tensor, total: float, ranks: Sequence[int], nbytes: Sequence[int]) -> Curve:
     """The curve of a module whose components each take a gain off the loss.

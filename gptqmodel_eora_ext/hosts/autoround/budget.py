@@ -12,8 +12,9 @@ from auto_round.utils import check_to_quantized, get_block_names
 from ...budget import ModuleShape, budget_bytes
 from ...ranks import RankAllocation
 from ...refine.forecast import Rounder, forecast_allocation
+from ...refine.kinds import Divergence
 from ...solve import Grid
-from ..gptqmodel.auto import cached_sensitivity
+from ..gptqmodel.auto import cached_sensitivity, unseen_tokens
 from .moments import IGNORED_TOKEN
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,15 @@ def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Seq
     log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     rounders: dict[Grid, Rounder] = {}
 
-    def error(name: str) -> torch.Tensor:
+    def quickly(name: str, weight: torch.Tensor) -> torch.Tensor:
         linear = linears[name]
-        weight = linear.weight.detach()
         grid = Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH)
         [approximation] = rounders.setdefault(grid, Rounder(sensitivity, grid))(name, weight, [linear.bits])
-        return weight.to(torch.float32) - approximation
+        return approximation
 
-    return forecast_allocation(shapes, budget, options["factor_bits"], sensitivity, error)
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    divergence = Divergence(model, linears, unseen_tokens(batches))
+    return forecast_allocation(shapes, budget, options["factor_bits"], sensitivity, weights, quickly, divergence)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,7 +5,8 @@
    read. It ends there.
 3. The factors are solved for, and each of their weights becomes Ŵ + BA. The same for o, gate/up and down in turn, so
    that each is compensated for what it will read.
-4. AutoRound computes the block's outputs, which the next block is tuned on (where it propagates quantised inputs).
+4. AutoRound computes the block's outputs, parts that are known by then excepted; the next block is tuned on them (where
+   it propagates quantised inputs).
 5. Ŵ comes back; AutoRound packs it as ever.
 """
 
@@ -23,11 +24,11 @@ import transformers
 from auto_round.algorithms.transforms.base import BasePreprocessor
 from auto_round.utils import check_to_quantized
 
-from ...capture import SecondMoment
+from ...capture import OutputErrorMoment, SecondMoment
 from ...compensate import Recipe, compensate
 from .checks import check_composition, check_formats
 from .config import EoRAConfig
-from .moments import BlockInputs
+from .moments import BlockInputs, Moment
 from .run import LoopRun
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class EoRATransform(BasePreprocessor):
         self._composer: Any = None
         self._inputs: tuple[Any, Any, Any] | None = None
         self._block: Any = None
+        self._held: BlockInputs | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._quantized: dict[str, torch.Tensor] = {}
 
@@ -113,7 +115,9 @@ class EoRATransform(BasePreprocessor):
         finally:
             for name, quantized in self._quantized.items():
                 block_ctx.model.get_submodule(name).weight.data = quantized
-            self._inputs = self._block = None
+            if self._held is not None:
+                self._held.release()
+            self._inputs = self._block = self._held = None
             self._quantized = {}
             self._weights = {}
 
@@ -138,17 +142,28 @@ class EoRATransform(BasePreprocessor):
         start = time.perf_counter()
         modules = {name: ctx.model.get_submodule(name) for name in self._weights}
         if modules:
-            held = BlockInputs(self._block, modules, self._composer.block_forward, *self._inputs)
+            self._held = held = BlockInputs(self._block, modules, self._composer.block_forward, *self._inputs)
             for stage in held.stages():
-                moments = held.moments(stage)
+                moments = held.moments(stage, functools.partial(self._error_moment, modules))
                 self.run.begin_stage(stage)
                 for name in stage:
                     self._compensate(name, modules[name], moments.get(name))
+                held.compensated(stage)
+            held.expect_outputs()
         self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)
         if ctx.pbar is not None:
             ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)
 
-    def _compensate(self, name: str, linear: Any, moment: SecondMoment | None) -> None:
+    def _error_moment(self, modules: dict[str, Any], name: str) -> OutputErrorMoment | None:
+        """To sum in place of x xᵀ where that takes fewer operations and tells all that is asked."""
+        linear = modules[name]
+        if not self.run.recipe(name).is_plain or not isinstance(linear, torch.nn.Linear):
+            return None
+        if not OutputErrorMoment.is_cheaper(linear.out_features, linear.in_features):
+            return None
+        return OutputErrorMoment(self._weights[name], linear.weight.data, name)
+
+    def _compensate(self, name: str, linear: Any, moment: Moment | None) -> None:
         transposed = isinstance(linear, transformers.Conv1D)
         weight, quantized = self._weights.pop(name), linear.weight.data
         outer, inner = (weight.T, quantized.T) if transposed else (weight, quantized)

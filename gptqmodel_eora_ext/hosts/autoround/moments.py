@@ -1,9 +1,15 @@
-"""Second moments of a block's module inputs, by forwards of AutoRound's own runner over its own cached inputs."""
+"""Second moments of a block's module inputs, by forwards of AutoRound's own runner over its own cached inputs.
+
+A forward stops at the input that it is for. A part of the block whose modules are all compensated (the attention, once
+`o_proj` is) computes each batch once more, from the input of its last module where that is known, and then gives what
+it gave; to AutoRound as well, when it computes the block's outputs over the same inputs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +17,10 @@ from typing import Any
 import torch
 from auto_round.compressors.utils import block_forward
 
-from ...capture import SecondMoment
+from ...capture import OutputErrorMoment, SecondMoment
+from ..reuse import KEPT_BYTES, ReusedBlock
+
+Moment = SecondMoment | OutputErrorMoment
 
 # AutoRound's calibrator gives this id to tokens that count for nothing: padding, and repetitions at a sample's end.
 IGNORED_TOKEN = -100
@@ -49,9 +58,20 @@ class BlockInputs:
         self._inputs = inputs
         self._input_others = input_others
         self._token_ids = token_ids
-        count = len(inputs["hidden_states"] if isinstance(inputs, dict) else inputs)
+        hidden = inputs["hidden_states"] if isinstance(inputs, dict) else inputs
+        count = len(hidden)
         size = self._runner.batch_size
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        self._current: int | None = None
+        # Parts of the block, and their modules that are still to be compensated.
+        self._open: dict[torch.nn.Module, set[str]] = {}
+        if sum(one.nbytes for one in hidden) <= KEPT_BYTES:
+            parts = [part for part in block.children() if part not in modules.values()]
+            found = {part: {name for name, one in modules.items() if one in part.modules()} for part in parts}
+            self._open = {part: names for part, names in found.items() if names}
+        self._reused: list[ReusedBlock] = []
+        self._rows: dict[int, torch.Tensor] = {}
+        self._handles = ExitStack()
 
     def stages(self) -> list[list[str]]:
         """Modules that read one input, in the order in which the block runs them; all in one where that is too many.
@@ -60,7 +80,8 @@ class BlockInputs:
         that it does not reach (an expert) makes one stage of all.
         """
         watch = _Watch(self._modules)
-        self._run(watch, [self._batches[0][:1]])
+        with torch.no_grad(), watch:
+            self._forward(watch, self._batches[0][:1])
         stages: dict[str, list[str]] = {}
         for name, leader in watch.leaders.items():
             stages.setdefault(leader, []).append(name)
@@ -68,22 +89,74 @@ class BlockInputs:
             return [list(self._modules)]
         return list(stages.values())
 
-    def moments(self, stage: Sequence[str]) -> dict[str, SecondMoment]:
-        """Second moments of the inputs of a stage's modules; a module that no token reached has none."""
+    def moments(
+        self, stage: Sequence[str], errors: Callable[[str], OutputErrorMoment | None] = lambda name: None
+    ) -> dict[str, Moment]:
+        """Second moments of the inputs of a stage's modules; a module that no token reached has none.
+
+        Args:
+            stage: of `stages`.
+            errors: an empty moment to sum in place of x xᵀ, for a module that is alone in its stage; or none.
+        """
         alone = len(stage) < len(self._modules)
-        watch = _Watch({name: self._modules[name] for name in stage}, stop=alone)
-        self._run(watch, self._batches)
+        single = stage[0] if alone and len(stage) == 1 else None
+        found = errors(single) if single is not None else None
+        sums: dict[str, Moment] = {} if single is None or found is None else {single: found}
+        watch = _Watch({name: self._modules[name] for name in stage}, stop=alone, sums=sums)
+        self._rows = {}
+        # What comes last in the block is not computed again.
+        room = KEPT_BYTES if single is not None and len(self._open) > 1 else 0
+        with torch.no_grad(), watch:
+            for number, batch in enumerate(self._batches):
+                self._current = number
+                self._forward(watch, batch)
+                if watch.rows is not None and watch.rows.nbytes <= room:
+                    self._rows[number] = watch.rows.detach()
+                    room -= watch.rows.nbytes
+        self._current = None
         if alone:
             (moment,) = watch.sums.values()
             return dict.fromkeys(stage, moment)
         return {name: watch.sums[leader] for name, leader in watch.leaders.items()}
 
-    def _run(self, watch: _Watch, batches: Sequence[range]) -> None:
-        with torch.no_grad(), watch:
-            for batch in batches:
-                watch.begin_batch(_keep_mask(self._token_ids, batch))
-                with contextlib.suppress(_Reached):
-                    self._runner.forward(self._block, self._inputs, dict(self._input_others), torch.tensor(batch))
+    def compensated(self, stage: Sequence[str]) -> None:
+        """Called when the weights of a stage's modules will not change any more."""
+        for part, left in list(self._open.items()):
+            left -= set(stage)
+            if not left:
+                del self._open[part]
+                if self._open:
+                    last = self._modules[stage[0]] if len(stage) == 1 else None
+                    self._reused.append(ReusedBlock(part, lambda: self._current, last, self._rows if last else None))
+
+    def expect_outputs(self) -> None:
+        """The next forwards of the block are AutoRound's, batch by batch over the same inputs."""
+        numbers = iter(range(len(self._batches)))
+
+        def recognise(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._current = None
+            number = next(numbers, None)
+            rows = args[0] if args else kwargs.get("hidden_states")
+            if number is None or not isinstance(rows, torch.Tensor) or not isinstance(self._inputs, list):
+                return
+            expected = torch.cat([self._inputs[index] for index in self._batches[number]], dim=self._runner.batch_dim)
+            if torch.equal(expected.to(rows), rows):
+                self._current = number
+
+        self._handles.callback(self._block.register_forward_pre_hook(recognise, with_kwargs=True).remove)
+
+    def release(self) -> None:
+        """Give the block's parts their own `forward` back."""
+        self._handles.close()
+        for reused in self._reused:
+            reused.release()
+        self._reused.clear()
+        self._rows = {}
+
+    def _forward(self, watch: _Watch, batch: Sequence[int]) -> None:
+        watch.begin_batch(_keep_mask(self._token_ids, batch))
+        with contextlib.suppress(_Reached):
+            self._runner.forward(self._block, self._inputs, dict(self._input_others), torch.tensor(batch))
 
 
 class _Reached(Exception):
@@ -105,10 +178,19 @@ class _Watch:
     Args:
         modules: to watch, by name.
         stop: end the forward at the first of them.
+        sums: to add to.
     """
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module], *, stop: bool = False) -> None:
-        self.sums: dict[str, SecondMoment] = {}
+    def __init__(
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        *,
+        stop: bool = False,
+        sums: Mapping[str, Moment] = types.MappingProxyType({}),
+    ) -> None:
+        self.sums = dict(sums)
+        # The last input that was added.
+        self.rows: torch.Tensor | None = None
         # Module → the one whose sum is also its own; in the order in which they ran.
         self.leaders: dict[str, str] = {}
         self._modules = modules
@@ -130,6 +212,7 @@ class _Watch:
         """Rows of the next forward to count, batch × tokens; None for all."""
         self._keep = keep
         self._seen = {}
+        self.rows = None
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -150,6 +233,7 @@ class _Watch:
             # The block runs under autocast, which would take the products to 16 bits.
             with torch.autocast(rows.device.type, enabled=False):
                 moment.add(rows, keep)
+            self.rows = rows
             if self._stop:
                 raise _Reached
 

@@ -14,6 +14,7 @@ from ...budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from ...files import cache_folder
 from ...ranks import RankAllocation
 from ...refine.forecast import Rounder, forecast_allocation
+from ...refine.kinds import Divergence
 from ...refine.sensitivity import Sensitivity, fingerprint, measure_sensitivity
 from ...solve import Grid
 from .adapter import EoRA
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Tokens of the calibration data that sensitivities stand on: half a minute for SmolLM2 on two cores. More: not tried.
 SENSITIVITY_TOKENS = 4096
+# Tokens that each kind of modules is measured on, others than those where there are more.
+KIND_TOKENS = 512
 # Tokens of a forward and backward pass; a longer window goes alone. The vocabulary's scores are what takes memory.
 PASS_TOKENS = 1024
 
@@ -49,23 +52,28 @@ def allocate_ranks(
     """
     shapes = module_shapes(model)
     budget = budget_bytes(adapter.budget, shapes)
-    linears, sensitivity = survey(model, shapes, batches, kind=adapter.sensitivity)
+    dense, linears = full_precision(model, shapes)
+    sensitivity = cached_sensitivity(dense, linears, batches, kind=adapter.sensitivity)
     log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     config = model.quantize_config
     rounders: dict[Grid, Rounder] = {}
 
-    def error(name: str) -> torch.Tensor:
-        weight = linears[name].weight.data
-        if quantized is not None:
-            return weight.to(torch.float32) - quantized(name, weight)
+    def quickly(name: str, weight: torch.Tensor) -> torch.Tensor:
         grid = module_grid(config, name)
         rounder = rounders.setdefault(grid, Rounder(sensitivity, grid, spread=spreads_errors(config)))
         [approximation] = rounder(name, weight, [config.dynamic_get(name, "bits", config.bits)])
-        return weight.to(torch.float32) - approximation
+        return approximation
 
-    progress = functools.partial(_bar, title="EoRA: forecasting modules")
     return forecast_allocation(
-        shapes, budget, adapter.factor_bits, sensitivity, error, fixed_rank=fixed_rank, progress=progress
+        shapes,
+        budget,
+        adapter.factor_bits,
+        sensitivity,
+        {name: linear.weight.data for name, linear in linears.items()},
+        quantized or quickly,
+        Divergence(dense, linears, unseen_tokens(batches)),
+        fixed_rank=fixed_rank,
+        progress=functools.partial(_bar, title="EoRA: forecasting modules"),
     )
 
 
@@ -117,8 +125,23 @@ def survey(
     Raises:
         NotImplementedError: for a module that is no linear layer in transformers' own model.
     """
-    dense = _full_precision(model)
-    known = dict(dense.named_modules())
+    dense, linears = full_precision(model, shapes)
+    return linears, cached_sensitivity(dense, linears, batches, kind=kind)
+
+
+def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.Module, dict[str, torch.nn.Linear]]:
+    """The whole model in memory, and its linear layers; GPTQModel keeps its own on disk and brings in layer by layer.
+
+    Raises:
+        NotImplementedError: for a module that is no linear layer in transformers' own model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
+    )
+    known = dict(dense.to(device).named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
         raise NotImplementedError(
@@ -126,7 +149,7 @@ def survey(
             f"its sensitivity cannot be measured. Name a rank in place of the budget."
         )
     linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
-    return linears, cached_sensitivity(dense, linears, batches, kind=kind)
+    return dense, linears
 
 
 def cached_sensitivity(
@@ -154,6 +177,16 @@ def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
 
     bar: Iterable[Any] = setup_logger().pb(list(items)).title(title)
     return bar
+
+
+def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """`KIND_TOKENS` that sensitivities do not stand on; of little data the last."""
+    taken = first_tokens(batches, SENSITIVITY_TOKENS + KIND_TOKENS)
+    count, tokens = 0, 0
+    while tokens < KIND_TOKENS and count < len(taken):
+        count += 1
+        tokens += taken[-count]["input_ids"].numel()
+    return taken[-count:]
 
 
 def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
@@ -198,14 +231,3 @@ def linear_shapes(model: Any) -> list[ModuleShape]:
                 if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
                     shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
     return shapes
-
-
-def _full_precision(model: Any) -> torch.nn.Module:
-    """The whole model in memory: GPTQModel keeps its own on disk and brings in one layer at a time."""
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
-    )
-    return dense.to(device)

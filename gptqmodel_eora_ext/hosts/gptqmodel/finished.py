@@ -18,10 +18,8 @@ from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
 
 from ...capture import OutputErrorMoment
 from ...memory import release_free_memory
+from ..reuse import KEPT_BYTES, RememberedBlock, ReusedBlock
 from .processors import Compensation, Moment
-
-# Inputs of last modules, and in- and outputs of norms, that are kept for a layer, over all batches: each of the two.
-KEPT_BYTES = 1 << 30
 
 
 class CheckpointCompensation(Compensation):
@@ -38,7 +36,7 @@ class CheckpointCompensation(Compensation):
         self._done: set[str] = set()
         self._layer = ""
         self._blocks: dict[str, torch.nn.Module] = {}
-        self._reused: list[_ReusedBlock | _RememberedBlock] = []
+        self._reused: list[ReusedBlock | RememberedBlock] = []
         self._inputs: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0
 
@@ -47,8 +45,7 @@ class CheckpointCompensation(Compensation):
 
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         weight = module.module.weight.data
-        recipe = self.run.recipe_for(self.qcfg, module.full_name)
-        plain = recipe.objective == "eora" and recipe.factor_bits == 16 and recipe.choose is None
+        plain = self.run.recipe_for(self.qcfg, module.full_name).is_plain
         if not (alone and plain and isinstance(module.module, torch.nn.Linear)) or self.is_skipped(module):
             return super()._new_moment(module, alone=alone)
         if not OutputErrorMoment.is_cheaper(*weight.shape):
@@ -111,7 +108,7 @@ class CheckpointCompensation(Compensation):
         budget = [KEPT_BYTES]
         for name, block in self._blocks.items():
             if not self._modules_in(name):
-                self._reused.append(_RememberedBlock(block, self.current_batch_index, budget))
+                self._reused.append(RememberedBlock(block, self.current_batch_index, budget))
 
     def _modules_in(self, child: str) -> set[str]:
         """Full names of what is quantised in a direct child of the layer."""
@@ -123,8 +120,8 @@ class CheckpointCompensation(Compensation):
             modules = self._modules_in(name)
             if modules and modules <= self._done:
                 last = self._only if self._only is not None and self._only.full_name in modules else None
-                inputs = self._inputs if last is not None else {}
-                self._reused.append(_ReusedBlock(block, last, inputs, self.current_batch_index))
+                known = (last.module, self._inputs) if last is not None else (None, None)
+                self._reused.append(ReusedBlock(block, self.current_batch_index, *known))
                 del self._blocks[name]
 
     def _release_blocks(self) -> None:
@@ -137,103 +134,3 @@ class CheckpointCompensation(Compensation):
     def finalize(self, *args: Any, **kwargs: Any) -> None:
         self._release_blocks()
         super().finalize(*args, **kwargs)  # type: ignore[misc]
-
-
-class _ReusedBlock:
-    """Stands in for a block's `forward`: computes each batch once.
-
-    Args:
-        block: its weights, and its input for a batch, do not change any more.
-        last: the module of the block that comes last, if known.
-        inputs: inputs of ``last``, by batch; emptied as they are used.
-        current_batch: tells the batch under way.
-    """
-
-    def __init__(
-        self,
-        block: torch.nn.Module,
-        last: NamedModule | None,
-        inputs: dict[int, torch.Tensor],
-        current_batch: Callable[[], int | None],
-    ) -> None:
-        self._block = block
-        self._forward = block.forward
-        self._last = last
-        self._inputs = inputs
-        self._current_batch = current_batch
-        self._outputs: dict[int, Any] = {}
-        # Whether the block's output is that of its last module; found out on the first batch.
-        self._ends_with_last: bool | None = None
-        self._rest: list[None] | None = None
-        block.forward = self  # type: ignore[method-assign]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._current_batch()
-        if batch is None:
-            return self._forward(*args, **kwargs)
-        if batch not in self._outputs:
-            self._outputs[batch] = self._compute(batch, args, kwargs)
-        # A copy, since a layer may add its residual in place.
-        return _copied(self._outputs[batch])
-
-    def _compute(self, batch: int, args: Any, kwargs: Any) -> Any:
-        rows = self._inputs.pop(batch, None)
-        if rows is None or self._last is None or self._ends_with_last is False:
-            return self._forward(*args, **kwargs)
-        found = self._last.module(rows)
-        if self._ends_with_last:
-            return found if self._rest is None else (found, *self._rest)
-        output = self._forward(*args, **kwargs)
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        self._rest = rest if isinstance(output, tuple) else None
-        self._ends_with_last = all(one is None for one in rest) and torch.equal(first, found)
-        return output
-
-    def release(self) -> None:
-        """Give the block its own `forward` back."""
-        del self._block.forward
-        self._outputs.clear()
-        self._inputs.clear()
-
-
-class _RememberedBlock:
-    """Stands in for the `forward` of a block of one tensor in, one tensor out, whose weights do not change.
-
-    Args:
-        block: a norm, most likely.
-        current_batch: tells the batch under way.
-        budget: bytes that all of a layer's may still keep.
-    """
-
-    def __init__(self, block: torch.nn.Module, current_batch: Callable[[], int | None], budget: list[int]) -> None:
-        self._block = block
-        self._forward = block.forward
-        self._current_batch = current_batch
-        self._budget = budget
-        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        block.forward = self  # type: ignore[method-assign]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._current_batch()
-        if batch is None or kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
-            return self._forward(*args, **kwargs)
-        known = self._known.get(batch)
-        if known is not None and torch.equal(known[0], args[0]):
-            return known[1].clone()
-        output = self._forward(*args)
-        if known is None and isinstance(output, torch.Tensor) and self._budget[0] >= args[0].nbytes + output.nbytes:
-            self._budget[0] -= args[0].nbytes + output.nbytes
-            # Copies, since a layer may go on in place.
-            self._known[batch] = args[0].clone(), output.clone()
-        return output
-
-    def release(self) -> None:
-        """Give the block its own `forward` back."""
-        del self._block.forward
-        self._known.clear()
-
-
-def _copied(output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return output.clone()
-    return type(output)(map(_copied, output)) if type(output) in (tuple, list) else output

@@ -1,0 +1,66 @@
+"""What the modules of a kind lose together, measured: the full-precision model with only their weights replaced.
+
+Forecasts stand on some thousand tokens, to which the quantiser and the factors fit themselves. What they lose on others
+is more, and more so the wider the input: 1.1 times the forecast for SmolLM2's `k_proj`, 2.4 times for its `down_proj`.
+Errors that all keys of a window share cancel in the softmax, and others add up, which second orders do not see either.
+A forward of some hundred tokens tells it for a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Divergence:
+    """How far a causal language model with some weights replaced is from itself, in nats a token.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`, gives `logits`.
+        modules: linear layers by name.
+        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward. The scores of all of
+            them are kept.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, modules: Mapping[str, torch.nn.Linear], batches: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._model = model
+        self._modules = modules
+        self._inputs = [_inputs(model, batch) for batch in batches]
+        self._likely = [self._scores(one).softmax(-1) for one in self._inputs]
+
+    def __call__(self, replaced: Mapping[str, torch.Tensor]) -> float:
+        """Kullback-Leibler divergence from the model as it was to the one with these weights, mean over tokens.
+
+        Args:
+            replaced: weights, out × in, by module, in the model's dtype; what was there is put back.
+        """
+        originals = {name: self._modules[name].weight.data for name in replaced}
+        try:
+            for name, weight in replaced.items():
+                self._modules[name].weight.data = weight
+            divergences = [
+                torch.nn.functional.kl_div(self._scores(one).log_softmax(-1), likely, reduction="none").sum(-1)
+                for one, likely in zip(self._inputs, self._likely, strict=True)
+            ]
+        finally:
+            for name, weight in originals.items():
+                self._modules[name].weight.data = weight
+        return float(torch.cat(divergences).mean())
+
+    @torch.no_grad()
+    def _scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scores of the tokens that count, tokens × labels, float32."""
+        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        return logits[inputs["attention_mask"].bool()].float()
+
+
+def _inputs(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"], device=device))
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
+    return {"input_ids": ids, "attention_mask": mask}
