@@ -27,11 +27,12 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
+from gptqmodel_eora_ext.hosts.gptqmodel.auto import KIND_TOKENS, first_tokens, module_shapes, survey, unseen_tokens
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import forecast_modules
 from gptqmodel_eora_ext.refine.forecast import Rounder
 from gptqmodel_eora_ext.refine.forecast import forecast as forecast_module
+from gptqmodel_eora_ext.refine.kinds import Divergence
 from gptqmodel_eora_ext.solve import Grid, eora, weighted_energy
 
 SAMPLES, SEQLEN = 32, 256
@@ -104,7 +105,10 @@ def predicted_losses() -> dict[str, Any]:
 
 
 def losses_by_kind() -> list[dict[str, Any]]:
-    """One row a kind of module (`q_proj`): loss above full precision, measured and predicted."""
+    """One row a kind of module (`q_proj`): loss above full precision.
+
+    Predicted, as a divergence on calibration tokens that predictions stand on and on others, and on held-out text.
+    """
     with quiet():
         host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
         shapes = module_shapes(host)
@@ -113,6 +117,12 @@ def losses_by_kind() -> list[dict[str, Any]]:
     rounded = Rounder(sensitivity, GRID)
     dense, texts = common.base_model(), common.held_out()
     full = common.losses(dense, texts, KIND_WINDOWS)
+    calibration = common.calibration(SAMPLES, SEQLEN)
+    known_linears = {name: dense.get_submodule(name) for name in linears}
+    divergences = {
+        "on tokens seen": Divergence(dense, known_linears, first_tokens(calibration, KIND_TOKENS)),
+        "on others": Divergence(dense, known_linears, unseen_tokens(calibration)),
+    }
     compensated: dict[str, dict[str, torch.Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, linear in linears.items():
@@ -127,6 +137,7 @@ def losses_by_kind() -> list[dict[str, Any]]:
             predicted = forecast_module(name, delta, known, KIND_RANK)
             row[column] += predicted.total - float(predicted.gains.sum())
     for kind, weights in compensated.items():
+        rows[kind] |= {column: divergence(weights) for column, divergence in divergences.items()}
         kept = {name: dense.get_submodule(name).weight.data for name in weights}
         for name, weight in weights.items():
             dense.get_submodule(name).weight.data = weight
@@ -135,7 +146,8 @@ def losses_by_kind() -> list[dict[str, Any]]:
             dense.get_submodule(name).weight.data = weight
         rows[kind] |= {text: measured[text] - full[text] for text in full}
         mean = sum(rows[kind][text] for text in full) / len(full)
-        rows[kind] |= {f"measured / {column}": mean / rows[kind][column] for column in ("independent", "corrected")}
+        for column in ("independent", "corrected", "on others"):
+            rows[kind][f"measured / {column}"] = mean / rows[kind][column]
     return list(rows.values())
 
 

@@ -96,9 +96,9 @@ def cells(kinds: list[str], totals: list[str]) -> list[Cell]:
     found = [Cell("plain", bits) for bits in PLAIN_BITS]
     for total in totals:
         smaller = [bits for bits in PLAIN_BITS if rank_of(Cell("uniform", bits, CHOSEN_FACTOR_BITS, total))]
-        found += [Cell("uniform", bits, width, total) for bits in smaller for width in FACTOR_BITS]
-        found += [Cell("auto", bits, CHOSEN_FACTOR_BITS, total) for bits in smaller]
         found.append(Cell("mix", 0, CHOSEN_FACTOR_BITS, total))
+        found += [Cell("auto", bits, CHOSEN_FACTOR_BITS, total) for bits in smaller]
+        found += [Cell("uniform", bits, width, total) for bits in smaller for width in reversed(FACTOR_BITS)]
     return [cell for cell in found if cell.kind in kinds]
 
 

@@ -42,7 +42,7 @@ UNCORRECTED = TokenCorrection()
 TOLERANCE = 0.01
 # Share of a kind's loss below which what is left of it tells nothing.
 LEAST_LEFT = 0.01
-# Ranks that a module is offered in the loop, over the one that it is forecast to take. Ranks found there lie TODO
+# Ranks that a module is offered in the loop, over the one that it is forecast to take.
 HEADROOM = 2
 
 

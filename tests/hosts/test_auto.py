@@ -2,7 +2,13 @@
 
 import torch
 
-from gptqmodel_eora_ext.hosts.gptqmodel.auto import PASS_TOKENS, SENSITIVITY_TOKENS, first_tokens
+from gptqmodel_eora_ext.hosts.gptqmodel.auto import (
+    KIND_TOKENS,
+    PASS_TOKENS,
+    SENSITIVITY_TOKENS,
+    first_tokens,
+    unseen_tokens,
+)
 
 
 def batch(rows: int, width: int, *, masked: bool = True) -> dict[str, torch.Tensor]:
@@ -28,3 +34,26 @@ def test_a_long_window_goes_alone() -> None:
 def test_less_data_than_wanted_is_all_taken() -> None:
     passes = first_tokens([batch(1, 10)], SENSITIVITY_TOKENS)
     assert len(passes) == 1 and torch.equal(passes[0]["input_ids"], torch.arange(10)[None])
+
+
+def test_kinds_are_measured_on_tokens_that_sensitivities_do_not_stand_on() -> None:
+    width = 128
+    data = [batch(1, width)] * (SENSITIVITY_TOKENS // width) + [batch(3, width), batch(5, width)]
+    seen = first_tokens(data, SENSITIVITY_TOKENS)
+    unseen = unseen_tokens(data)
+    assert [len(one["input_ids"]) for one in unseen] == [5] and 5 * width >= KIND_TOKENS
+    assert not any(one["input_ids"].data_ptr() == other["input_ids"].data_ptr() for one in seen for other in unseen)
+
+
+def test_of_little_data_kinds_are_measured_on_the_last() -> None:
+    data = [batch(1, KIND_TOKENS // 2) for _ in range(3)]
+    assert [one["input_ids"].shape for one in unseen_tokens(data)] == [(1, KIND_TOKENS // 2)] * 2
+    assert len(unseen_tokens([batch(1, 10)])) == 1
+
+
+def test_of_a_long_window_kinds_are_measured_on_the_beginning() -> None:
+    [found] = unseen_tokens([batch(2, 4 * KIND_TOKENS)])
+    assert {name: one.shape for name, one in found.items()} == {
+        "input_ids": (1, KIND_TOKENS),
+        "attention_mask": (1, KIND_TOKENS),
+    }

@@ -180,13 +180,13 @@ def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """`KIND_TOKENS` that sensitivities do not stand on; of little data the last."""
+    """`KIND_TOKENS` that sensitivities do not stand on; of little data the last, of a long window the first of it."""
     taken = first_tokens(batches, SENSITIVITY_TOKENS + KIND_TOKENS)
     count, tokens = 0, 0
     while tokens < KIND_TOKENS and count < len(taken):
         count += 1
         tokens += taken[-count]["input_ids"].numel()
-    return taken[-count:]
+    return [{name: one[:, :KIND_TOKENS] for name, one in batch.items()} for batch in taken[len(taken) - count :]]
 
 
 def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
