@@ -42,7 +42,8 @@ UNCORRECTED = TokenCorrection()
 TOLERANCE = 0.01
 # Share of a kind's loss below which what is left of it tells nothing.
 LEAST_LEFT = 0.01
-# Ranks that a module is offered in the loop, over the one that it is forecast to take.
+# Ranks that a module is offered in the loop, over the one that it is forecast to take. Of SmolLM2's 210 modules 2 to 10
+# take all that they are offered, most of them an `o_proj`.
 HEADROOM = 2
 
 
