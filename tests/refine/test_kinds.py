@@ -4,21 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptqmodel_eora_ext.refine.kinds import Divergence
 
-VOCABULARY, TOKENS = 48, 12
+from .helpers import VOCABULARY, tiny_model
+
+TOKENS = 12
 
 
 @pytest.fixture
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=VOCABULARY, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_model()
 
 
 def batches() -> list[dict[str, Any]]:

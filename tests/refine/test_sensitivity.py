@@ -5,23 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptqmodel_eora_ext.refine import Sensitivity, measure_sensitivity
 from gptqmodel_eora_ext.refine.forecast import forecast
 from gptqmodel_eora_ext.solve import eora, error_loss
 
-VOCABULARY, TOKENS = 48, 24
+from .helpers import VOCABULARY, tiny_model
+
+TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=VOCABULARY, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
