@@ -109,15 +109,15 @@ def losses_by_kind() -> list[dict[str, Any]]:
 
     Predicted, as a divergence on calibration tokens that predictions stand on and on others, and on held-out text.
     """
+    calibration = common.calibration(SAMPLES, SEQLEN)
     with quiet():
         host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
         shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="fisher")
+        linears, sensitivity = survey(host, shapes, calibration, kind="fisher")
     independent = replace(sensitivity, weighted_moments={})
     rounded = Rounder(sensitivity, GRID)
     dense, texts = common.base_model(), common.held_out()
     full = common.losses(dense, texts, KIND_WINDOWS)
-    calibration = common.calibration(SAMPLES, SEQLEN)
     known_linears = {name: dense.get_submodule(name) for name in linears}
     divergences = {
         "on tokens seen": Divergence(dense, known_linears, first_tokens(calibration, KIND_TOKENS)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from ..solve import (
     rank_curve,
 )
 from .sensitivity import Sensitivity
+
+log = logging.getLogger(__name__)
 
 UNCORRECTED = TokenCorrection()
 # Share by which the weighted error of a forecast's components may exceed the least; the loop solves its own.
@@ -105,7 +108,7 @@ class Rounder:
         if moment is None:
             # No token reached it; every channel counts the same.
             return column_order(torch.ones(weight.shape[1], device=weight.device), self.grid.group_size)
-        # Modules that share an input follow one another.
+        # In a plan modules that share an input follow one another.
         if self._last is None or self._last[0] is not moment:
             energies = moment if self.spread or moment.ndim == 1 else moment.diagonal()
             self._last = (moment, column_order(energies.to(weight.device), self.grid.group_size))
@@ -152,7 +155,7 @@ def _with_components(
 
 
 def _ratio(found: float, expected: float) -> float:
-    return max(found, 0.0) / expected if expected > 0 and math.isfinite(found) else 1.0
+    return max(found, 0.0) / expected if expected > 0 else 1.0
 
 
 def forecast_allocation(
@@ -212,7 +215,14 @@ def forecast_allocation(
             compensated[shape.name] = found.to(weight.dtype)
         total = sum(forecasts[name].total for name in compensated)
         left = sum(forecasts[name].left(uniform) for name in compensated)
-        scales[kind] = _ratio(divergence(compensated), left) if left > LEAST_LEFT * total else 1.0
+        scales[kind] = 1.0
+        if left > LEAST_LEFT * total:
+            measured = divergence(compensated)
+            if math.isfinite(measured):
+                scales[kind] = _ratio(measured, left)
+            else:
+                log.warning("EoRA: with all %s quantised the model gives NaN or infinity; their forecasts stay as "
+                            "they are.", kind)  # fmt: skip
     forecasts = {name: known.scaled(scales[kind_of(name)]) for name, known in forecasts.items()}
     curves = {shape.name: forecasts[shape.name].curve(options[shape.name]) for shape in shapes}
     at = price(list(curves.values()), budget)

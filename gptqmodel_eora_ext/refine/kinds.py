@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .sensitivity import model_inputs
+
 
 class Divergence:
     """How far a causal language model with some weights replaced is from itself, in nats a token.
@@ -29,7 +31,7 @@ class Divergence:
     ) -> None:
         self._model = model
         self._modules = modules
-        self._inputs = [_inputs(model, batch) for batch in batches]
+        self._inputs = [model_inputs(model, batch) for batch in batches]
         self._likely = [self._scores(one).softmax(-1) for one in self._inputs]
 
     def __call__(self, replaced: Mapping[str, torch.Tensor]) -> float:
@@ -56,11 +58,3 @@ class Divergence:
         """Scores of the tokens that count, tokens × labels, float32."""
         logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float()
-
-
-def _inputs(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"], device=device))
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
-    return {"input_ids": ids, "attention_mask": mask}

@@ -200,17 +200,22 @@ def _layers(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[
     return layers
 
 
+def model_inputs(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of a batch, windows × tokens, where the model takes them; no mask counts all."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"], device=device))
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def _run(
     model: torch.nn.Module, batch: Mapping[str, Any], watch: _Watch, kind: str, generator: torch.Generator
 ) -> None:
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    device = embeddings.weight.device
-    ids = torch.as_tensor(batch["input_ids"], device=device)
-    ids = ids[None] if ids.ndim == 1 else ids
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).reshape(ids.shape)
+    inputs = model_inputs(model, batch)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     watch.begin(mask.bool())
-    embedded = embeddings(ids)
+    embedded = model.get_input_embeddings()(ids)  # type: ignore[operator]
     if kind == "relative":
         model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
         return
@@ -227,7 +232,9 @@ def _run(
             targets = torch.searchsorted(sums, drawn).clamp_max(sums.shape[-1] - 1)
         # Of the cross entropy, with no pass over all labels for its value.
         gradient = torch.zeros_like(logits)
-        gradient[:, :-1] = likely.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=likely.dtype)).to(device)
+        gradient[:, :-1] = likely.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=likely.dtype)).to(
+            ids.device
+        )
         gradient[:, :-1] *= scored[..., None]
     logits.backward(gradient)
 
