@@ -2,13 +2,15 @@
 
 linears    y = x Ŵᵀ + (x Aᵀ) Bᵀ, one module: `FusedLinears`, `TorchLinear` and `TritonV2Linear` with `Lora`, dense
 inputs     q, k and v of Qwen3-8B: two launches for all three, against three stock modules
-correction `EoRA.apply` on the output of a kernel that is not ours, against `Lora.apply`
+marlin     4 bits: `FusedLinears` beside `MarlinLinear`, which GPTQModel compiles on first use, with `EoRA` and `Lora`
+correction `EoRA.apply` on the output of a kernel that is not ours, in one launch and in two products, and `Lora.apply`
 
 Contenders take turns, and each cycles through copies of its weights that together exceed twice the last-level cache, so
 that weights come from memory. Medians of rounds, in microseconds per call, called from Python and as a CUDA graph.
 Results are compared with the oracle before anything is timed.
 
     python benchmarks/kernels_cuda.py --json
+    python benchmarks/kernels_cuda.py --parts correction --ranks 32 64 128
 
 Needs a CUDA or ROCm device.
 """
@@ -16,8 +18,11 @@ Needs a CUDA or ROCm device.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,12 @@ from typing import Any
 import common
 import torch
 from gptqmodel.adapter.adapter import Lora
+from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.kernels.dispatch import CORRECTION, SWITCH
 from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 
@@ -54,16 +61,19 @@ def copies(nbytes: int) -> int:
     return max(2, -(-2 * cache // nbytes))
 
 
-def stock(cls: Any, weight: PackedWeight, factors: Factors) -> Any:
-    """GPTQModel's module with its own `Lora`."""
+def stock(cls: Any, weight: PackedWeight, factors: Factors, adapter: type[Lora] = Lora) -> Any:
+    """GPTQModel's module with an adapter that is applied to its output."""
+    down, up = factors.dense(DTYPE)
     module = cls(
         bits=weight.bits, group_size=weight.group_size, sym=True, desc_act=False, in_features=weight.in_features,
-        out_features=weight.out_features, bias=False, pack_dtype=torch.int32,
-        adapter=Lora(rank=factors.rank, path=None), name="benchmark",
+        out_features=weight.out_features, bias=False, pack_dtype=torch.int32, dtype=DTYPE,
+        adapter=adapter(rank=factors.rank, path=None, lora_A=down.T, lora_B=up), name="benchmark",
     )  # fmt: skip
-    down, up = factors.dense(DTYPE)
-    module.qweight, module.qzeros, module.g_idx = weight.qweight, weight.qzeros, weight.g_idx
-    module.scales = weight.scales.to(DTYPE)
+    tensors = {"qweight": weight.qweight.clone(), "qzeros": weight.qzeros, "g_idx": weight.g_idx,
+               "scales": weight.scales.to(DTYPE)}  # fmt: skip
+    for name, tensor in tensors.items():
+        parameter = isinstance(getattr(module, name, None), torch.nn.Parameter)
+        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
     module.lora_A, module.lora_B = down.T, up
     module.qzero_format(format=2)
     module.post_init()
@@ -173,6 +183,24 @@ def linears(bits: int, in_features: int, out: int, rank: int, factor_bits: int, 
     return rows
 
 
+def marlin(in_features: int, out: int, rank: int, device: torch.device) -> list[Any]:
+    weight = packed_weight(4, out, in_features, GROUP_SIZE)
+    pairs = clones(weight, random_factors(weight, rank), device)
+    contenders: dict[str, list[Call]] = {
+        "fused": [fused([w], [f]) for w, f in pairs],
+        "MarlinLinear + EoRA": [stock(MarlinLinear, w, f, EoRA) for w, f in pairs],
+        "MarlinLinear + Lora": [stock(MarlinLinear, w, f) for w, f in pairs],
+    }
+    rows = []
+    for count in ROWS:
+        x = random_input(count, in_features, DTYPE).to(device)
+        expected = [linear(x.double(), *pairs[0], accumulate=torch.float64)]
+        for name, calls in contenders.items():
+            check(calls[0], x, expected, name)
+        rows += row_of(f"{in_features} → {out}", 4, rank, 16, count, measure(contenders, x))
+    return rows
+
+
 def inputs(bits: int, rank: int, device: torch.device) -> list[Any]:
     in_features, outs = QKV
     weights = [packed_weight(bits, out, in_features, GROUP_SIZE) for out in outs]
@@ -197,20 +225,21 @@ def correction(in_features: int, out: int, rank: int, device: torch.device) -> l
     nbytes = 2 * rank * (in_features + out)
     pairs = [Factors(*(one.to(DTYPE) for one in factors.dense())) for _ in range(copies(nbytes))]
     pairs = [Factors(pair.down.to(device), pair.up.to(device)) for pair in pairs]  # type: ignore[union-attr]
-    stocks, ours = (
-        [cls(rank=rank, path=None, lora_A=pair.down.T, lora_B=pair.up) for pair in pairs]  # type: ignore[union-attr]
-        for cls in (Lora, EoRA)
-    )
+
+    def adapters(cls: type[Lora]) -> list[Lora]:
+        return [cls(rank=rank, path=None, lora_A=pair.down.T, lora_B=pair.up) for pair in pairs]  # type: ignore[union-attr]
+
+    kinds = {"EoRA.apply": adapters(EoRA), "Lora.apply": adapters(Lora)}
+    os.environ[SWITCH] = CORRECTION
+    kinds["EoRA.apply, two products"] = adapters(EoRA)
+    del os.environ[SWITCH]
     rows = []
     for count in ROWS:
         x = random_input(count, in_features, DTYPE).to(device)
         base = random_input(count, out, DTYPE, seed=3).to(device)
         down, up = pairs[0].dense(torch.float64)
         expected = [base.double() + (x.double() @ down.T) @ up]
-        contenders = {
-            "EoRA.apply": [adding(one.apply, base) for one in ours],
-            "Lora.apply": [adding(one.apply, base) for one in stocks],
-        }
+        contenders = {name: [adding(one.apply, base) for one in made] for name, made in kinds.items()}
         for name, calls in contenders.items():
             check(calls[0], x, expected, name)
         rows += row_of(f"correction {in_features} → {out}", 16, rank, 16, count, measure(contenders, x))
@@ -227,33 +256,47 @@ def row_of(
     ]  # fmt: skip
 
 
-@torch.inference_mode()
-def run(ranks: Sequence[int]) -> Iterator[list[Any]]:
-    """Rows of the table, question by question."""
-    device = torch.device("cuda", 0)
-    for rank in ranks:
-        yield correction(4096, 12288, rank, device)
-        for bits in BITS:
-            yield inputs(bits, rank, device)
-            for shape in SHAPES:
-                for factor_bits in (16, 4):
-                    yield linears(bits, *shape, rank, factor_bits, device)
+def corrections(rank: int, device: torch.device) -> list[Any]:
+    return [row for shape in SHAPES for row in correction(*shape, rank, device)]
+
+
+def all_inputs(rank: int, device: torch.device) -> list[Any]:
+    return [row for bits in BITS for row in inputs(bits, rank, device)]
+
+
+def all_linears(rank: int, device: torch.device) -> list[Any]:
+    cases = itertools.product(BITS, SHAPES, (16, 4))
+    return [row for bits, shape, factor_bits in cases for row in linears(bits, *shape, rank, factor_bits, device)]
+
+
+def beside_marlin(rank: int, device: torch.device) -> list[Any]:
+    return [row for shape in SHAPES for row in marlin(*shape, rank, device)]
+
+
+PARTS = {"correction": corrections, "inputs": all_inputs, "linears": all_linears, "marlin": beside_marlin}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[64], help="ranks to measure")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("No CUDA or ROCm device: these kernels can only be timed on one. "
                          "benchmarks/kernels_roofline.py computes what they must move.")  # fmt: skip
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "dtype": str(DTYPE), "rows": []}
-    for rows in run(options.ranks):
-        result["rows"] += rows
+    device = torch.device("cuda", 0)
+    kept = common.RESULTS / "kernels_cuda.json"
+    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    result |= {"device": torch.cuda.get_device_name(), "dtype": str(DTYPE)}
+    result.pop("environment", None)
+    for part in options.parts:
+        with torch.inference_mode():
+            result[part] = [row for rank in options.ranks for row in PARTS[part](rank, device)]
         common.keep("kernels_cuda", result, as_json=False)
     common.keep("kernels_cuda", result, as_json=options.json)
-    common.table(tuple(result["rows"][0]), [list(row.values()) for row in result["rows"]])
+    for part in options.parts:
+        common.table(tuple(result[part][0]), [list(row.values()) for row in result[part]])
 
 
 if __name__ == "__main__":

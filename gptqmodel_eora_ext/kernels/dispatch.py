@@ -1,7 +1,7 @@
 """Which kernel multiplies: by device, dtype, bits, rank and rows; and, for people, why not a faster one.
 
 `GPTQMODEL_EORA_EXT_KERNELS_OFF` names, separated by commas, what is not to be used: paths (`cpu-codes`, `cpu-matmul`,
-`cpu-tiles`, `triton`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`. It is read
+`cpu-tiles`, `triton`, `triton-correction`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`. It is read
 when a model is loaded.
 """
 
@@ -23,6 +23,8 @@ CODES = "cpu-codes"
 MATMUL = "cpu-matmul"
 TILES = "cpu-tiles"
 TRITON = "triton"
+# The adapter alone, on the output of a kernel that is not ours.
+CORRECTION = "triton-correction"
 TORCH = "torch"
 
 # Rows up to which multiplying the codes themselves takes less time than dequantising for it: at 4096 × 4096, 2 bits,

@@ -28,22 +28,23 @@ OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
 
 
 class Launches:
-    """Counts the calls of the fused launches."""
+    """Counts the calls of one of the plugin's launches."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "_linears") -> None:
         self.count = 0
-        self._original = ops._linears
+        self._name = name
+        self._original = getattr(ops, name)
 
     def __enter__(self) -> Launches:
         def counting(*args: Any) -> Any:
             self.count += 1
             return self._original(*args)
 
-        ops._linears = counting  # type: ignore[assignment]
+        setattr(ops, self._name, counting)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        ops._linears = self._original
+        setattr(ops, self._name, self._original)
 
 
 def kernel(cls: Any, out: int, *, bits: int = 2, rank: int = 5, factor_bits: int = 16, seed: int = 0) -> Any:
@@ -173,13 +174,14 @@ def test_a_checkpoint_that_points_past_its_groups() -> None:
 
 @pytest.mark.parametrize("factor_bits", [16, 4])
 @torch.no_grad()
-def test_other_kernels_get_their_adapter_added(factor_bits: int) -> None:
+def test_other_kernels_get_their_adapter_in_one_launch(factor_bits: int) -> None:
     made = kernel(TorchLinear, 48, factor_bits=factor_bits)
     for x in (random_input(1, IN), random_input(6, IN).reshape(2, 3, IN)):
         out = random_input(x.numel() // IN, 48, seed=4).reshape(*x.shape[:-1], 48)
         wanted = out + (x @ made.adapter.lora_A) @ made.adapter.lora_B
-        found = made.adapter.apply(x=x, out=out)
-        assert found is out
+        with Launches("_correct") as launches:
+            found = made.adapter.apply(x=x, out=out)
+        assert found is out and launches.count == 1
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -193,3 +195,24 @@ def test_the_correction_compiles_without_a_graph_break() -> None:
 
     wanted = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted)
+
+
+@torch.no_grad()
+def test_what_takes_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kernel(TorchLinear, 48).adapter
+    x, out = random_input(1, IN), torch.zeros(1, 48, device=DEVICE)
+    wanted = (x @ made.lora_A) @ made.lora_B
+    with Launches("_correct") as launches:
+        # Factors that lie otherwise, and an output that does.
+        made.lora_A = made.lora_A.contiguous()
+        torch.testing.assert_close(made.apply(x=x, out=out.clone()), wanted, rtol=1e-4, atol=1e-5)
+        monkeypatch.setenv("GPTQMODEL_EORA_EXT_KERNELS_OFF", "triton-correction")
+        off = kernel(TorchLinear, 48).adapter
+        torch.testing.assert_close(off.apply(x=x, out=out.clone()), wanted, rtol=1e-4, atol=1e-5)
+        monkeypatch.delenv("GPTQMODEL_EORA_EXT_KERNELS_OFF")
+        trained = kernel(TorchLinear, 48).adapter
+        with torch.enable_grad():
+            trained.lora_B.requires_grad_()
+            trained.apply(x=x, out=out.clone()).sum().backward()
+        assert trained.lora_B.grad is not None and trained.lora_B.grad.abs().sum() > 0
+    assert launches.count == 0

@@ -38,7 +38,8 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 * 1024,
 }
 RANK = 64
-KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "dequantize_kernel", "factor_kernel")
+PROCESSORS = 132
+KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "correction_kernel", "dequantize_kernel", "factor_kernel")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ..
         return lambda *args, grid, warmup, **options: found.append((kernel, args, options))
 
     kernels = [getattr(ops, name) for name in KERNELS]
-    count = ops._processors
+    counts = ops._processors, ops._at_once
     for kernel in kernels:
         kernel.run = collect(kernel)
-    ops._processors = lambda device: processors  # type: ignore[assignment]
+    ops._processors = ops._at_once = lambda device: processors  # type: ignore[assignment]
     try:
         yield found
     finally:
-        ops._processors = count
+        ops._processors, ops._at_once = counts
         for kernel in kernels:
             del kernel.run
 
@@ -117,9 +118,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `FusedLinears`."""
+    """One call of `FusedLinears`, or for ``bits`` None of `add_correction`."""
 
-    bits: int
+    bits: int | None
     rows: int
     dtype: torch.dtype = torch.float16
     factor_bits: int = 16
@@ -129,15 +130,20 @@ class Case:
     outs: tuple[int, ...] = (1024,)
 
     def launches(self) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
-        """The launches of the call on a device of 132 multiprocessors."""
+        """The launches of the call on a device of `PROCESSORS` multiprocessors."""
         x = torch.zeros(self.rows, self.in_features, dtype=self.dtype)
+        if self.bits is None:
+            down, up = (torch.zeros(RANK, features, dtype=self.dtype) for features in (self.in_features, *self.outs))
+            with collected(PROCESSORS) as found:
+                ops.add_correction(x, down, up, torch.zeros(self.rows, *self.outs, dtype=self.dtype), slot=5)
+            return found
         weights = [
             packed_weight(self.bits, out, self.in_features, 128, sym=self.sym, desc_act=self.desc_act)
             for out in self.outs
         ]
         factors_of = [random_factors(weight, RANK, self.factor_bits) for weight in weights]
         fused = ops.FusedLinears.prepare(weights, factors_of, [torch.zeros(out, dtype=self.dtype) for out in self.outs])
-        with collected(132) as found:
+        with collected(PROCESSORS) as found:
             fused(x)
         return found
 
@@ -147,6 +153,12 @@ def all_cases() -> list[Case]:
     widths = (2, 3, 4, 8)
     most = (1, 64, 512)
     return [
+        *(
+            Case(None, rows, dtype, in_features=4096, outs=(out,))
+            for dtype in (torch.float16, torch.bfloat16, torch.float32)
+            for rows in (1, 16)
+            for out in (1024, 12288)
+        ),
         *(Case(bits, rows) for bits in widths for rows in (1, 16, 32, 64, 512)),
         *(Case(bits, rows, torch.bfloat16) for bits in widths for rows in most),
         *(Case(bits, rows, torch.float32) for bits in widths for rows in (1, 16)),

@@ -20,7 +20,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from gptqmodel_eora_ext.kernels.layout import Factors, LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops, settings
-from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears
+from gptqmodel_eora_ext.kernels.triton.correction import COUNTERS, _counters, counters
+from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears, add_correction
 
 from .on_device import DEVICE, packed_weight, random_factors, random_input
 
@@ -153,6 +154,74 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
         assert error(y, expected) < TOLERANCE[torch.float32]
         assert torch.equal(y, fused(x)[0])
     assert min(found) == 1 < max(found)
+
+
+def correction(rows: int, rank: int, in_features: int, out: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    """x, A, Bᵀ, another kernel's y, and what it is to become."""
+    weight = packed_weight(4, out, in_features, 64)
+    factors = random_factors(weight, rank)
+    down, up = (one.to(dtype) for one in factors.dense())
+    x = random_input(rows, in_features, dtype, seed=seed)
+    y = random_input(rows, out, dtype, seed=seed + 5)
+    return x, down, up, y, y.double() + (x.double() @ down.double().T) @ up.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, settings.MOST_CORRECTION_ROWS, 70])
+@pytest.mark.parametrize(
+    ("rank", "in_features", "out"),
+    [(21, 201, 130), (1, 33, 5), (64, 600, 40), (128, 64, 64), (150, 64, 64)],
+)
+def test_correction_of_another_kernels_output(
+    dtype: torch.dtype, rows: int, rank: int, in_features: int, out: int
+) -> None:
+    x, down, up, y, expected = correction(rows, rank, in_features, out, dtype)
+    add_correction(x, down, up, y, slot=3)
+    assert error(y, expected) < TOLERANCE[dtype]
+
+
+def test_correction_again_and_again() -> None:
+    """Each launch counts on from where the last one left its counter, also where the counter wraps around."""
+    bank = counters(torch.zeros(1, device=DEVICE).device)
+    assert bank is not None
+    programs = settings.programs(ops._at_once(bank.device))
+    bank[7] = 2**31 - programs
+    # Unaligned tensors take another variant than the one that is known.
+    for seed, shift in enumerate((0, 0, 1, 0)):
+        x, down, up, y, expected = correction(1, 9, 200, 70, torch.float32, seed)
+        x = torch.cat([x.new_zeros(1, shift), x], 1)[:, shift:]
+        add_correction(x, down, up, y, slot=7 + COUNTERS)
+        assert error(y, expected) < TOLERANCE[torch.float32]
+    assert int(bank[7]) == -(2**31) + 3 * programs
+
+
+def test_correction_takes_any_shape_of_the_rows() -> None:
+    x, down, up, _, _ = correction(6, 4, 64, 20, torch.float32)
+    flat, shaped = torch.zeros(6, 20, device=DEVICE), torch.zeros(2, 3, 20, device=DEVICE)
+    add_correction(x, down, up, flat, slot=0)
+    add_correction(x.reshape(2, 3, 64), down, up, shaped, slot=0)
+    assert torch.equal(flat, shaped.reshape(6, 20)) and flat.abs().max() > 0
+    nothing = torch.zeros(0, 20, device=DEVICE)
+    add_correction(torch.zeros(0, 64, device=DEVICE), down, up, nothing, slot=0)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+def test_correction_in_a_graph() -> None:
+    """The first call on a device may be a captured one; its replays compute anew."""
+    x, down, up, y, expected = correction(2, 64, 4096, 4096, torch.float16)
+    base = y.clone()
+    for known in (False, True):
+        if known:
+            add_correction(x, down, up, base.clone(), slot=11)
+        else:
+            _counters.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            add_correction(x, down, up, y, slot=11)
+        for _ in range(3):
+            y.copy_(base)
+            graph.replay()
+            assert error(y, expected) < TOLERANCE[torch.float16]
 
 
 def test_no_rows() -> None:

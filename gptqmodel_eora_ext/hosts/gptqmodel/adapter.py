@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from ...adapter import (
     validate_count,
     validate_rank,
 )
+from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.layout import Factors
+from ...kernels.triton import runs_on
 from ...plan import Plan
 from ...presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS, Preset
 from ...solve import QuantizedFactor
 from ..peft import AdapterFolder, ReadFactors
+
+# Tells adapters apart that captured graphs apply at the same time (`kernels.triton.ops.add_correction`).
+_slots = itertools.count()
 
 
 class EoRA(Lora):
@@ -116,6 +122,8 @@ class EoRA(Lora):
             self._require_components()
         self.packed = None
         self._factors: tuple[tuple[Any, ...], Factors] | None = None
+        self._off = switched_off()
+        self._slot = next(_slots)
         super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     def _settle(self) -> None:
@@ -181,12 +189,32 @@ class EoRA(Lora):
         if self.lora_A.dtype != x.dtype or self.lora_A.device != x.device:
             self.lora_A = self.lora_A.to(device=x.device, dtype=x.dtype)
             self.lora_B = self.lora_B.to(device=x.device, dtype=x.dtype)
+        if self._in_one_launch(x, out):
+            from ...kernels.triton.ops import add_correction
+
+            add_correction(x, self.lora_A.T, self.lora_B, out, self._slot)
+            return out
         if x.is_cuda and out.is_contiguous():
             # Two launches where stock makes three, and one pass over the output less.
             out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.lora_A, self.lora_B)
             return out
         # Some kernels hand over x flattened and out not, others the reverse.
         return out.add_(((x @ self.lora_A) @ self.lora_B).reshape(out.shape))
+
+    def _in_one_launch(self, x: torch.Tensor, out: torch.Tensor) -> bool:
+        """Whether the plugin's own kernel can add the correction to ``out``."""
+        assert self.lora_A is not None and self.lora_B is not None
+        return (
+            runs_on(x.device)
+            and out.device == x.device
+            and out.dtype == x.dtype
+            and x.dtype in DTYPES
+            and out.is_contiguous()
+            and self.lora_A.T.is_contiguous()
+            and self.lora_B.is_contiguous()
+            and not self._off & {ALL, CORRECTION}
+            and not (torch.is_grad_enabled() and (self.trained or x.requires_grad or out.requires_grad))
+        )
 
     def factors(self, device: torch.device) -> Factors | None:
         """The factors on ``device`` as kernels take them, packed if they are stored so; None without any."""

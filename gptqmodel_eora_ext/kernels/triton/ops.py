@@ -7,7 +7,7 @@ synchronisation and no allocation whose size depends on data. They have no backw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from ...solve import GROUP_SIZE, QuantizedFactor
 from ..layout import Factors, LayoutError, PackedWeight, pack_words
 from . import settings
+from .correction import COUNTERS, correction_kernel, counters
 from .dense import dequantize_kernel, factor_kernel
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel
+from .launch import Known, aligned, launch, on
 from .shrink import shrink_kernel
 
 # A tile of locks that the shrink kernel zeroes at a time.
@@ -44,6 +46,7 @@ class FusedLinears:
         up_scales: scales of ``ups``, if packed.
         bits, group_size, factor_bits: of all modules alike; factor_bits 16 for floating factors.
         in_features: inputs.
+        launches: what was launched before.
     """
 
     qweights: list[torch.Tensor]
@@ -59,6 +62,7 @@ class FusedLinears:
     group_size: int
     factor_bits: int
     in_features: int
+    launches: Known = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def prepare(
@@ -152,6 +156,11 @@ def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.
 
 
 def _linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
+    with on(x.device):
+        return _launched_linears(x, fused)
+
+
+def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
     rows, in_features = x.shape
     outs = tuple(qweight.shape[1] for qweight in fused.qweights)
     bits, factor_bits = fused.bits, fused.factor_bits
@@ -178,30 +187,38 @@ def _linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
     if fused.down is None:
         parts, part_count = partials, 1
     else:
-        parts, part_count = _shrink(x, fused.down, fused.down_scales, factor_bits, locks, processors)
+        parts, part_count = _shrink(x, fused, fused.down, locks, processors)
     arguments = (
         x, parts, tuple(ys), tuple(fused.qweights), tuple(fused.qzeros), tuple(fused.scales), tuple(fused.g_idx),
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
     )  # fmt: skip
     sizes = (in_features, sum(outs), sum(ranks), part_count)
     codes = settings.unit_codes(bits)
-    constants: dict[str, Any] = {
-        "MODULES": len(outs), "BITS": bits, "CODES": codes, "FACTOR_BITS": factor_bits,
-        "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
-        "BLOCK_N": chosen.block_n, "BLOCK_R": chosen.block_r,
-        **chosen.options(),
+    adapter: dict[str, Any] = {
+        "FACTOR_BITS": factor_bits, "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
     }  # fmt: skip
+    first: dict[str, Any] = {"MODULES": len(outs), "BITS": bits, "CODES": codes}
+    tiles_of: dict[str, Any]
+    key = _key(x, chosen, part_count)
     if rows == 1:
         windows = codes // settings.window_codes(bits)
-        gemv_kernel[(tiles, chosen.splits)](
-            *arguments, *sizes, windows, ONE, chosen.per_split, **constants,
-            # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
-            GROUP_UNITS=-(-fused.group_size // codes), EVEN=in_features % codes == 0, BLOCK_U=chosen.block_k,
+        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
+        groups = {"GROUP_UNITS": -(-fused.group_size // codes), "EVEN": in_features % codes == 0}
+        tiles_of = {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k, "BLOCK_R": chosen.block_r}
+        launch(
+            fused.launches, key, gemv_kernel, (tiles, chosen.splits, 1),
+            (*arguments, *sizes, windows, ONE, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
+            chosen.options(),
         )  # fmt: skip
     else:
-        gemm_kernel[(m_tiles, tiles, chosen.splits)](
-            *arguments, rows, *sizes, chosen.per_split, **constants, GROUP_SIZE=fused.group_size,
-            BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k,
+        groups = {"GROUP_SIZE": fused.group_size}
+        tiles_of = {
+            "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r,
+        }  # fmt: skip
+        launch(
+            fused.launches, key, gemm_kernel, (m_tiles, tiles, chosen.splits),
+            (*arguments, rows, *sizes, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
+            chosen.options(),
         )  # fmt: skip
     return ys
 
@@ -247,30 +264,88 @@ def _dense_factor(
 
 
 def _shrink(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    down_scales: torch.Tensor | None,
-    factor_bits: int,
-    locks: torch.Tensor,
-    processors: int,
+    x: torch.Tensor, fused: FusedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
 ) -> tuple[torch.Tensor, int]:
     """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
     rows, in_features = x.shape
     rank = down.shape[0]
     chosen = settings.shrink(rows, rank, in_features, x.dtype, processors)
     parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
-    grid = (-(-rank // chosen.block_r), -(-rows // chosen.block_m), chosen.splits)
-    shrink_kernel[grid](
-        x, down, down_scales, parts, locks, rows, rank, in_features, chosen.per_split, locks.numel(),
-        FACTOR_BITS=factor_bits, FACTOR_GROUP=GROUP_SIZE, BLOCK_M=chosen.block_m, BLOCK_R=chosen.block_r,
-        BLOCK_K=chosen.block_k, LOCKS=LOCKS, **chosen.options(),
+    constants = {
+        "FACTOR_BITS": fused.factor_bits, "FACTOR_GROUP": GROUP_SIZE, "BLOCK_M": chosen.block_m,
+        "BLOCK_R": chosen.block_r, "BLOCK_K": chosen.block_k, "LOCKS": LOCKS,
+    }  # fmt: skip
+    launch(
+        fused.launches, _key(x, chosen), shrink_kernel,
+        (-(-rank // chosen.block_r), -(-rows // chosen.block_m), chosen.splits),
+        (x, down, fused.down_scales, parts, locks, rows, rank, in_features, chosen.per_split, locks.numel()),
+        constants, chosen.options(),
     )  # fmt: skip
     return parts, chosen.splits
 
 
+def _key(x: torch.Tensor, chosen: settings.Settings, part_count: int = 0) -> tuple[Any, ...] | None:
+    """What tells apart the launches of one `FusedLinears`, whose tensors are always the same."""
+    return (x.dtype, x.shape[0], chosen, part_count) if aligned(x) else None
+
+
+def add_correction(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
+    """y += (x Aᵀ) Bᵀ in place: one launch, or for many rows two products.
+
+    Args:
+        x: … × in, float16, bfloat16 or float32, as are all others.
+        down, up: A, rank × in, and Bᵀ, rank × out, both contiguous.
+        y: … × out, contiguous; of as many rows as x, in whatever shape.
+        slot: graphs that were captured with the same one, modulo `correction.COUNTERS`, must not run at the same time.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    call = correct if _traced(x) else _correct
+    call(rows, down, up, y.view(-1, y.shape[-1]), slot)
+
+
+_corrections: Known = {}
+
+
+@torch.library.custom_op("gptqmodel_eora_ext::correct", mutates_args=("y",))
+def correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
+    """y += (x Aᵀ) Bᵀ, on x (rows × in) and y (rows × out); see `add_correction`."""
+    _correct(x, down, up, y, slot)
+
+
+@correct.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
+    rows, in_features = x.shape
+    rank, columns = up.shape
+    if rows == 0:
+        return
+    few = rows <= settings.MOST_CORRECTION_ROWS and rank <= settings.most_correction_rank(rows)
+    bank = counters(x.device) if few else None
+    if bank is None:
+        y.addmm_(x @ down.T, up)
+        return
+    programs = settings.programs(_at_once(x.device))
+    chosen = settings.correction(rows, rank, in_features, columns, x.dtype, programs)
+    parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
+    constants = {
+        "PROGRAMS": programs, "PARTS": chosen.splits, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r, "UP_RANKS": settings.CORRECTION_RANKS,
+    }  # fmt: skip
+    key = (x.device, x.dtype, chosen, rank, in_features, columns) if aligned(x, down, up, y) else None
+    with on(x.device):
+        launch(
+            _corrections, key, correction_kernel, (programs, 1, 1),
+            (x, down, up, y, parts, bank, slot % COUNTERS, rows, rank, in_features, columns, chosen.per_split),
+            constants, {**chosen.options(), "launch_cooperative_grid": True},
+        )  # fmt: skip
+
+
 def _fields(fused: FusedLinears) -> tuple[Any, ...]:
     """What `fused_linears` takes after x."""
-    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name != "in_features")
+    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in ("in_features", "launches"))
 
 
 def _traced(x: torch.Tensor) -> bool:
@@ -283,6 +358,11 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _at_once(device: torch.device) -> int:
+    """Programs that run at the same time; interpreted ones run one after the other."""
+    return _processors(device) if device.type == "cuda" else 1
 
 
 def _zeros(weight: PackedWeight) -> torch.Tensor | None:

@@ -46,6 +46,17 @@ SHRINK_RANKS = 16
 SHRINK_INPUTS = 128
 # Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
 MOST_FUSED_ROWS = 64
+# Beyond these rows and ranks (of one row, of more), two products of the vendor's library add an adapter faster than
+# one launch does.
+MOST_CORRECTION_ROWS = 16
+MOST_CORRECTION_RANKS = (128, 64)
+# Outputs of a tile, from and to: one program runs on each multiprocessor, and has one tile of them if it can.
+CORRECTION_COLUMNS = (32, 128)
+CORRECTION_RANKS = 64
+CORRECTION_INPUTS = 256
+# Parts of x Aᵀ, all of which each program reads; measured: 32 and 16 take longer.
+ROW_CORRECTION_SPLITS = 16
+CORRECTION_SPLITS = 8
 FACTOR_COLUMNS = 1024
 FLOAT32_COLUMNS = 32
 
@@ -158,6 +169,35 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles), most)
     limit = FEWER_REGISTERS if block_m == 64 else None
     return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3, registers=limit)
+
+
+def most_correction_rank(rows: int) -> int:
+    """Up to which `correction.correction_kernel` adds an adapter of up to `MOST_CORRECTION_ROWS`."""
+    return MOST_CORRECTION_RANKS[rows > 1]
+
+
+def programs(processors: int) -> int:
+    """For `correction.correction_kernel`: the power of two that runs at once on so many multiprocessors."""
+    return 1 << (processors.bit_length() - 1)
+
+
+@lru_cache(maxsize=1024)
+def correction(rows: int, rank: int, in_features: int, columns: int, dtype: torch.dtype, programs: int) -> Settings:
+    """For `correction.correction_kernel`, up to `MOST_CORRECTION_ROWS`."""
+    if rows == 1:
+        block_m, block_k, most, stages = 1, CORRECTION_INPUTS, ROW_CORRECTION_SPLITS, 2
+    else:
+        block_m, block_k, most, stages = SMALLEST_DOT, CORRECTION_INPUTS, CORRECTION_SPLITS, 4
+        if dtype == torch.float32:
+            block_k = 32
+    narrow, wide = CORRECTION_COLUMNS
+    most_columns = FLOAT32_COLUMNS if dtype == torch.float32 else wide
+    block_n = min(max(1 << (-(-columns // programs) - 1).bit_length(), narrow), most_columns)
+    splits, per_split = _split(in_features, block_k, most, most)
+    limit = ALL_REGISTERS if dtype == torch.float32 else None
+    return Settings(
+        block_m, block_n, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=stages, registers=limit
+    )
 
 
 def dequantize(block_k: int) -> Settings:
