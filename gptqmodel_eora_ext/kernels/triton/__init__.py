@@ -8,7 +8,7 @@
 | `correction.py` | y += t Bᵀ on another kernel's output, few rows, t included |
 | `dense.py` | Ŵ and packed factors as dense matrices, for so many rows that the vendor's product is faster |
 
-`ops.py` wraps them as torch operators, `settings.py` cuts them into tiles, `launch.py` launches again what was compiled.
+`ops.py` wraps them as torch operators, `settings.py` cuts them into tiles, `launch.py` repeats launches.
 Results were checked on an H100 and by Triton's interpreter, the code by compiling it for each target (docs/kernels.md).
 
 Importing this package imports no Triton, which not every platform has; `ops` does.
