@@ -8,7 +8,8 @@ processes, each with its own file, and merged:
     python benchmarks/plan.py --list
     python benchmarks/plan.py --shard 0/4 --out part0.json
     python benchmarks/plan.py --cells mix --totals 2.5bpw 3.0bpw --out mixes.json
-    python benchmarks/plan.py --merge part*.json mixes.json --json
+    python benchmarks/plan.py --cells mix uniform --factor-bits 4 --totals 4.5bpw --out larger.json
+    python benchmarks/plan.py --merge part*.json mixes.json larger.json --json
 """
 
 from __future__ import annotations
@@ -91,14 +92,14 @@ def room(total: str, bits: int) -> int:
     return budget_bytes(total, shapes) - plain_bytes(shapes, bits, GRID.group_size)
 
 
-def cells(kinds: list[str], totals: list[str]) -> list[Cell]:
+def cells(kinds: list[str], totals: list[str], widths: list[int]) -> list[Cell]:
     """The cells of some kinds, totals too small for an adapter left out."""
     found = [Cell("plain", bits) for bits in PLAIN_BITS]
     for total in totals:
         smaller = [bits for bits in PLAIN_BITS if rank_of(Cell("uniform", bits, CHOSEN_FACTOR_BITS, total))]
         found.append(Cell("mix", 0, CHOSEN_FACTOR_BITS, total))
         found += [Cell("auto", bits, CHOSEN_FACTOR_BITS, total) for bits in smaller]
-        found += [Cell("uniform", bits, width, total) for bits in smaller for width in reversed(FACTOR_BITS)]
+        found += [Cell("uniform", bits, width, total) for bits in smaller for width in widths]
     return [cell for cell in found if cell.kind in kinds]
 
 
@@ -254,6 +255,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--cells", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--totals", nargs="+", default=[*TOTALS, *LARGER_TOTALS])
+    parser.add_argument("--factor-bits", nargs="+", type=int, default=FACTOR_BITS[::-1], choices=FACTOR_BITS,
+                        help="of uniform ranks")  # fmt: skip
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th on")
     parser.add_argument("--list", action="store_true", help="list the cells, with their predictions, and measure none")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
@@ -262,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
 
     first, step = map(int, options.shard.split("/"))
-    wanted = cells(options.cells, options.totals)[first::step]
+    wanted = cells(options.cells, options.totals, options.factor_bits)[first::step]
     if options.list:
         for cell in wanted:
             print(f"{predicted(cell):.4f}  {cell}")

@@ -20,6 +20,7 @@ CASES = (
     Case(bits=3, rows=1, factor_bits=4),
     Case(bits=2, rows=16),
     Case(bits=4, rows=64),
+    Case(bits=2, rows=64, in_features=1000, sym=True),
     Case(bits=4, rows=512),
     Case(bits=None, rows=1, in_features=4096, outs=(12288,)),
     Case(bits=None, rows=16, in_features=4096, outs=(12288,)),

@@ -25,7 +25,7 @@ GEMV_INDEXED_UNITS = 8
 # NVIDIA's assembler spills a few bytes for the sake of occupancy where some kernels could have more registers; told
 # that they may have so many, it does not. Of 128 threads, four programs of the first fit a multiprocessor, and three of
 # the second, which the GEMV at 3 bits and tiles of 64 rows need. The last is all there are, for the GEMV at 3 bits that
-# looks groups up.
+# looks groups up, 64 rows times A of a width that lines up with nothing, and float32.
 FEWER_REGISTERS = 128
 MORE_REGISTERS = 168
 ALL_REGISTERS = 255
@@ -167,7 +167,7 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
         block_k = 64
     tiles = -(-rows // block_m) * -(-rank // SHRINK_RANKS)
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles), most)
-    limit = FEWER_REGISTERS if block_m == 64 else None
+    limit = ALL_REGISTERS if block_m == 64 else None
     return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3, registers=limit)
 
 
