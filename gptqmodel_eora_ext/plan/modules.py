@@ -12,6 +12,7 @@ from ..budget import ModuleShape, factor_bytes, weight_bytes
 from ..ranks import rank_options
 from ..refine.forecast import Forecast, Rounder, forecast
 from ..refine.sensitivity import Sensitivity
+from ..refine.side_by_side import side_by_side
 from ..solve import Curve, Grid, rank_curve
 
 # Widths of weights that are planned with; all have kernels.
@@ -83,8 +84,8 @@ def forecast_modules(
         progress: wraps the modules, to show how far the forecasts are.
     """
     rounded = Rounder(sensitivity, grid)
-    modules = []
-    for shape in progress(shapes):
+
+    def forecasts(shape: ModuleShape) -> PlannedModule:
         weight = weights[shape.name].to(torch.float32)
         rank = min(most, *weight.shape)
         found = {
@@ -93,8 +94,11 @@ def forecast_modules(
             )
             for width, approximation in zip(bits, rounded(shape.name, weight, bits), strict=True)
         }
-        modules.append(PlannedModule(shape, found))
-    return modules
+        return PlannedModule(shape, found)
+
+    device = weights[shapes[0].name].device
+    found = side_by_side(forecasts, shapes, device)
+    return [next(found) for _ in progress(shapes)]
 
 
 def _worth(shape: ModuleShape) -> int:

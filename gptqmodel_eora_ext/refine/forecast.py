@@ -37,6 +37,7 @@ from ..solve import (
     rank_curve,
 )
 from .sensitivity import Sensitivity
+from .side_by_side import side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,12 @@ class Rounder:
         if moment is None:
             # No token reached it; every channel counts the same.
             return column_order(torch.ones(weight.shape[1], device=weight.device), self.grid.group_size)
-        # In a plan modules that share an input follow one another.
-        if self._last is None or self._last[0] is not moment:
+        # In a plan modules that share an input follow one another. Others may ask at the same time.
+        last = self._last
+        if last is None or last[0] is not moment:
             energies = moment if self.spread or moment.ndim == 1 else moment.diagonal()
-            self._last = (moment, column_order(energies.to(weight.device), self.grid.group_size))
-        return self._last[1]
+            self._last = last = (moment, column_order(energies.to(weight.device), self.grid.group_size))
+        return last[1]
 
 
 def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int) -> Forecast:
@@ -207,12 +209,16 @@ def forecast_allocation(
     # Kind by kind, so that other weights of only one are in memory.
     kinds = list(dict.fromkeys(kind_of(shape.name) for shape in shapes))
     by_kind = sorted(shapes, key=lambda shape: kinds.index(kind_of(shape.name)))
-    for kind, members in itertools.groupby(progress(by_kind), key=lambda shape: kind_of(shape.name)):
+
+    def compensate(shape: ModuleShape) -> torch.Tensor:
+        weight = weights[shape.name]
+        return offer(shape, first, quantized(shape.name, weight).to(torch.float32)).to(weight.dtype)
+
+    shown = iter(progress(by_kind))
+    for kind, members in itertools.groupby(by_kind, key=lambda shape: kind_of(shape.name)):
         compensated: dict[str, torch.Tensor] = {}
-        for shape in members:
-            weight = weights[shape.name]
-            found = offer(shape, first, quantized(shape.name, weight).to(torch.float32))
-            compensated[shape.name] = found.to(weight.dtype)
+        for weight in side_by_side(compensate, members, weights[by_kind[0].name].device):
+            compensated[next(shown).name] = weight
         total = sum(forecasts[name].total for name in compensated)
         left = sum(forecasts[name].left(uniform) for name in compensated)
         scales[kind] = 1.0

@@ -33,6 +33,8 @@ class Divergence:
         self._modules = modules
         self._inputs = [model_inputs(model, batch) for batch in batches]
         self._likely = [self._scores(one).softmax(-1) for one in self._inputs]
+        # Σ p log p, of each token.
+        self._known = [-torch.special.entr(one).sum(-1) for one in self._likely]
 
     def __call__(self, replaced: Mapping[str, torch.Tensor]) -> float:
         """Kullback-Leibler divergence from the model as it was to the one with these weights, mean over tokens.
@@ -45,8 +47,8 @@ class Divergence:
             for name, weight in replaced.items():
                 self._modules[name].weight.data = weight
             divergences = [
-                torch.nn.functional.kl_div(self._scores(one).log_softmax(-1), likely, reduction="none").sum(-1)
-                for one, likely in zip(self._inputs, self._likely, strict=True)
+                known - _likelihood(likely, self._scores(one))
+                for one, likely, known in zip(self._inputs, self._likely, self._known, strict=True)
             ]
         finally:
             for name, weight in originals.items():
@@ -58,3 +60,8 @@ class Divergence:
         """Scores of the tokens that count, tokens × labels, float32."""
         logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
         return logits[inputs["attention_mask"].bool()].float()
+
+
+def _likelihood(likely: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Σ p log q of each token, q the softmax of ``scores``, which is not formed."""
+    return torch.linalg.vecdot(likely, scores) - scores.logsumexp(-1)

@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 
 # Both moments of all modules together may take this many bytes; beyond, only their diagonals are kept.
 FULL_BYTES = 4 << 30
+# Activations of a batch may take this many bytes; beyond, layers keep their inputs alone and are run again.
+ACTIVATION_BYTES = 2 << 30
+# Bytes that a layer keeps for its backward, over those of the inputs and outputs of its linear modules.
+KEPT = 2
 # Values of each weight that its fingerprint reads.
 FINGERPRINT_VALUES = 64
 FORMAT = "eora-sensitivity-2"
@@ -109,11 +113,13 @@ def measure_sensitivity(
     kind: str = "fisher",
     seed: int = 0,
     full_bytes: int = FULL_BYTES,
+    activation_bytes: int = ACTIVATION_BYTES,
     progress: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]] = iter,
 ) -> Sensitivity:
     """One pass of a causal language model, forward and backward, over calibration windows.
 
-    Layers keep their inputs alone and are run again for the backward, so that one layer's activations are in memory.
+    Where activations of all layers are too many, layers keep their inputs alone and are run again for the backward, so
+    that one layer's are in memory.
 
     Args:
         model: takes `input_ids` and `attention_mask`, gives `logits`; its weights get no gradients.
@@ -123,6 +129,7 @@ def measure_sensitivity(
             identity over the mean squared output E‖W x‖², so that modules are compared by relative error.
         seed: of the sampling.
         full_bytes: bytes that full moments may take; beyond, diagonals are kept.
+        activation_bytes: bytes that the activations of a batch may take; beyond, layers are run again.
         progress: wraps the batches, to show how far the pass is.
 
     Raises:
@@ -130,7 +137,8 @@ def measure_sensitivity(
     """
     validate_choice(kind, SENSITIVITIES, what="kind")
     full = 4 * sum(2 * one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
-    watch = _Watch(modules, full=full)
+    checkpointed = _activation_bytes(model, modules.values(), batches) > activation_bytes
+    watch = _Watch(modules, full=full, checkpointed=checkpointed)
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
@@ -140,7 +148,7 @@ def measure_sensitivity(
     try:
         with (
             watch,
-            _checkpointed(model, modules.values(), watch.recomputing),
+            _checkpointed(model, modules.values(), watch.recomputing) if checkpointed else nullcontext(),
             torch.set_grad_enabled(kind != "relative"),
         ):
             for batch in progress(batches):
@@ -150,6 +158,15 @@ def measure_sensitivity(
             parameter.requires_grad_(True)
         model.train(was_training)
     return watch.result(kind, fingerprint(model, modules, batches, kind, seed))
+
+
+def _activation_bytes(
+    model: torch.nn.Module, modules: Iterable[torch.nn.Linear], batches: Sequence[Mapping[str, Any]]
+) -> int:
+    """About what a forward keeps for its backward."""
+    tokens = max((torch.as_tensor(batch["input_ids"]).numel() for batch in batches), default=0)
+    width = next(model.parameters()).element_size()
+    return KEPT * width * tokens * sum(one.in_features + one.out_features for one in modules)
 
 
 @contextmanager
@@ -243,12 +260,13 @@ def _run(
 class _Watch:
     """Hooks on modules that sum all moments.
 
-    A module's gradients meet its inputs while its layer is run again for the backward, in either order: the gradient of
-    the last output comes before that run, the others after it.
+    A module's gradients meet its inputs, which are kept until then. Of a ``checkpointed`` layer, they meet those of its
+    second run, in either order: the gradient of the last output comes before that run, the others after it.
     """
 
     modules: Mapping[str, torch.nn.Linear]
     full: bool
+    checkpointed: bool
     keep: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
@@ -297,6 +315,8 @@ class _Watch:
             mask = keep if fits else None
             self._add_inputs(name, module, rows, mask)
             if output.requires_grad:
+                if not self.checkpointed:
+                    self._meet(name, "inputs", rows.detach())
                 output.register_hook(lambda gradient: self._add_gradients(name, gradient, mask))
 
         return hook

@@ -8,6 +8,7 @@ import torch
 
 from gptqmodel_eora_ext.refine import Sensitivity, measure_sensitivity
 from gptqmodel_eora_ext.refine.forecast import forecast
+from gptqmodel_eora_ext.refine.sensitivity import ACTIVATION_BYTES
 from gptqmodel_eora_ext.solve import eora, error_loss
 
 from .helpers import VOCABULARY, tiny_model
@@ -31,9 +32,12 @@ def windows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
 
 
-def test_empirical_moments_are_those_of_autograd(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+@pytest.mark.parametrize("activation_bytes", [0, ACTIVATION_BYTES], ids=["checkpointed", "kept"])
+def test_empirical_moments_are_those_of_autograd(
+    model: Any, linears: dict[str, torch.nn.Linear], activation_bytes: int
+) -> None:
     batches = windows(2)
-    found = measure_sensitivity(model, linears, batches, kind="empirical")
+    found = measure_sensitivity(model, linears, batches, kind="empirical", activation_bytes=activation_bytes)
     name = "layers.1.mlp.up_proj"
     caught: list[torch.Tensor] = []
     inputs: list[torch.Tensor] = []
@@ -166,7 +170,7 @@ def test_a_seed_gives_the_same_again_and_weights_get_no_gradient(
     assert all(one.grad is None and one.requires_grad for one in model.parameters())
 
 
-def test_layers_keep_no_activations(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+def test_layers_keep_no_activations_where_they_are_too_many(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
     def saved(modules: dict[str, torch.nn.Linear]) -> int:
         """Values that the forward keeps for the backward, those that a layer is to compute again left out."""
         sizes: list[int] = []
@@ -176,7 +180,7 @@ def test_layers_keep_no_activations(model: Any, linears: dict[str, torch.nn.Line
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            measure_sensitivity(model, modules, windows(1), kind="empirical")
+            measure_sensitivity(model, modules, windows(1), kind="empirical", activation_bytes=0)
         return sum(sizes)
 
     # No layer holds the head, so with it alone none is run again.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Tokens of the calibration data that sensitivities stand on: half a minute for SmolLM2 on two cores. More: not tried.
 SENSITIVITY_TOKENS = 4096
 # Tokens that each kind of modules is measured on, others than those where there are more.
-KIND_TOKENS = 512
+KIND_TOKENS = 1024
 # Tokens of a forward and backward pass; a longer window goes alone. The vocabulary's scores are what takes memory.
 PASS_TOKENS = 1024
 
