@@ -112,6 +112,7 @@ def measure_sensitivity(
     *,
     kind: str = "fisher",
     seed: int = 0,
+    gradient_tokens: int | None = None,
     full_bytes: int = FULL_BYTES,
     activation_bytes: int = ACTIVATION_BYTES,
     progress: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]] = iter,
@@ -128,6 +129,8 @@ def measure_sensitivity(
         kind: "fisher": labels sampled from the model; "empirical": the text's own; "relative": no gradients, G is the
             identity over the mean squared output E‖W x‖², so that modules are compared by relative error.
         seed: of the sampling.
+        gradient_tokens: the first batches that have so many tokens are run backward; the others forward alone, for C.
+            None: all are.
         full_bytes: bytes that full moments may take; beyond, diagonals are kept.
         activation_bytes: bytes that the activations of a batch may take; beyond, layers are run again.
         progress: wraps the batches, to show how far the pass is.
@@ -149,15 +152,17 @@ def measure_sensitivity(
         with (
             watch,
             _checkpointed(model, modules.values(), watch.recomputing) if checkpointed else nullcontext(),
-            torch.set_grad_enabled(kind != "relative"),
         ):
+            left = float("inf") if gradient_tokens is None else gradient_tokens
             for batch in progress(batches):
-                _run(model, batch, watch, kind, generator)
+                with torch.set_grad_enabled(kind != "relative" and left > 0):
+                    _run(model, batch, watch, kind, generator)
+                left -= torch.as_tensor(batch["input_ids"]).numel()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train(was_training)
-    return watch.result(kind, fingerprint(model, modules, batches, kind, seed))
+    return watch.result(kind, fingerprint(model, modules, batches, kind, seed, gradient_tokens))
 
 
 def _activation_bytes(
@@ -233,7 +238,7 @@ def _run(
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     watch.begin(mask.bool())
     embedded = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    if kind == "relative":
+    if not torch.is_grad_enabled():
         model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
         return
     logits = model(inputs_embeds=embedded.requires_grad_(), attention_mask=mask, use_cache=False).logits
@@ -408,9 +413,10 @@ def fingerprint(
     batches: Sequence[Mapping[str, Any]],
     kind: str,
     seed: int = 0,
+    gradient_tokens: int | None = None,
 ) -> str:
     """A digest of what a sensitivity depends on: some values of each weight, the data, the kind, the seed."""
-    digest = hashlib.sha256(json.dumps([FORMAT, sorted(modules), kind, seed]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, sorted(modules), kind, seed, gradient_tokens]).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(len(flat) // FINGERPRINT_VALUES, 1)].float().cpu()

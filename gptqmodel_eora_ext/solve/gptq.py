@@ -19,8 +19,12 @@ DAMPING = 0.05
 SCALE_BLOCK = 128
 # Columns between which errors are spread one by one; beyond them by one product. Any width gives the same.
 SPREAD_BLOCK = 32
-# Ends of the grid tried by the search for scales, as shares of a group's largest value. GPTQModel tries 80 of them.
-SHRINKING = tuple(1 - 0.05 * step for step in range(15))
+# Below, a triangular matrix is inverted at once.
+SMALLEST_HALF = 128
+# Ends of the grid tried by the search for scales, as shares of a group's largest value, and what is tried about the
+# best of them. GPTQModel tries 80.
+SHRINKING = tuple(1 - 0.1 * step for step in range(8))
+REFINEMENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class ColumnOrder:
 
     Attributes:
         order: columns in the order in which they are rounded; groups stay together.
-        factor: R, upper triangular, Rᵀ R = (C + damping)⁻¹ of the ordered columns, float32; None for a diagonal C,
-            where no error is spread.
+        factor: R, upper triangular, Rᵀ R = (C + damping)⁻¹ of the ordered columns, each row divided by its diagonal,
+            float32; None for a diagonal C, where no error is spread.
         dead: columns whose input is always 0, in order.
     """
 
@@ -73,8 +77,20 @@ def column_order(second_moment: torch.Tensor, group_size: int, damping: float = 
     steps += damping * steps.mean()
     # C = U Uᵀ with U upper, from the Cholesky factor of C read backwards; then R = U⁻¹.
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(upper), device=upper.device)
-    return ColumnOrder(order, torch.linalg.solve_triangular(upper, identity, upper=True), dead)
+    factor = _inverse(upper)
+    return ColumnOrder(order, factor.div_(factor.diagonal().clone()[:, None]), dead)
+
+
+def _inverse(upper: torch.Tensor) -> torch.Tensor:
+    """Of an upper triangular matrix, by halves: a third of the work of a triangular solve with the identity."""
+    size, half = len(upper), len(upper) // 2
+    if size <= SMALLEST_HALF:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    result = torch.zeros_like(upper)
+    result[:half, :half], result[half:, half:] = first, last
+    result[:half, half:] = (first @ (upper[:half, half:] @ last)).neg_()
+    return result
 
 
 def _by_energy(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -109,24 +125,26 @@ def gptq(weight: torch.Tensor, columns: ColumnOrder, bits: Sequence[int], grid: 
     top = torch.tensor([(1 << width) - 1 for width in bits], device=work.device, dtype=work.dtype)
     top = top.repeat_interleave(out_features)
     rounded = torch.empty_like(work)
-    scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    # Step, and the least and the largest code less the zero, of each group.
+    scales: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     for start in range(0, in_features, SCALE_BLOCK):
         end = min(start + SCALE_BLOCK, in_features)
         for first in range(-(-start // size) * size, end, size):
-            scales[first // size] = _scales(work[first : first + size], top, grid)
+            scale, zero = _scales(work[first : first + size], top, grid)
+            scales[first // size] = scale, -zero, top - zero
         for low in range(start, end, SPREAD_BLOCK):
             high = min(low + SPREAD_BLOCK, end)
-            errors = torch.empty_like(work[low:high])
-            for column in range(low, high):
-                scale, zero = scales[column // size]
-                code = torch.round(work[column] / scale).add_(zero).clamp_(min=0).minimum(top)
-                torch.mul(code.sub_(zero), scale, out=rounded[column])
-                if columns.factor is not None:
-                    spread = columns.factor[column, column:high]
-                    error = torch.sub(work[column], rounded[column], out=errors[column - low]).div_(spread[0])
-                    work[column:high].addr_(spread, error, alpha=-1)
+            block, codes = work[low:high], rounded[low:high]
+            spread = columns.factor[low:high, low:high] if columns.factor is not None else None
+            for column, (values, code) in enumerate(zip(block.unbind(), codes.unbind(), strict=True)):
+                scale, lowest, highest = scales[(low + column) // size]
+                torch.div(values, scale, out=code).round_().clamp_(lowest, highest).mul_(scale)
+                # What is left of the column is its error.
+                values.sub_(code)
+                if spread is not None:
+                    block[column + 1 :].addr_(spread[column, column + 1 :], values, alpha=-1)
             if columns.factor is not None:
-                work[high:].addmm_(columns.factor[low:high, high:].T, errors, alpha=-1)
+                work[high:].addmm_(columns.factor[low:high, high:].T, block, alpha=-1)
     restored = torch.empty_like(rounded)
     restored[columns.order] = rounded
     return [one.T.contiguous() for one in restored.split(out_features, dim=1)]
@@ -145,14 +163,20 @@ def _scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.T
     zero = (top + 1) / 2 if grid.sym else torch.round(-low / scale)
     if grid.scale_search == 0:
         return scale, zero
-    least = torch.full_like(scale, torch.inf)
-    best, best_zero = scale, zero
-    for share in SHRINKING:
-        step = scale * share
-        shifted = zero if grid.sym else torch.round(-low * share / step)
-        code = torch.round(group / step).add_(shifted).clamp_(min=0).minimum(top)
-        error = code.sub_(shifted).mul_(step).sub_(group).abs_().pow_(grid.scale_search).sum(0)
+    lowest, highest = -zero, top - zero
+    share, least = torch.ones_like(scale), torch.full_like(scale, torch.inf)
+
+    def try_out(other: float | torch.Tensor) -> None:
+        nonlocal share, least
+        step = scale * other
+        rounded = torch.div(group, step).round_().clamp_(lowest, highest).mul_(step)
+        error = rounded.sub_(group).abs_().pow_(grid.scale_search).sum(0)
         better = error < least
-        least = torch.where(better, error, least)
-        best, best_zero = torch.where(better, step, best), torch.where(better, shifted, best_zero)
-    return best, best_zero
+        least, share = torch.where(better, error, least), torch.where(better, other, share)
+
+    for coarse in SHRINKING:
+        try_out(coarse)
+    best = share
+    for finer in (best - REFINEMENT, (best + REFINEMENT).clamp_max(1)):
+        try_out(finer)
+    return scale * share, zero

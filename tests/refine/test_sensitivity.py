@@ -66,6 +66,18 @@ def test_empirical_moments_are_those_of_autograd(
     assert found.second_moments["layers.0.mlp.up_proj"] is not found.second_moments["layers.0.self_attn.v_proj"]
 
 
+def test_gradients_of_the_first_tokens(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
+    batches = windows(3)
+    some = measure_sensitivity(model, linears, batches, kind="empirical", gradient_tokens=TOKENS + 1)
+    first, whole = (measure_sensitivity(model, linears, data, kind="empirical") for data in (batches[:2], batches))
+    for name in linears:
+        torch.testing.assert_close(some.second_moments[name], whole.second_moments[name])
+        torch.testing.assert_close(some.output_moments[name], first.output_moments[name])
+        torch.testing.assert_close(some.weighted_moments[name], first.weighted_moments[name])
+    assert some.tokens == 3 * TOKENS
+    assert len({some.fingerprint, first.fingerprint, whole.fingerprint}) == 3
+
+
 def test_fisher_predicts_the_divergence(model: Any, linears: dict[str, torch.nn.Linear]) -> None:
     """½ tr(G ΔW C_g ΔWᵀ) against the measured divergence from the full-precision model, for a small random error."""
     batches = windows(48)
