@@ -26,7 +26,7 @@ SENSITIVITY_TOKENS = 4096
 # Those of them that gradients are taken of, which cost twice as much: what errors fit themselves to is C.
 GRADIENT_TOKENS = 2048
 # Tokens that each kind of modules is measured on, others than those where there are more.
-KIND_TOKENS = 1024
+KIND_TOKENS = 512
 # Tokens of a forward and backward pass; a longer window goes alone. The vocabulary's scores are what takes memory.
 PASS_TOKENS = 1024
 
@@ -185,11 +185,16 @@ def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
 def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """`KIND_TOKENS` that sensitivities do not stand on; of little data the last, of a long window the first of it."""
     taken = first_tokens(batches, SENSITIVITY_TOKENS + KIND_TOKENS)
-    count, tokens = 0, 0
-    while tokens < KIND_TOKENS and count < len(taken):
-        count += 1
-        tokens += taken[-count]["input_ids"].numel()
-    return [{name: one[:, :KIND_TOKENS] for name, one in batch.items()} for batch in taken[len(taken) - count :]]
+    found: list[Mapping[str, Any]] = []
+    left = KIND_TOKENS
+    for batch in reversed(taken):
+        if left <= 0:
+            break
+        rows, width = batch["input_ids"].shape
+        few = min(rows, -(-left // width))
+        found.append({name: one[rows - few :, :KIND_TOKENS] for name, one in batch.items()})
+        left -= few * width
+    return found[::-1]
 
 
 def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
