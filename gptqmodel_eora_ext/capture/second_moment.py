@@ -6,7 +6,7 @@ Raw sums make the result independent of batch size and, to float32 rounding, of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -48,24 +48,24 @@ def merged(
     return total
 
 
-def _add_lower_triangle(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += rowsᵀ rows, the diagonal and what is below it."""
-    features = total.shape[0]
+def _block_columns(features: int) -> Iterator[slice]:
     width = -(-features // TRIANGLE_BLOCKS)
     for start in range(0, features, width):
-        columns = slice(start, start + width)
-        total[start:, columns].addmm_(rows[:, start:].T, rows[:, columns])
+        yield slice(start, min(start + width, features))
+
+
+def _add_lower_triangle(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """total += rowsᵀ rows, the diagonal and what is below it."""
+    for columns in _block_columns(len(total)):
+        total[columns.start :, columns].addmm_(rows[:, columns.start :].T, rows[:, columns])
 
 
 def _mirror_lower_triangle(total: torch.Tensor) -> torch.Tensor:
     """Copy what is below the diagonal above it, block column by block column: a fraction of a `tril` of the whole."""
-    features = total.shape[0]
-    width = -(-features // TRIANGLE_BLOCKS)
-    for start in range(0, features, width):
-        end = start + width
-        corner = total[start:end, start:end]
+    for columns in _block_columns(len(total)):
+        corner = total[columns, columns]
         corner.copy_(corner.tril() + corner.tril(-1).T)
-        total[start:end, end:] = total[end:, start:end].T
+        total[columns, columns.stop :] = total[columns.stop :, columns].T
     return total
 
 
