@@ -172,14 +172,22 @@ def linears(bits: int, in_features: int, out: int, rank: int, factor_bits: int, 
         contenders["TritonV2Linear + Lora"] = [stock(TritonV2Linear, w, f) for w, f in pairs]
     plain = dequantize(pairs[0][0], torch.float32).to(DTYPE)
     denses = [dense(plain.clone()) for _ in range(copies(plain.nbytes))]
+    return by_rows(contenders, {"dense bfloat16": denses}, pairs[0], factor_bits)
+
+
+def by_rows(
+    contenders: dict[str, list[Call]], unlike: dict[str, list[Call]], pair: tuple[PackedWeight, Factors], width: int
+) -> list[Any]:
+    """Rows of the table for one module; ``unlike`` compute something else and are timed alone, not checked."""
+    weight, factors = pair
     rows = []
     for count in ROWS:
-        x = random_input(count, in_features, DTYPE).to(device)
-        expected = [linear(x.double(), *pairs[0], accumulate=torch.float64)]
+        x = random_input(count, weight.in_features, DTYPE).to(weight.qweight.device)
+        expected = [linear(x.double(), weight, factors, accumulate=torch.float64)]
         for name, calls in contenders.items():
             check(calls[0], x, expected, name)
-        times = measure({**contenders, "dense bfloat16": denses}, x)
-        rows += row_of(f"{in_features} → {out}", bits, rank, factor_bits, count, times)
+        what = f"{weight.in_features} → {weight.out_features}"
+        rows += row_of(what, weight.bits, factors.rank, width, count, measure({**contenders, **unlike}, x))
     return rows
 
 
@@ -191,14 +199,7 @@ def marlin(in_features: int, out: int, rank: int, device: torch.device) -> list[
         "MarlinLinear + EoRA": [stock(MarlinLinear, w, f, EoRA) for w, f in pairs],
         "MarlinLinear + Lora": [stock(MarlinLinear, w, f) for w, f in pairs],
     }
-    rows = []
-    for count in ROWS:
-        x = random_input(count, in_features, DTYPE).to(device)
-        expected = [linear(x.double(), *pairs[0], accumulate=torch.float64)]
-        for name, calls in contenders.items():
-            check(calls[0], x, expected, name)
-        rows += row_of(f"{in_features} → {out}", 4, rank, 16, count, measure(contenders, x))
-    return rows
+    return by_rows(contenders, {}, pairs[0], 16)
 
 
 def inputs(bits: int, rank: int, device: torch.device) -> list[Any]:
