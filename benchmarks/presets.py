@@ -59,7 +59,7 @@ def main() -> None:
              "budget": DEFAULT_BUDGET, "layers": options.layers or "all"}  # fmt: skip
     result: dict[str, Any] = {"setup": setup, "seconds": seconds}
     result["time ratio"] = {kind: median[kind] / median[PLAIN] for kind in options.kinds}
-    common.keep("presets", result, as_json=options.json)
+    common.keep(f"presets_{options.layers}_layers" if options.layers else "presets", result, as_json=options.json)
     rows = [[kind, median[kind], result["time ratio"][kind]] for kind in options.kinds]
     common.table(("run", "seconds", "ratio"), rows)
 
