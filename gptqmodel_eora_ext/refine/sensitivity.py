@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 from ..adapter import SENSITIVITIES, validate_choice
 from ..capture import DiagonalMoment, SecondMoment
 from ..files import replaced_file
 from ..solve import error_loss
+from .checkpointing import activation_bytes_of, checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 FULL_BYTES = 4 << 30
 # Activations of a batch may take this many bytes; beyond, layers keep their inputs alone and are run again.
 ACTIVATION_BYTES = 2 << 30
-# Bytes that a layer keeps for its backward, over those of the inputs and outputs of its linear modules.
-KEPT = 2
 # Values of each weight that its fingerprint reads.
 FINGERPRINT_VALUES = 64
 FORMAT = "eora-sensitivity-2"
@@ -140,7 +138,7 @@ def measure_sensitivity(
     """
     validate_choice(kind, SENSITIVITIES, what="kind")
     full = 4 * sum(2 * one.in_features**2 + one.out_features**2 for one in modules.values()) <= full_bytes
-    checkpointed = _activation_bytes(model, modules.values(), batches) > activation_bytes
+    checkpointed = activation_bytes_of(model, modules.values(), batches) > activation_bytes
     watch = _Watch(modules, full=full, checkpointed=checkpointed)
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,7 +149,7 @@ def measure_sensitivity(
     try:
         with (
             watch,
-            _checkpointed(model, modules.values(), watch.recomputing) if checkpointed else nullcontext(),
+            checkpointing(model, modules.values(), watch.recomputing) if checkpointed else nullcontext(),
         ):
             left = float("inf") if gradient_tokens is None else gradient_tokens
             for batch in progress(batches):
@@ -163,63 +161,6 @@ def measure_sensitivity(
             parameter.requires_grad_(True)
         model.train(was_training)
     return watch.result(kind, fingerprint(model, modules, batches, kind, seed, gradient_tokens))
-
-
-def _activation_bytes(
-    model: torch.nn.Module, modules: Iterable[torch.nn.Linear], batches: Sequence[Mapping[str, Any]]
-) -> int:
-    """About what a forward keeps for its backward."""
-    tokens = max((torch.as_tensor(batch["input_ids"]).numel() for batch in batches), default=0)
-    width = next(model.parameters()).element_size()
-    return KEPT * width * tokens * sum(one.in_features + one.out_features for one in modules)
-
-
-@contextmanager
-def _checkpointed(
-    model: torch.nn.Module,
-    modules: Iterable[torch.nn.Module],
-    recomputing: Callable[[], AbstractContextManager[None]],
-) -> Iterator[None]:
-    """Have the layers that hold ``modules`` keep no activations; transformers' own switch works in training alone."""
-
-    def wrapped(layer: torch.nn.Module) -> Callable[..., Any]:
-        plain = layer.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return plain(*args, **kwargs)
-            return checkpoint(
-                plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()), **kwargs
-            )
-
-        return forward
-
-    layers = _layers(model, modules)
-    # A library that dispatches layers may have put its own there.
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = wrapped(layer)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
-def _layers(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The outermost members of module lists that hold any of ``modules``."""
-    wanted, covered = set(modules), set[torch.nn.Module]()
-    layers = []
-    for parent in model.modules():
-        if isinstance(parent, torch.nn.ModuleList) and parent not in covered:
-            for layer in parent:
-                inside = set(layer.modules())
-                covered |= inside
-                if wanted & inside:
-                    layers.append(layer)
-    return layers
 
 
 def model_inputs(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
