@@ -32,8 +32,8 @@ from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Lora
 
 from gptqmodel_eora_ext import EoRA, EoRAConfig
-from gptqmodel_eora_ext.files import cache_folder
 from gptqmodel_eora_ext.hosts.terminal import quiet
+from gptqmodel_eora_ext.system.files import cache_folder
 
 BITS = 2
 # The one export that GPTQModel's own `generate` opens.

@@ -97,7 +97,7 @@ def densified(checkpoint: str | Path, adapter: Any = None, base: Path | None = N
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-    from gptqmodel_eora_ext.hosts.gptqmodel.weights import dequantize
+    from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 
     quantized = GPTQModel.load(str(checkpoint), adapter=adapter, backend=BACKEND.GPTQ_TORCH)
     dense = base_model(base)

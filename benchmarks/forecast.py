@@ -27,12 +27,14 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.auto import KIND_TOKENS, first_tokens, module_shapes, survey, unseen_tokens
+from gptqmodel_eora_ext.hosts.gptqmodel.modules import module_shapes
+from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import forecast_modules
-from gptqmodel_eora_ext.refine.forecast import Rounder
-from gptqmodel_eora_ext.refine.forecast import forecast as forecast_module
-from gptqmodel_eora_ext.refine.kinds import Divergence
+from gptqmodel_eora_ext.plan.divergence import Divergence
+from gptqmodel_eora_ext.plan.forecast import Rounder
+from gptqmodel_eora_ext.plan.forecast import forecast as forecast_module
+from gptqmodel_eora_ext.plan.survey import KIND_TOKENS, first_tokens, unseen_tokens
 from gptqmodel_eora_ext.solve import Grid, eora, weighted_energy
 
 SAMPLES, SEQLEN = 32, 256

@@ -25,7 +25,7 @@ from gptqmodel.looper.module_looper import ModuleLooper
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.capture import OutputErrorMoment, SecondMoment
-from gptqmodel_eora_ext.hosts.gptqmodel import processors
+from gptqmodel_eora_ext.hosts.gptqmodel import compensation as processors
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
 RANK = 32

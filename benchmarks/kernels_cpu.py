@@ -36,10 +36,11 @@ from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear
 from torch.nn.functional import linear
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, words
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
 from gptqmodel_eora_ext.kernels.fused import FusedLinear, FusedLinears
-from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight, words
 
 THREADS = 2
 RANK = 64

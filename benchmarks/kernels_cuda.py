@@ -35,8 +35,9 @@ from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 from gptqmodel_eora_ext.kernels.dispatch import CORRECTION, SWITCH
-from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

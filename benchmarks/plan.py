@@ -29,8 +29,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA, Plan
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, uniform_rank, weight_bytes
-from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes, survey
+from gptqmodel_eora_ext.adapter.budget import budget_bytes, largest_uniform_rank
+from gptqmodel_eora_ext.formats.sizes import ModuleShape, weight_bytes
+from gptqmodel_eora_ext.hosts.gptqmodel.modules import module_shapes
+from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, largest_rank, plan_points, planned, sweep_rank
 from gptqmodel_eora_ext.plan.modules import plain_bytes
@@ -105,7 +107,7 @@ def cells(kinds: list[str], totals: list[str], widths: list[int]) -> list[Cell]:
 
 def rank_of(cell: Cell) -> int:
     """The largest rank for all within a cell's total; 0 where none fits."""
-    return uniform_rank(room(cell.total, cell.bits), base()[1], cell.factor_bits)
+    return largest_uniform_rank(room(cell.total, cell.bits), base()[1], cell.factor_bits)
 
 
 def plan_of(cell: Cell) -> Plan:

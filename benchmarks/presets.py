@@ -19,8 +19,8 @@ import common
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.adapter.presets import DEFAULT_BUDGET, PRESETS
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.presets import DEFAULT_BUDGET, PRESETS
 
 SAMPLES, SEQLEN = 32, 256
 BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4

@@ -28,11 +28,12 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache, Lora
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.adapter import SENSITIVITIES
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
+from gptqmodel_eora_ext.adapter.budget import budget_bytes, largest_uniform_rank
+from gptqmodel_eora_ext.adapter.presets import PRESETS
+from gptqmodel_eora_ext.adapter.vocabulary import SENSITIVITIES
+from gptqmodel_eora_ext.formats.factors import GROUP_SIZE as FACTOR_GROUP_SIZE
+from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.presets import PRESETS
-from gptqmodel_eora_ext.solve import GROUP_SIZE as FACTOR_GROUP_SIZE
 
 # 8k tokens: a run takes minutes on two cores, and every cell of both contenders sees the same tokens.
 SAMPLES, SEQLEN = 32, 256
@@ -100,7 +101,7 @@ def budget_cells(bits: int, budget: str) -> dict[str, Cell]:
     """The presets "balanced" and "best", one rank for all within the same bytes, and stock's at no fewer bytes."""
     shapes = module_shapes()
     allowed = budget_bytes(budget, shapes)
-    uniform = uniform_rank(allowed, shapes, BUDGET_FACTOR_BITS)
+    uniform = largest_uniform_rank(allowed, shapes, BUDGET_FACTOR_BITS)
     stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
     chosen = Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher")
     return {

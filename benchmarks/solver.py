@@ -25,7 +25,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.eora.eora import eora_compute_lora
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel import processors
+from gptqmodel_eora_ext.hosts.gptqmodel import compensation as processors
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.solve import energy_left, eora, weighted_energy
 

@@ -7,23 +7,36 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+from .system.moved import find_under_former_names
+
 if TYPE_CHECKING:
+    from .adapter.folder import AdapterError
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
-    from .hosts.peft import AdapterError
-    from .hosts.peft_model import load_peft
+    from .hosts.peft import load_peft
     from .plan import Plan
 
-__version__ = "0.1.0"
 __all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft"]
 
 _HOMES = {
-    "AdapterError": "hosts.peft",
+    "AdapterError": "adapter.folder",
     "EoRA": "hosts.gptqmodel.adapter",
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",
-    "load_peft": "hosts.peft_model",
+    "load_peft": "hosts.peft",
 }
+# Modules that users of version 0.1.0 may have imported by name.
+find_under_former_names(
+    __name__,
+    {
+        "compensate": "adapter.compensate",
+        "kernel_report": "evaluate.kernel_report",
+        "presets": "adapter.presets",
+        "study": "evaluate.study",
+        "summary": "adapter.summary",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..solve.error import multiplies_bfloat16
+from ..solve import multiplies_bfloat16
 from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16

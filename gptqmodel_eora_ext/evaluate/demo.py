@@ -15,6 +15,7 @@ from typing import Any
 from .size import weight_bytes
 from .smollm2 import smollm2
 
+QUANTIZER = "gptq"
 GROUP_SIZE = 64
 # 8k tokens: on two cores a layer takes 3 seconds, and the whole demo stays under ten minutes.
 SAMPLES, SEQLEN, BATCH_SIZE = 32, 256, 8
@@ -77,24 +78,25 @@ def _full_precision(base: Path, report: Callable[[int, int], None]) -> dict[str,
 
 
 def _quantize(base: Path, folder: Path, bits: int, rank: int | None, report: Callable[[int, int], None]) -> float:
+    from transformers import AutoTokenizer
+
     from ..calibration import read_texts, windows
-    from ..hosts.terminal import quiet, watch_layers
+    from ..hosts.registry import QuantizeJob, quantizer
+    from ..hosts.terminal import quiet
 
     start = time.perf_counter()
     with quiet():
-        from gptqmodel import GPTQModel, QuantizeConfig
-        from transformers import AutoTokenizer
-
-        from ..hosts.gptqmodel.adapter import EoRA
-        from ..hosts.gptqmodel.quantize import logs_out_of_the_way
-
         texts = read_texts(str(demo_text("calibration")))
-        data = windows(texts, AutoTokenizer.from_pretrained(base), samples=SAMPLES, seqlen=SEQLEN)
-        model = GPTQModel.load(str(base), QuantizeConfig(bits=bits, group_size=GROUP_SIZE, sym=SYMMETRIC))
-        watch_layers(model, report)
-        with logs_out_of_the_way():
-            model.quantize(data, batch_size=BATCH_SIZE, adapter=EoRA(rank=rank) if rank else None)
-        model.save(str(folder))
+        job = QuantizeJob(
+            model=str(base),
+            output=folder,
+            windows=windows(texts, AutoTokenizer.from_pretrained(base), samples=SAMPLES, seqlen=SEQLEN),
+            settings={"bits": bits, "group_size": GROUP_SIZE, "sym": SYMMETRIC},
+            adapter={"rank": rank} if rank else None,
+            batch_size=BATCH_SIZE,
+            report=report,
+        )
+        quantizer(QUANTIZER)(job)
     return time.perf_counter() - start
 
 

@@ -31,24 +31,21 @@ def measure_checkpoint(
         max_windows: stop after so many.
         progress: makes a `report(done, total)` callback for a named step.
     """
+    from ..hosts.registry import loader
     from ..hosts.terminal import quiet
 
     with quiet():
-        from gptqmodel import GPTQModel
         from transformers import AutoTokenizer
-
-        from ..hosts.gptqmodel.adapter import EoRA
-        from ..hosts.gptqmodel.checkpoint import adapters_off
 
         tokens = AutoTokenizer.from_pretrained(checkpoint)(text.read_text(encoding="utf-8", errors="replace")).input_ids
         ids = torch.tensor(tokens)
-        model = GPTQModel.load(str(checkpoint), adapter=EoRA(path=adapter) if adapter else None).model
+        loaded = loader(checkpoint)(checkpoint, adapter)
 
         def measure(name: str) -> TextLoss:
             report = progress(name) if progress is not None else None
-            return text_loss(model, ids, window=window, max_windows=max_windows, progress=report)
+            return text_loss(loaded.model, ids, window=window, max_windows=max_windows, progress=report)
 
-        with adapters_off(model):
+        with loaded.without_adapters():
             rows = [_row("quantised", measure("without adapter"), weight_bytes(checkpoint), 0)]
         if adapter is not None:
             rows.append(

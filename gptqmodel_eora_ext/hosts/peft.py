@@ -1,372 +1,45 @@
-"""Adapters on disk: plain PEFT LoRA folders, with what EoRA adds in a file of its own.
-
-adapter_config.json         PEFT's LoraConfig; every module's alpha equals its rank, so the scale is 1
-adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank × in), …lora_B.weight (out × rank)
-eora.json                   objective, calibration, versions and per-module errors; optional
-"""
+"""An adapter over a model that transformers loaded with AutoRound's own inference kernels."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..adapter import FACTOR_BITS, ModuleFactors
-from ..files import replaced_folder, write_json
-from ..solve import GROUP_SIZE, QuantizedFactor
-from .packed import FEATURES, PACKED_TYPE, features_metadata, packed_config, packed_tensors, read_packed
+from ..adapter.folder import AdapterError, AdapterFolder
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-DETAILS_FILE = "eora.json"
-DETAILS_VERSION = 1
-KEY_PREFIX = "base_model.model."
-# PEFT saves without the adapter's name in the key; older files carry it as `lora_A.default.weight`.
-KEY_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB])(?:\.[^.]+)?\.weight$")
-PACKED_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB]\.(?:qweight|scales))$")
+# The package that AutoRound's kernels live in.
+KERNELS = "auto_round_extension."
 
 
-class AdapterError(ValueError):
-    """An adapter folder that cannot be used; the message tells what was found and what would do."""
+def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
+    """Put an adapter on a model by PEFT, which knows GPTQModel's kernels but not AutoRound's own.
 
-
-def uniform_rank(factors: Mapping[str, ModuleFactors]) -> int:
-    """The rank most modules have: `r` of the config, so that `rank_pattern` stays short."""
-    return Counter(max(one.rank, 1) for one in factors.values()).most_common(1)[0][0]
-
-
-def save_adapter(
-    folder: Path,
-    factors: Mapping[str, ModuleFactors],
-    *,
-    base_model: str,
-    module_names: Collection[str],
-    details: Mapping[str, Any],
-) -> None:
-    """Write an adapter folder in one step; an older one in its place stays whole until then.
+    ``load_peft(AutoModelForCausalLM.from_pretrained("out"), "out/eora")``. Models with other kernels work too.
 
     Args:
-        folder: the adapter's folder.
-        factors: full module name → factors, all packed or none. Rank 0 is written as rank 1 of zeros, since GPTQModel
-            without this plugin cannot load an adapter that leaves out a quantised module; a packed adapter, which
-            needs the plugin, leaves it out.
-        base_model: what `base_model_name_or_path` says.
-        module_names: every module of the model, to tell whether a suffix (`q_proj`) names only modules with factors.
-        details: what goes into `eora.json` beside the per-module report.
+        model: as transformers gives it.
+        path: the adapter's folder.
+
+    Returns:
+        The `PeftModel`.
 
     Raises:
-        AdapterError: when there are no factors.
+        AdapterError: for a folder that is no adapter, or one of packed factors, which PEFT cannot hold.
     """
     import peft
+    from peft.tuners.lora.gptq import GPTQLoraLinear
 
-    if not factors:
-        raise AdapterError(f"Adapter: nothing to save in `{folder}`: no module has factors.")
-    config = _lora_config(
-        {name: max(one.rank, 1) for name, one in factors.items()},
-        target_modules=_target_modules(factors, module_names),
-        task_type=peft.TaskType.CAUSAL_LM,
-        base_model=base_model,
-    )
-    packed = {name: one.packed for name, one in factors.items() if one.packed}
-    tensors: dict[str, torch.Tensor] = {}
-    metadata = {"format": "pt"}
-    if packed:
-        metadata[FEATURES] = features_metadata(packed)
-    for name, one in factors.items():
-        if one.packed:
-            tensors |= packed_tensors(f"{KEY_PREFIX}{name}", one.packed)
-        elif not packed:
-            lora_A, lora_B = one.lora_A, one.lora_B
-            if one.rank == 0:
-                lora_A, lora_B = lora_A.new_zeros(1, one.in_features), lora_B.new_zeros(one.out_features, 1)
-            tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
-            tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
-    with replaced_folder(folder) as fresh:
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
-        config.save_pretrained(str(fresh))
-        if packed:
-            content = _read_json(fresh / CONFIG_FILE)
-            write_json(fresh / CONFIG_FILE, packed_config(content, next(iter(packed.values()))[0].bits))
-        report = {"modules": {name: one.report() for name, one in factors.items()}}
-        write_json(fresh / DETAILS_FILE, {**details, **report, "version": DETAILS_VERSION})
-
-
-def adapter_entry(place: str, factors: Mapping[str, ModuleFactors]) -> dict[str, Any]:
-    """What a checkpoint's `quantize_config.json` says of its adapter.
-
-    Packed factors are named `eora`, which GPTQModel without the plugin refuses instead of misreading.
-
-    Args:
-        place: the adapter's folder, relative to the checkpoint.
-        factors: full module name → factors.
-    """
-    name = "eora" if any(one.packed for one in factors.values()) else "lora"
-    return {"name": name, "path": place, "rank": uniform_rank(factors)}
-
-
-def export_peft(source: AdapterFolder, folder: Path) -> None:
-    """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
-
-    Args:
-        source: any adapter folder.
-        folder: where to; an older one in its place stays whole until the copy is complete.
-
-    Raises:
-        AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
-    """
-    if folder.resolve() == source.path.resolve():
-        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
-    tensors = {}
-    for name, factors in source.factors(list(source.keys)):
-        dtype = torch.float16 if factors.packed else factors.lora_A.dtype
-        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = factors.lora_A.to(dtype)
-        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = factors.lora_B.to(dtype)
-    ranks = {name: source.rank(name) for name in source.keys}
-    config = _lora_config(
-        ranks,
-        target_modules=source.config.get("target_modules"),
-        task_type=source.config.get("task_type"),
-        base_model=source.config.get("base_model_name_or_path"),
-    )
-    with replaced_folder(folder) as fresh:
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(fresh))
-        if source.details is not None:
-            write_json(fresh / DETAILS_FILE, {**source.details, "factor_bits": FACTOR_BITS[0]})
-
-
-def _lora_config(ranks: Mapping[str, int], *, target_modules: Any, task_type: Any, base_model: str | None) -> Any:
-    """PEFT's config of scale 1 for every module: its alpha equals its rank."""
-    import peft
-
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: found for name, found in ranks.items() if found != rank}
-    return peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=target_modules,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        task_type=task_type,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-
-
-def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:
-    """Short names (`q_proj`) where every module so named has factors, else full names."""
-    suffixes = {name.rsplit(".", 1)[-1] for name in factors}
-    named_so = {name for name in module_names if name.rsplit(".", 1)[-1] in suffixes}
-    return sorted(suffixes if named_so <= set(factors) else factors)
-
-
-@dataclass(frozen=True)
-class ReadFactors:
-    """Factors of one module as read: A rank × in, B out × rank, PEFT's scale folded into B.
-
-    ``packed`` holds A and Bᵀ in integers where they are stored so; A and B are their values then, float32.
-    """
-
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """A PEFT LoRA folder, or one of packed factors, opened for reading. Tensors are read one module at a time."""
-
-    path: Path
-    config: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, path: str | Path) -> AdapterFolder:
-        """Open and check a folder.
-
-        Raises:
-            AdapterError: when a file is missing or broken, or the adapter is of a kind that is not plain LoRA.
-        """
-        path = Path(path)
-        if not path.is_dir():
-            raise AdapterError(f"Adapter: `{path}` is not a folder. An adapter is a folder with {CONFIG_FILE} "
-                               f"and {WEIGHTS_FILE}.")  # fmt: skip
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (path / name).is_file():
-                found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
-                raise AdapterError(f"Adapter: `{path}` has no {name}; found {found}. Save the adapter again.")
-        folder = cls(path, _read_json(path / CONFIG_FILE))
-        folder._check_kind()
-        folder.keys  # noqa: B018  reads the safetensors header, so that a broken file fails here
-        return folder
-
-    @property
-    def weights(self) -> Path:
-        """The safetensors file."""
-        return self.path / WEIGHTS_FILE
-
-    def _check_kind(self) -> None:
-        where = f"Adapter: `{self.path / CONFIG_FILE}`"
-        kind = str(self.config.get("peft_type", "LORA")).upper()
-        if kind not in ("LORA", PACKED_TYPE):
-            raise AdapterError(f"{where} says peft_type {kind}; only LORA and {PACKED_TYPE} adapters can be applied.")
-        layout = (self.config.get("factor_bits"), self.config.get("factor_group_size"))
-        if kind == PACKED_TYPE and (layout[0] not in FACTOR_BITS[1:] or layout[1] != GROUP_SIZE):
-            raise AdapterError(
-                f"{where} says factor_bits {layout[0]}, factor_group_size {layout[1]}; this version reads 8 and 4 bits "
-                f"in groups of {GROUP_SIZE}. A newer gptqmodel-eora-ext may have written it."
-            )
-        if self.config.get("use_dora"):
-            raise AdapterError(f"{where} says use_dora; only plain LoRA adapters can be applied.")
-        if not isinstance(self.config.get("r"), int) or self.config["r"] < 1:
-            raise AdapterError(f"{where} says r = {self.config.get('r')!r}; expected a positive integer.")
-
-    @property
-    def factor_bits(self) -> int:
-        """Bits of a stored value: 16 (or 32) in a PEFT folder, 8 or 4 where packed."""
-        return int(self.config.get("factor_bits", FACTOR_BITS[0]))
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether factors are stored as integers."""
-        return str(self.config.get("peft_type")).upper() == PACKED_TYPE
-
-    @cached_property
-    def features(self) -> dict[str, tuple[int, int]]:
-        """Module → (in, out) of a packed folder.
-
-        Raises:
-            AdapterError: when the file does not tell.
-        """
-        with safe_open(self.weights, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-        try:
-            return {name: (int(wide), int(tall)) for name, (wide, tall) in json.loads(metadata[FEATURES]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise AdapterError(
-                f"Adapter: `{self.weights}` does not tell the widths of its packed factors (metadata `{FEATURES}`). "
-                f"Copy it again, or make the adapter again with `eora generate`."
-            ) from error
-
-    @cached_property
-    def keys(self) -> dict[str, dict[str, str]]:
-        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file; four keys where factors are packed."""
-        try:
-            with safe_open(self.weights, framework="pt") as handle:
-                names = list(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"Adapter: `{self.weights}` is truncated or corrupted ({error}). "
-                f"Copy it again, or make the adapter again with `eora generate`."
-            ) from error
-        found: dict[str, dict[str, str]] = {}
-        pattern, parts = (PACKED_PATTERN, 4) if self.is_packed else (KEY_PATTERN, 2)
-        for key in names:
-            match = pattern.match(key)
-            if match is None:
-                raise AdapterError(f"Adapter: `{self.weights}` holds `{key}`, which is no LoRA factor.")
-            found.setdefault(match["module"], {})[match["half"]] = key
-        for module, halves in found.items():
-            if len(halves) != parts:
-                raise AdapterError(f"Adapter: `{self.weights}` has only {', '.join(sorted(halves))} of {module}.")
-        if not found:
-            raise AdapterError(f"Adapter: `{self.weights}` holds no factors.")
-        return found
-
-    @cached_property
-    def details(self) -> Mapping[str, Any] | None:
-        """What `eora.json` says; None for an adapter that another tool made."""
-        path = self.path / DETAILS_FILE
-        return _read_json(path) if path.is_file() else None
-
-    def match(self, names: Collection[str]) -> dict[str, str]:
-        """Pair the model's module names with the file's: ``{model name: file name}``.
-
-        GPTQModel's own writer lower-cases names, and a base loaded by another class may carry one more or one fewer
-        leading `model.`; both are matched where only one module can be meant.
-
-        Raises:
-            AdapterError: when the file holds factors for modules that ``names`` lacks.
-        """
-        by_lower = {name.lower(): name for name in names}
-        matched: dict[str, str] = {}
-        unmatched = []
-        for module in self.keys:
-            candidates = (module, f"model.{module}", module.removeprefix("model."))
-            hit = next((by_lower[c.lower()] for c in candidates if c.lower() in by_lower), None)
-            if hit is None:
-                unmatched.append(module)
-            else:
-                matched[hit] = module
-        if unmatched:
-            shown = ", ".join(unmatched[:3]) + (", …" if len(unmatched) > 3 else "")
-            example = next(iter(names), "none")
-            raise AdapterError(
-                f"Adapter: `{self.path}` holds factors for {len(unmatched)} of {len(self.keys)} modules that are no "
-                f"quantised module of this model ({shown}; the model has for instance {example}). It was made for "
-                f"{self.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
-            )
-        return matched
-
-    def factors(self, modules: Collection[str]) -> Iterator[tuple[str, ReadFactors]]:
-        """Yield (module, factors).
-
-        Raises:
-            AdapterError: when ranks inside the file disagree with each other or with the config.
-        """
-        with safe_open(self.weights, framework="pt") as handle:
-            for module in modules:
-                found = self._read(handle, module)
-                rank = self.rank(module)
-                if found.lora_A.shape[0] != rank or found.lora_B.shape[1] != rank:
-                    raise AdapterError(
-                        f"Adapter: {module} in `{self.path}` has A {tuple(found.lora_A.shape)} and B "
-                        f"{tuple(found.lora_B.shape)}, but {CONFIG_FILE} gives it rank {rank}."
-                    )
-                yield module, found
-
-    def _read(self, handle: safe_open, module: str) -> ReadFactors:
-        keys = self.keys[module]
-        if not self.is_packed:
-            scale = self._scale(module, self.rank(module))
-            lora_B = handle.get_tensor(keys["lora_B"])
-            return ReadFactors(handle.get_tensor(keys["lora_A"]), lora_B if scale == 1 else lora_B * scale)
-        if module not in self.features:
-            raise AdapterError(f"Adapter: `{self.weights}` does not tell the widths of {module}.")
-        packed = read_packed(handle, keys, self.features[module], self.factor_bits)
-        return ReadFactors(packed[0].dequantize(), packed[1].dequantize().T.contiguous(), packed)
-
-    def rank(self, module: str) -> int:
-        """Rank of a module by `r` and `rank_pattern`."""
-        return int(_from_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
-
-    def _scale(self, module: str, rank: int) -> float:
-        alpha = _from_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-
-def _from_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key matches as a regular expression against the end of the module's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"Adapter: `{path}` cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"Adapter: `{path}` holds a {type(content).__name__}, expected an object.")
-    return content
+    folder = AdapterFolder.open(path)
+    if folder.is_packed:
+        raise AdapterError(
+            f"Adapter: `{path}` has factors in {folder.factor_bits} bits, which PEFT cannot hold. Make a plain copy: "
+            f"eora export {path} --peft FOLDER"
+        )
+    config = peft.PeftConfig.from_pretrained(str(folder.path))
+    kernels = {type(module) for module in model.modules() if type(module).__module__.startswith(KERNELS)}
+    if kernels:
+        # PEFT's way for layers it does not know. Its layer for GPTQ kernels adds the product to whatever they give.
+        config._register_custom_module(dict.fromkeys(kernels, GPTQLoraLinear))
+    return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.packed_weights import WEIGHT_BITS
 from .cpu.build import ISAS, best_isa, library
-from .layout import WEIGHT_BITS
 from .triton import runs_on
 
 SWITCH = "GPTQMODEL_EORA_EXT_KERNELS_OFF"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..formats.factors import Factors
 from .cpu.linear import CpuLinear, CpuLinears
 from .cpu.repack import RepackedWeight, repack_factors
 from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
-from .layout import Factors
 
 
 class FusedLinear:

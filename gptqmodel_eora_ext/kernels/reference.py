@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .layout import Factors, PackedWeight
+from ..formats.factors import Factors
+from ..formats.packed_weights import PackedWeight
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..adapter import FACTOR_BITS, validate_choice, validate_rank
-from ..budget import ModuleShape
-from ..files import write_json
+from ..adapter.validate import validate_choice, validate_rank
+from ..adapter.vocabulary import FACTOR_BITS
+from ..formats.sizes import ModuleShape
+from ..system.files import write_json
 
 FORMAT = "eora-plan-1"
 BITS = (2, 3, 4, 8)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..budget import ModuleShape, weight_bytes
-from ..ranks import most_rank
+from ..formats.sizes import ModuleShape, weight_bytes
 from ..solve import MOST_STEPS, Curve, Grid, allocate
 from .file import ModulePlan, Plan
 from .modules import PlannedModule, bits_per_weight, plain_bytes
+from .ranks import most_rank
 
 # Steps that a plan's total is divided into: bytes that the steps leave unused are below 0.2 % of SmolLM2.
 STEPS = 100_000

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter import FACTOR_BITS
-from ..budget import ModuleShape, factor_bytes, weight_bytes
-from ..ranks import rank_options
-from ..refine.forecast import Forecast, Rounder, forecast
-from ..refine.sensitivity import Sensitivity
-from ..refine.side_by_side import side_by_side
+from ..adapter.vocabulary import FACTOR_BITS
+from ..formats.sizes import ModuleShape, factor_bytes, weight_bytes
 from ..solve import Curve, Grid, rank_curve
+from ..system.side_by_side import side_by_side
+from .forecast import Forecast, Rounder, forecast
+from .ranks import rank_options
+from .sensitivity import Sensitivity
 
 # Widths of weights that are planned with; all have kernels.
 PLANNED_BITS = (2, 3, 4)

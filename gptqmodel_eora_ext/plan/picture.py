@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import replaced_file
+from ..system.files import replaced_file
 from .file import Plan
 from .points import CHOSEN, MIXED, PLAIN, UNIFORM, Point
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
-from ..ranks import most_rank
+from ..adapter.budget import budget_bytes, largest_uniform_rank
+from ..formats.sizes import ModuleShape, factor_bytes
 from ..solve import Grid, allocate
 from .mix import mixed
 from .modules import PlannedModule, bits_per_weight, plain_bytes
+from .ranks import most_rank
 
 SWEEP = ("0.0625bpw", "0.125bpw", "0.25bpw", "0.5bpw", "0.75bpw", "1.0bpw", "1.5bpw")
 PLAIN, UNIFORM, CHOSEN, MIXED = "none", "uniform", "auto", "mixed"
@@ -138,7 +139,7 @@ def _with_adapter(
 
 
 def _uniform(modules: Sequence[PlannedModule], plain: Point, budget: str, size: int, width: int) -> Point:
-    rank = uniform_rank(size, [module.shape for module in modules], width)
+    rank = largest_uniform_rank(size, [module.shape for module in modules], width)
     ranks = [min(rank, len(module.forecasts[plain.bits].gains)) for module in modules]
     nbytes = sum(factor_bytes(one, module.shape, width) for one, module in zip(ranks, modules, strict=True))
     loss = sum(module.loss(plain.bits, rank, width) for module in modules)

@@ -1,19 +1,17 @@
-"""Linear algebra that turns (error, second moment, rank) into low-rank factors. Imports torch, nothing else."""
+"""Linear algebra that turns (error, second moment, rank) into low-rank factors. Knows torch and `formats` alone."""
 
 from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, error_losses, price, rank_curve
-from .error import energy_left, weighted_energy
+from .error import energy_left, multiplies_bfloat16, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
-from .quantized import GROUP_SIZE, QuantizedFactor, quantize_factors
+from .quantized import quantize_factors
 
 __all__ = [
-    "GROUP_SIZE",
     "MOST_STEPS",
     "ColumnOrder",
     "Curve",
     "Grid",
-    "QuantizedFactor",
     "allocate",
     "balance",
     "column_order",
@@ -25,6 +23,7 @@ __all__ = [
     "error_loss",
     "error_losses",
     "gptq",
+    "multiplies_bfloat16",
     "output",
     "output_target",
     "price",

@@ -1,62 +1,20 @@
-"""Factors in 8 or 4 bits: group-wise symmetric integers with float16 scales, and how they are chosen.
-
-A factor is kept as rank rows of features: A as it is, B transposed. A row is cut into groups of `GROUP_SIZE` features
-(the last may be shorter), each with one scale; a component's row of A and column of B thus keep their own scales.
-"""
+"""Factors in 8 or 4 bits: how their integers and scales are chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 
+from ..formats.factors import GROUP_SIZE, QuantizedFactor, pack
 from .error import WeightedError, times
 from .factors import refit_A, refit_B
 
-# Features per scale: 4.25 bits a value at 4 bits. Other sizes were not measured.
-GROUP_SIZE = 64
 # Clipping thresholds tried per group, as shares of its largest value. At 8 bits rounding is negligible.
 CLIPPING = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 # Times that A is rounded: each round re-solves A against the last rounded B. On SmolLM2 four rounds
 # take 0.2 to 4 % off the error that one leaves (docs/method.md); two were not measured apart.
 ROUNDS = 2
-
-
-@dataclass(frozen=True)
-class QuantizedFactor:
-    """A factor in integers: value = code · scale.
-
-    Attributes:
-        codes: uint8, rows × ceil(features · bits / 8). 8 bits: two's complement. 4 bits: code + 8, two to a byte, the
-            even feature in the low half; an odd last one has an empty (8, that is zero) neighbour.
-        scales: float16, rows × ceil(features / GROUP_SIZE).
-        bits: 8 or 4.
-        features: values in a row.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    bits: int
-    features: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
-    def to(self, device: torch.device | str) -> QuantizedFactor:
-        """The same on ``device``."""
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
-
-    def integers(self) -> torch.Tensor:
-        """The codes: int8, rows × features."""
-        return unpack(self.codes, self.bits, self.features)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Rows × features, in ``dtype``."""
-        integers = self.integers().to(torch.float32)
-        return (integers * per_feature(self.scales, self.features)).to(dtype)
 
 
 def quantize_factor(values: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> QuantizedFactor:
@@ -135,24 +93,3 @@ def _relative_energy(error: WeightedError, packed_A: QuantizedFactor, packed_B: 
     weighted = error.weigh(lora_A)
     cross = (lora_B * times(weighted, error.delta.T).T).sum()
     return float((lora_B.T @ lora_B * (weighted @ lora_A.T)).sum() - 2 * cross)
-
-
-def per_feature(scales: torch.Tensor, features: int) -> torch.Tensor:
-    """Scales of groups, spread over the features: rows × features, float32."""
-    return scales.to(torch.float32).repeat_interleave(GROUP_SIZE, dim=1)[:, :features]
-
-
-def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack int8 codes, rows × features, into bytes."""
-    if bits == 8:
-        return integers.contiguous().view(torch.uint8)
-    nibbles = torch.nn.functional.pad(integers + 8, (0, integers.shape[1] % 2), value=8).to(torch.uint8)
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack(codes: torch.Tensor, bits: int, features: int) -> torch.Tensor:
-    """The int8 codes of `pack`, rows × features."""
-    if bits == 8:
-        return codes.view(torch.int8)
-    pairs = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :features]
-    return pairs.to(torch.int8) - 8

@@ -12,8 +12,8 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from transformers import AutoModelForCausalLM
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.adapter import ModuleFactors
-from gptqmodel_eora_ext.hosts.gptqmodel.weights import dequantize
+from gptqmodel_eora_ext.adapter.factors import ModuleFactors
+from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
 Batches = list[dict[str, list[int]]]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import EoRA, EoRAConfig, cli, load_peft
-from gptqmodel_eora_ext.hosts.autoround_format import quantize_config
+from gptqmodel_eora_ext.formats.autoround import quantize_config
 from gptqmodel_eora_ext.hosts.gptqmodel.generate import generate_adapter
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
@@ -312,7 +312,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     assert unknown.exit_code == 2 and "lm-eval knows no task `products`" in " ".join(unknown.output.split())
     with monkeypatch.context() as patch:
         patch.setattr(
-            "gptqmodel_eora_ext.study.Study._evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            "gptqmodel_eora_ext.evaluate.study.Study._evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         CliRunner().invoke(cli.app, [*command, "--rank", "4"])
     state = json.loads((tmp_path / "study" / "study.json").read_text())

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from gptqmodel_eora_ext import AdapterError, EoRA
 from gptqmodel_eora_ext.autoload import OFF_SWITCH
-from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint import adapters_off
-from gptqmodel_eora_ext.hosts.peft import CONFIG_FILE, WEIGHTS_FILE
+from gptqmodel_eora_ext.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint.load import adapters_off
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, Made, kernels, load, measured_errors, quantize
@@ -126,7 +126,7 @@ def test_explicit_path_and_relative_paths(
         two_layers, tmp_path / "nested", QuantizeConfig(bits=4, group_size=64), calibration[:4],
         adapter=EoRA(rank=4, path="adapters/r4"),
     )  # fmt: skip
-    assert (nested.folder / "adapters" / "r4" / WEIGHTS_FILE).is_file()
+    assert (nested.folder / "adapters" / "r4" / ADAPTER_WEIGHTS).is_file()
     assert json.loads((nested.folder / "quantize_config.json").read_text())["adapter"] == {
         "name": "lora", "path": "adapters/r4", "rank": 4,
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_explicit_path_and_relative_paths(
 
 
 def test_partial_adapters_load(copy: Path, prompt: list[int]) -> None:
-    weights = copy / "eora" / WEIGHTS_FILE
+    weights = copy / "eora" / ADAPTER_WEIGHTS
     kept = {key: value for key, value in load_file(weights).items() if ".layers.1." in key}
     save_file(kept, weights)
     model = load(copy)
@@ -145,16 +145,17 @@ def test_partial_adapters_load(copy: Path, prompt: list[int]) -> None:
 
 
 def _other_names(folder: Path) -> None:
-    tensors = {key.replace("self_attn", "attention"): value for key, value in load_file(folder / WEIGHTS_FILE).items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    stored = load_file(folder / ADAPTER_WEIGHTS)
+    tensors = {key.replace("self_attn", "attention"): value for key, value in stored.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
 def _other_shapes(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     for key, value in tensors.items():
         if "up_proj.lora_A" in key:
             tensors[key] = torch.cat([value, value], dim=1)
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,8 @@ def _other_shapes(folder: Path) -> None:
     [
         (_other_names, "no quantised module of this model"),
         (_other_shapes, r"up_proj .* is for a weight of out × in = 1536 × 1152, but the checkpoint's is 1536 × 576"),
-        (lambda folder: os.truncate(folder / WEIGHTS_FILE, 5000), "truncated or corrupted"),
-        (lambda folder: (folder / CONFIG_FILE).unlink(), "has no adapter_config.json"),
+        (lambda folder: os.truncate(folder / ADAPTER_WEIGHTS, 5000), "truncated or corrupted"),
+        (lambda folder: (folder / ADAPTER_CONFIG).unlink(), "has no adapter_config.json"),
     ],
 )
 def test_adapters_that_do_not_fit(copy: Path, damage: Any, message: str, prompt: list[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from gptqmodel import BACKEND, QuantizeConfig
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint import adapters_off
+from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint.load import adapters_off
 from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
 from gptqmodel_eora_ext.kernels.cpu.build import library
 from tests.e2e import helpers

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.autoload import OFF_SWITCH
 from gptqmodel_eora_ext.cli import app
-from gptqmodel_eora_ext.hosts.peft import WEIGHTS_FILE
+from gptqmodel_eora_ext.formats.names import ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, Made, kernels, load, measured_errors, quantize
@@ -39,7 +39,7 @@ def made(two_layers: Path, calibration: Batches, tmp_path_factory: pytest.TempPa
 def test_saved_packed_and_named_for_the_plugin(made: Made) -> None:
     config = json.loads((made.folder / "quantize_config.json").read_text())
     assert config["adapter"] == {"name": "eora", "path": "eora", "rank": 32}
-    tensors = load_file(made.folder / "eora" / WEIGHTS_FILE)
+    tensors = load_file(made.folder / "eora" / ADAPTER_WEIGHTS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.uint8, torch.float16}
     reports = json.loads((made.folder / "eora" / "eora.json").read_text())["modules"]
     assert sum(report["bytes"] for report in reports.values()) == sum(tensor.nbytes for tensor in tensors.values())
@@ -59,7 +59,7 @@ def test_loaded_and_applied(made: Made, token_ids: list[int]) -> None:
 def test_a_loaded_model_is_saved_with_the_very_same_factors(made: Made, tmp_path: Path) -> None:
     with quiet():
         GPTQModel.load(str(made.folder)).save(str(tmp_path / "again"))
-    first, again = (load_file(folder / "eora" / WEIGHTS_FILE) for folder in (made.folder, tmp_path / "again"))
+    first, again = (load_file(folder / "eora" / ADAPTER_WEIGHTS) for folder in (made.folder, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
 

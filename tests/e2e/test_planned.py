@@ -14,10 +14,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import EoRA, Plan
-from gptqmodel_eora_ext.budget import ModuleShape, factor_bytes, weight_bytes
 from gptqmodel_eora_ext.cli import app
 from gptqmodel_eora_ext.evaluate.demo import demo_text
-from gptqmodel_eora_ext.hosts.gptqmodel.auto import module_shapes
+from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes, weight_bytes
+from gptqmodel_eora_ext.hosts.gptqmodel.modules import module_shapes
 from gptqmodel_eora_ext.hosts.gptqmodel.planned import check_plan, warn_if_dominated
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import ModulePlan, PlanError

@@ -10,9 +10,10 @@ import pytest
 from gptqmodel import GPTAQConfig, QuantizeConfig, RTNConfig
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes, factor_bytes
+from gptqmodel_eora_ext.adapter.budget import budget_bytes
+from gptqmodel_eora_ext.adapter.presets import DEFAULT_BUDGET, PRESETS
+from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.run import rounds_to_make
-from gptqmodel_eora_ext.presets import DEFAULT_BUDGET, PRESETS
 
 from .helpers import Batches, Made, quantize
 

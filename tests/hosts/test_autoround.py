@@ -15,9 +15,9 @@ from packaging.version import Version
 from safetensors.torch import save_file
 
 from gptqmodel_eora_ext import EoRAConfig
+from gptqmodel_eora_ext.formats.autoround import is_autoround, packing, quantize_config
 from gptqmodel_eora_ext.hosts import SeamError
 from gptqmodel_eora_ext.hosts.autoround import seams
-from gptqmodel_eora_ext.hosts.autoround_format import is_autoround, packing, quantize_config
 
 # The seams -----------------------------------------------------------------------------------------------------
 

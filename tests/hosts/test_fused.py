@@ -18,11 +18,11 @@ from gptqmodel.quantization.config import FORMAT, METHOD
 from gptqmodel.utils.importer import clear_validation_cache, select_quant_linear
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.adapter.folder import ReadFactors
+from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
-from gptqmodel_eora_ext.hosts.peft import ReadFactors
 from gptqmodel_eora_ext.kernels import dispatch
 from gptqmodel_eora_ext.kernels.cpu import build
-from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
 

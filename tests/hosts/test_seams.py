@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel import seams
+from gptqmodel_eora_ext.hosts.seam import Seam
 
 
 def kernels() -> list[Any]:
@@ -30,7 +31,7 @@ def test_every_seam_has_the_expected_shape() -> None:
     seams.uninstall()
     try:
         assert [problem for seam in seams.list_seams() if (problem := seam.problem())] == []
-        assert seams.kernel_order_problems() == []
+        assert seams.relied_on_problems() == []
     finally:
         seams.install()
 
@@ -100,6 +101,32 @@ def test_another_order_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     seams.install()
 
 
+def test_an_error_in_the_middle_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seams.uninstall()
+    original = BaseQModel.quantize
+    with monkeypatch.context() as patch:
+        patch.setattr(seams, "_register_adapter", lambda: (_ for _ in ()).throw(RuntimeError("in the middle")))
+        with pytest.raises(RuntimeError, match="in the middle"):
+            seams.install()
+        assert not seams.installed() and BaseQModel.quantize is original
+    seams.install()
+    assert seams.installed() and BaseQModel.quantize is not original
+
+
+def test_an_inherited_attribute_is_inherited_again() -> None:
+    class Base:
+        def call(self) -> int:
+            return 1
+
+    class Host(Base):
+        pass
+
+    undo = Seam(Host, "call", ("self",), lambda original: lambda self: original(self) + 1).apply()
+    assert Host().call() == 2 and Base().call() == 1
+    undo()
+    assert Host().call() == 1 and "call" not in vars(Host)
+
+
 def test_an_old_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     seams.uninstall()
     with monkeypatch.context() as patch:
@@ -107,14 +134,13 @@ def test_an_old_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         seams.install_or_log()
         with pytest.raises(seams.SeamError, match=r"needs gptqmodel >= 7\.7\.0, found 7\.6\.1"):
             EoRA(rank=4)
-    seams._failure = None
     seams.install()
 
 
 def test_a_newer_host_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(seams, "host_version", lambda: Version("8.1.0"))
     with caplog.at_level(logging.WARNING):
-        seams.check_version()
+        seams.host_known().check()
     assert "gptqmodel 8.1.0 is newer than the tested 7.7.0" in caplog.text
 
 

@@ -15,12 +15,12 @@ import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.shared import share_inputs
+from gptqmodel_eora_ext.formats.factors import QuantizedFactor
+from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
-from gptqmodel_eora_ext.kernels.layout import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
+from gptqmodel_eora_ext.kernels.shared_input import share_inputs
 from gptqmodel_eora_ext.kernels.triton import ops
-from gptqmodel_eora_ext.solve import QuantizedFactor
 from tests.kernels.on_device import DEVICE, packed_weight, random_factors, random_input
 
 IN = 64

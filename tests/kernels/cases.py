@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight, pack_words
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, pack_words
 from gptqmodel_eora_ext.solve.quantized import quantize_factor
 
 

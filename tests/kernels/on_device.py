@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from triton import knobs
 
-from gptqmodel_eora_ext.kernels.layout import Factors, PackedWeight
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 
 from . import cases
 

@@ -16,7 +16,7 @@ from gptqmodel_eora_ext import cli
 from gptqmodel_eora_ext.kernels import dispatch
 from gptqmodel_eora_ext.kernels.cpu import build
 from gptqmodel_eora_ext.kernels.dispatch import CODES, FEW_ROWS, MATMUL, SWITCH, TILES, TORCH, choose
-from tests.hosts.test_peft import NAMES, write
+from tests.adapter.test_folder import NAMES, write
 from tests.kernels.cases import packed_weight
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler")

@@ -12,7 +12,8 @@ from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptqmodel_eora_ext.kernels.layout import Factors, LayoutError, PackedWeight, pack_words, unpack_words
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight, pack_words, unpack_words
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from gptqmodel_eora_ext.kernels.layout import Factors, LayoutError, PackedWeight
+from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops, settings
 from gptqmodel_eora_ext.kernels.triton.correction import COUNTERS, _counters, counters

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptqmodel_eora_ext.budget import ModuleShape
+from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, sweep_rank
-from gptqmodel_eora_ext.refine.sensitivity import Sensitivity
+from gptqmodel_eora_ext.plan.sensitivity import Sensitivity
 from gptqmodel_eora_ext.solve import Grid
 
 BUDGETS = ("2bpw", "4bpw", "8bpw")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptqmodel_eora_ext.budget import ModuleShape
+from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.plan import ModulePlan, Plan, PlanError, PlannedModule, planned
 from gptqmodel_eora_ext.plan.modules import plain_bytes
 from gptqmodel_eora_ext.solve import Grid

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from gptqmodel_eora_ext.budget import ModuleShape, factor_bytes, weight_bytes
+from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes, weight_bytes
 from gptqmodel_eora_ext.plan import PLANNED_BITS, PlannedModule, mixed
 from gptqmodel_eora_ext.plan.modules import plain_bytes
 from gptqmodel_eora_ext.solve import Grid

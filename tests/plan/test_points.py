@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gptqmodel_eora_ext.budget import ModuleShape, budget_bytes
+from gptqmodel_eora_ext.adapter.budget import budget_bytes
+from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.plan import PlannedModule, Point, plan_points, planned
 from gptqmodel_eora_ext.plan.picture import draw
 from gptqmodel_eora_ext.plan.points import MARGIN

@@ -7,16 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptqmodel_eora_ext.solve import (
-    Curve,
-    allocate,
-    component_gains,
-    eora,
-    error_loss,
-    error_losses,
-    price,
-    rank_curve,
-)
+from gptqmodel_eora_ext.solve import Curve, allocate, component_gains, eora, error_loss, error_losses, price, rank_curve
 
 from .problems import problem
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptqmodel_eora_ext.solve.quantized import GROUP_SIZE, pack, quantize_factor, unpack
+from gptqmodel_eora_ext.formats.factors import GROUP_SIZE, pack, unpack
+from gptqmodel_eora_ext.solve.quantized import quantize_factor
 
 
 @settings(max_examples=40, deadline=None)

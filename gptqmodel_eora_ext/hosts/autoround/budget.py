@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from auto_round.utils import check_to_quantized, get_block_names
 
-from ...budget import ModuleShape, budget_bytes
-from ...ranks import RankAllocation
-from ...refine.forecast import Rounder, forecast_allocation
-from ...refine.kinds import Divergence
+from ...adapter.options import AdapterOptions
+from ...loop.allocation import RankAllocation
+from ...loop.budgeting import Rounding, allocate_budget
 from ...solve import Grid
-from ..gptqmodel.auto import cached_sensitivity, unseen_tokens
 from .moments import IGNORED_TOKEN
-
-log = logging.getLogger(__name__)
 
 # AutoRound tunes rounding and clipping by gradients; forecasts stand in for that by a quick GPTQ that searches scales.
 SCALE_SEARCH = 2.4
 
 
-def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Sequence[torch.Tensor]) -> RankAllocation:
+def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequence[torch.Tensor]) -> RankAllocation:
     """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
 
     Args:
         orchestrator: AutoRound's object for the run, its model at full precision.
-        options: budget, sensitivity and factor bits.
+        options: with a budget.
         token_ids: calibration, 1 × tokens each.
 
     Raises:
@@ -52,22 +47,12 @@ def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Seq
             f"EoRA: a budget needs gradients of the whole model, but AutoRound keeps {absent} on disk. "
             f"Pass low_cpu_mem_usage=False, or name a rank."
         )
-    shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
-    budget = budget_bytes(options["budget"], shapes)
-    batches = [_batch(ids) for ids in token_ids]
-    sensitivity = cached_sensitivity(model, linears, batches, kind=options["sensitivity"])
-    log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
-    rounders: dict[Grid, Rounder] = {}
 
-    def quickly(name: str, weight: torch.Tensor) -> torch.Tensor:
+    def rounding(name: str) -> Rounding:
         linear = linears[name]
-        grid = Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH)
-        [approximation] = rounders.setdefault(grid, Rounder(sensitivity, grid))(name, weight, [linear.bits])
-        return approximation
+        return Rounding(linear.bits, Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
 
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
-    divergence = Divergence(model, linears, unseen_tokens(batches))
-    return forecast_allocation(shapes, budget, options["factor_bits"], sensitivity, weights, quickly, divergence)
+    return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,16 +6,10 @@ from typing import Any
 
 from auto_round.algorithms.quantization.config import QuantizationConfig
 
-from ...adapter import (
-    AUTO,
-    DEFAULT_RANK,
-    FACTOR_BITS,
-    OBJECTIVES,
-    SENSITIVITIES,
-    validate_choice,
-    validate_rank,
-)
-from ...budget import FORM, ModuleShape, budget_bytes
+from ...adapter.budget import FORM
+from ...adapter.options import AdapterOptions, in_python
+from ...adapter.validate import validate_choice
+from ...adapter.vocabulary import DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES
 
 NAME = "eora"
 # "output" pairs a module's input with the full-precision model's; AutoRound's loop keeps one of them at a time.
@@ -90,28 +84,19 @@ class EoRAConfig(QuantizationConfig):
         Raises:
             ValueError: see the class.
         """
-        if self.rank is not None and self.budget is not None:
-            raise ValueError(
-                f"EoRA: rank and budget exclude each other, got rank={self.rank!r} and budget={self.budget!r}."
-            )
-        if self.rank is not None:
-            validate_rank(self.rank)
-        if self.budget is not None:
-            # Any module shows whether the form is right.
-            budget_bytes(self.budget, [ModuleShape("", 1 << 10, 1 << 10)])
         if self.objective == "output":
             raise ValueError(
                 'EoRA: objective "output" needs the full-precision and the quantised model\'s inputs side by side, '
                 'which AutoRound\'s loop does not keep. Use "eora", or `eora generate` on the finished checkpoint.'
             )
-        validate_choice(self.sensitivity, SENSITIVITIES, what="EoRA: `sensitivity`")
-        validate_choice(self.objective, LOOP_OBJECTIVES, what="EoRA: `objective`")
-        validate_choice(self.factor_bits, FACTOR_BITS, what="EoRA: `factor_bits`")
-        if self.budget is not None and self.objective != "eora":
-            raise ValueError(
-                f'EoRA: a budget weighs the components of objective "eora", got objective={self.objective!r}. '
-                f"Name a rank, or leave the objective out."
-            )
+        self.settled = AdapterOptions.settle(
+            rank=DEFAULT_RANK if self.rank is None and self.budget is None else self.rank,
+            budget=self.budget,
+            objective=self.objective,
+            factor_bits=self.factor_bits,
+            sensitivity=validate_choice(self.sensitivity, SENSITIVITIES, what=in_python("sensitivity")),
+            objectives=LOOP_OBJECTIVES,
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
@@ -119,7 +104,4 @@ class EoRAConfig(QuantizationConfig):
 
     def options(self) -> dict[str, Any]:
         """What was asked, ready for JSON."""
-        common = {"objective": self.objective, "factor_bits": self.factor_bits}
-        if self.budget is not None:
-            return {"rank": AUTO, **common, "budget": self.budget, "sensitivity": self.sensitivity}
-        return {"rank": DEFAULT_RANK if self.rank is None else self.rank, **common}
+        return self.settled.described()

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from auto_round.algorithms.transforms.base import BasePreprocessor
 from auto_round.utils import check_to_quantized
 
+from ...adapter.compensate import Recipe, compensate
 from ...capture import OutputErrorMoment, SecondMoment
-from ...compensate import Recipe, compensate
+from ...loop.place import is_linear, oriented, put_in_place
 from .checks import check_composition, check_formats
 from .config import EoRAConfig
 from .moments import BlockInputs, Moment
@@ -164,15 +164,12 @@ class EoRATransform(BasePreprocessor):
         return OutputErrorMoment(self._weights[name], linear.weight.data, name)
 
     def _compensate(self, name: str, linear: Any, moment: Moment | None) -> None:
-        transposed = isinstance(linear, transformers.Conv1D)
         weight, quantized = self._weights.pop(name), linear.weight.data
-        outer, inner = (weight.T, quantized.T) if transposed else (weight, quantized)
+        outer, inner = oriented(linear, weight), oriented(linear, quantized)
         recipe: Recipe = self.run.recipe(name)
         factors = compensate(outer, inner, moment or SecondMoment(outer.shape[1], name), recipe, name=name)
-        update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
-        self._quantized[name] = quantized
-        linear.weight.data = (quantized.to(torch.float32) + (update.T if transposed else update)).to(quantized.dtype)
-        self.run.factors[name] = factors.to("cpu")
+        self._quantized[name] = put_in_place(linear, factors)
+        self.run.record(name, factors)
 
 
 def _quantized_linears(block: torch.nn.Module) -> dict[str, Any]:
@@ -180,5 +177,5 @@ def _quantized_linears(block: torch.nn.Module) -> dict[str, Any]:
     return {
         str(module.global_name): module
         for module in block.modules()
-        if isinstance(module, (torch.nn.Linear, transformers.Conv1D)) and check_to_quantized(module)
+        if is_linear(module) and check_to_quantized(module)
     }

@@ -18,7 +18,7 @@ import torch
 from auto_round.compressors.utils import block_forward
 
 from ...capture import OutputErrorMoment, SecondMoment
-from ..reuse import KEPT_BYTES, ReusedBlock
+from ...loop.computed_once import KEPT_BYTES, ReusedBlock
 
 Moment = SecondMoment | OutputErrorMoment
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from .. import SeamError, problem_at
+from ..seam import HostVersion, SeamError, problem_at
 
 log = logging.getLogger(__name__)
 
@@ -51,22 +51,9 @@ def install() -> None:
     Raises:
         SeamError: with every mismatch found, when the host is too old or of another shape; nothing is registered then.
     """
-    found = host_version()
-    if found < OLDEST_HOST:
-        raise SeamError(
-            f"gptqmodel-eora-ext is not active in AutoRound: it needs auto-round >= {OLDEST_HOST}, found {found}. "
-            f"pip install -U auto-round"
-        )
-    missing = problems()
-    if missing:
-        raise SeamError(
-            f"gptqmodel-eora-ext is not active in AutoRound: auto-round {found} differs from the tested "
-            f"{NEWEST_TESTED_HOST}: {'; '.join(missing)}. Install auto-round=={NEWEST_TESTED_HOST}, or a newer "
-            f"gptqmodel-eora-ext."
-        )
-    if found > NEWEST_TESTED_HOST:
-        log.warning("auto-round %s is newer than the tested %s; its shape is checked, its behaviour is not.",
-                    found, NEWEST_TESTED_HOST)  # fmt: skip
+    host = HostVersion("auto-round", host_version(), OLDEST_HOST, NEWEST_TESTED_HOST)
+    host.check()
+    host.require(problems())
     if installed():
         return
     from auto_round.algorithms import registry
@@ -74,10 +61,14 @@ def install() -> None:
     from .config import NAME, EoRAConfig
     from .loop import EoRATransform
 
-    registry.register_algorithm(
-        NAME, config_factory=EoRAConfig, summary="Low-rank compensation of each block's quantisation error (EoRA)."
-    )
-    registry.register_pipeline_member(EoRAConfig)(EoRATransform)
+    try:
+        registry.register_algorithm(
+            NAME, config_factory=EoRAConfig, summary="Low-rank compensation of each block's quantisation error (EoRA)."
+        )
+        registry.register_pipeline_member(EoRAConfig)(EoRATransform)
+    except BaseException:
+        uninstall()
+        raise
 
 
 def uninstall() -> None:

@@ -11,23 +11,15 @@ import torch
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.utils.logger import setup_logger
 
-from ...adapter import (
-    AUTO,
-    FACTOR_BITS,
-    OBJECTIVES,
-    SENSITIVITIES,
-    UNIFORM,
-    validate_choice,
-    validate_count,
-    validate_rank,
-)
+from ...adapter.folder import AdapterFolder, ReadFactors
+from ...adapter.options import AdapterOptions
+from ...adapter.vocabulary import AUTO
+from ...formats.factors import Factors, QuantizedFactor
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
-from ...kernels.layout import Factors
 from ...kernels.triton import runs_on
+from ...kernels.versions import unchanged, version
 from ...plan import Plan
-from ...presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS, Preset
-from ...solve import QuantizedFactor
-from ..peft import AdapterFolder, ReadFactors
+from .installed import require_installed
 
 # Tells adapters apart that captured graphs apply at the same time (`kernels.triton.ops.add_correction`).
 _slots = itertools.count()
@@ -88,8 +80,6 @@ class EoRA(Lora):
         preset: str | None = None,
         plan: Plan | str | os.PathLike[str] | None = None,
     ) -> None:
-        from .seams import require_installed
-
         require_installed()
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.read(plan)
         if self.plan is not None:
@@ -102,62 +92,56 @@ class EoRA(Lora):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:
             path = str(Path(path).expanduser())
-        if rank is not None and rank != AUTO:
-            rank = validate_rank(rank)
-            if budget is not None:
-                raise ValueError(
-                    f"EoRA: `rank` and `budget` exclude each other; got rank={rank!r} and budget={budget!r}. "
-                    f'EoRA(budget="0.25bpw") chooses the ranks.'
-                )
-        elif rank is None and (budget is not None or preset is not None):
-            rank = AUTO
-        self.budget = DEFAULT_BUDGET if rank == AUTO and budget is None else budget
-        if preset is not None:
-            validate_choice(preset, PRESETS, what="EoRA: `preset`")
-        self.preset = preset
-        self._asked = {"factor_bits": factor_bits, "sensitivity": sensitivity, "rounds": rounds}
-        self._settle()
-        self.objective: str = validate_choice(objective, OBJECTIVES, what="EoRA: `objective`")
-        if rank == AUTO:
-            self._require_components()
+        self._asked: dict[str, Any] = {
+            "objective": objective, "factor_bits": factor_bits, "sensitivity": sensitivity, "rounds": rounds,
+        }  # fmt: skip
+        self.options = AdapterOptions.settle(rank=rank, budget=budget, preset=preset, **self._asked)
         self.packed = None
         self._factors: tuple[tuple[Any, ...], Factors] | None = None
         self._off = switched_off()
         self._slot = next(_slots)
-        super().__init__(rank=rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
-
-    def _settle(self) -> None:
-        """Take what was asked, else what the preset says, else one round of plain factors."""
-        preset = PRESETS[self.preset] if self.preset is not None else Preset(16, SENSITIVITIES[0], 1)
-        chosen = {name: getattr(preset, name) if asked is None else asked for name, asked in self._asked.items()}
-        self.factor_bits: int = validate_choice(chosen["factor_bits"], FACTOR_BITS, what="EoRA: `factor_bits`")
-        self.sensitivity: str = validate_choice(
-            chosen["sensitivity"], (*SENSITIVITIES, UNIFORM), what="EoRA: `sensitivity`"
-        )
-        self.rounds: int = validate_count(chosen["rounds"], what="EoRA: `rounds`")
-
-    def _require_components(self) -> None:
-        if self.objective != "eora":
-            raise ValueError(
-                f'EoRA: rank "auto" weighs the components of objective "eora", got objective={self.objective!r}. '
-                f"Name a rank, or leave the objective out."
-            )
+        super().__init__(rank=self.options.rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     @property
-    def asked_rounds(self) -> bool:
-        """Whether the rounds were asked for by number, not by a preset."""
-        return self._asked["rounds"] is not None
+    def budget(self) -> int | str | None:
+        """As asked, or the default of rank "auto"."""
+        return self.options.budget
+
+    @property
+    def objective(self) -> str:
+        """What the factors minimise."""
+        return self.options.objective
+
+    @property
+    def factor_bits(self) -> int:
+        """Bits of a stored factor."""
+        return self.options.factor_bits
+
+    @property
+    def sensitivity(self) -> str:
+        """What an error is taken to cost under a budget."""
+        return self.options.sensitivity
+
+    @property
+    def rounds(self) -> int:
+        """Times that a module is quantised."""
+        return self.options.rounds
+
+    @property
+    def preset(self) -> str | None:
+        """As asked, or the default of `EoRA()`."""
+        return self.options.preset
 
     def settle_for_making(self) -> None:
         """Where nothing was asked of an adapter that is to be made, take the default preset and say so."""
-        if self.rank is None:
-            self._require_components()
-            self.preset, self.rank, self.budget = DEFAULT_PRESET, AUTO, DEFAULT_BUDGET
-            self._settle()
-            setup_logger().info(
-                f"EoRA: neither a rank nor a budget was given; preset {self.preset!r}: {self.budget} of factors in "
-                f"{self.factor_bits} bits, ranks by sensitivity {self.sensitivity!r}."
-            )
+        if self.rank is not None:
+            return
+        self.options = self.options.for_making(**self._asked)
+        self.rank = self.options.rank
+        setup_logger().info(
+            f"EoRA: neither a rank nor a budget was given; preset {self.preset!r}: {self.budget} of factors in "
+            f"{self.factor_bits} bits, ranks by sensitivity {self.sensitivity!r}."
+        )
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.to_dict().items() if key != "name"}
@@ -264,15 +248,3 @@ class EoRA(Lora):
                 self.attach(factors, device)
         elif self.lora_A is not None and self.lora_B is not None:
             self.lora_A, self.lora_B = self.lora_A.to(device), self.lora_B.to(device)
-
-
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def unchanged(known: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    """Whether something made from the tensors, versions and devices ``known`` still serves."""
-    return all(
-        old is new or (isinstance(old, (int, torch.device)) and old == new) for old, new in zip(known, now, strict=True)
-    )

@@ -20,7 +20,7 @@ from gptqmodel.quantization.awq.quantize.scale import apply_scale
 from gptqmodel.quantization.awq.utils.module import get_op_name
 from gptqmodel.utils.model import get_layers_with_prefixes
 
-from .weights import dequantize
+from .known_weights import dequantize
 
 # A norm weight in bfloat16 has 8 bits; native and checkpoint agree to two roundings once s is moved.
 NORM_TOLERANCE = 2**-6

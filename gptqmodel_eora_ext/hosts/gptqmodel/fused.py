@@ -16,13 +16,14 @@ from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils.backend import BACKEND
 
+from ...formats.packed_weights import WEIGHT_BITS, PackedWeight
 from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
 from ...kernels.fused import FusedLinear, FusedLinears
-from ...kernels.layout import WEIGHT_BITS, PackedWeight
-from .adapter import EoRA, version
-from .shared import Joint, SharedInput, SharesInput
+from ...kernels.shared_input import Joint, SharedInput, SharesInput
+from ...kernels.versions import version
+from .adapter import EoRA
 
 # The buffers that a weight consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")

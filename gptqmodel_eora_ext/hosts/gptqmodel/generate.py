@@ -16,16 +16,17 @@ from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.torch import torch_empty_cache
 
-from ..autoround_format import read_config
-from ..peft import save_adapter
+from ...adapter.naming import DEFAULT_FOLDER
+from ...formats.autoround import read_config
+from ...loop.run import write_adapter
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
-from .base_model import check_embeddings, scales_were_moved
-from .checkpoint import DEFAULT_FOLDER, name_adapter, uncompiled
+from .base_check import check_embeddings, scales_were_moved
+from .checkpoint.load import uncompiled
+from .known_weights import CheckpointProcessor
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, rounds_to_make
-from .weights import CheckpointProcessor
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +136,7 @@ def generate_adapter(
         )
         CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
-    save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
-    if folder.resolve().is_relative_to(checkpoint.resolve()):
-        name_adapter(checkpoint, folder, run.factors)
+    write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     return folder
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from gptqmodel.quantization.config import METHOD
 
-from ...adapter import AUTO
-from ...budget import ModuleShape, budget_bytes, factor_bytes, weight_bytes
+from ...adapter.budget import budget_bytes
+from ...adapter.vocabulary import AUTO
+from ...formats.sizes import ModuleShape, factor_bytes, weight_bytes
 from ...plan import Plan, PlanError
 from .adapter import EoRA
-from .auto import linear_shapes, module_shapes
+from .modules import linear_shapes, module_shapes
 
 log = logging.getLogger(__name__)
 

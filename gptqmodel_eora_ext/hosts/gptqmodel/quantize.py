@@ -20,15 +20,18 @@ from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.looper.qqq_processor import QQQProcessor
 from gptqmodel.quantization.config import METHOD, RTNConfig
 
-from ...adapter import AUTO, UNIFORM
+from ...adapter.vocabulary import AUTO, UNIFORM
+from ...loop.budgeting import budgeted_rank
+from ...loop.run import counted_tokens
 from .adapter import EoRA
-from .auto import allocate_ranks, budgeted_rank, module_shapes
-from .finished import CheckpointCompensation
-from .native import NativeInputs
+from .checkpoint_compensation import CheckpointCompensation
+from .compensation import AWQCompensation, Compensation
+from .full_precision_inputs import FullPrecisionInputs
+from .known_weights import CheckpointProcessor, RTNProcessor
+from .modules import module_shapes
 from .planned import check_plan, warn_if_dominated
-from .processors import AWQCompensation, Compensation
 from .run import CompensationRun, check_token_ids, rounds_to_make
-from .weights import CheckpointProcessor, RTNProcessor
+from .survey import allocate_ranks
 
 log = logging.getLogger(__name__)
 
@@ -164,21 +167,21 @@ class CompensatingLooper(ModuleLooper):
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
-            if run.rank == AUTO and run.adapter.sensitivity == UNIFORM:
-                run.rank = budgeted_rank(module_shapes(model), run.adapter)
+            if run.rank == AUTO and run.options.sensitivity == UNIFORM:
+                run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
                 # AWQ's Ŵ stands for a rescaled W; it is forecast as if it were not known.
                 finished = model.quantize_config.method == METHOD.GPTQ
                 run.allocation = allocate_ranks(
                     model,
-                    run.adapter,
+                    run.options,
                     run.adapter_batches or list(processors[-1].calibration_dataset),
                     functools.partial(run.fixed_rank, model.quantize_config),
                     getattr(processors[-1], "approximation", None) if finished else None,
                 )
-            if run.objective == "output":
-                run.native_inputs = NativeInputs(processors[-1])
-                processors = [run.native_inputs, *processors]
+            if run.options.objective == "output":
+                run.full_precision_inputs = FullPrecisionInputs(processors[-1])
+                processors = [run.full_precision_inputs, *processors]
         super().__init__(model, processors, *args, **kwargs)
 
 
@@ -194,7 +197,7 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
     own_batches = list(processor.calibration_dataset)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     check_token_ids([*own_batches, *run.adapter_batches], vocabulary)
-    run.describe_calibration(run.adapter_batches or own_batches)
+    run.describe_calibration(counted_tokens(run.adapter_batches or own_batches))
     if run.own_data:
         # One set of forwards serves both: the adapter's batches first, each side's hooks reading only its own.
         processor.calibration_dataset = [*run.adapter_batches, *own_batches]

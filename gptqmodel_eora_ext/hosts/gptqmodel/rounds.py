@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from gptqmodel.quantization.gptq import GPTQ
 
-from ...adapter import ModuleFactors
+from ...adapter.factors import ModuleFactors
 
 Solve = Callable[[torch.Tensor, bool], ModuleFactors]
 
@@ -67,8 +66,3 @@ class JointRounds:
         """B A as GPTQ holds weights: out × columns, padded columns last."""
         update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
         return torch.nn.functional.pad(update.to(weight.device), (0, weight.shape[1] - update.shape[1]))
-
-
-def oriented(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A linear layer's weight as out × in, from how the layer holds it; and back."""
-    return weight.T if isinstance(module, transformers.Conv1D) else weight

@@ -16,6 +16,17 @@
 | `GPTQModel.adapter.generate` | an `EoRA` is made by the plugin |
 | `_default_cpu_workers` | at least 2, which the host's own loader pool needs (it crashes on 1 or 2 processors) |
 | `pack_module` of three processors | called without the processor's lock, which deadlocks with the parent module's |
+
+and, on the objects of one run, from its start to its end:
+
+| seam | where | what it does |
+|---|---|---|
+| `model._eora_run` | `quantize.py` | the run under way, and after it the adapter that `save()` writes |
+| a processor's `__class__` | `quantize.equip` | the processor that quantises gets `Compensation` mixed in |
+| `GPTQ.quantize` of a task | `rounds.py` | a module is quantised several times, for its adapter |
+| `loop_processor._PROJECT_LOG_DIR` | `quantize.py` | logs go to a temporary folder, not to `./logs` |
+| `model.layer_callback` | `terminal.py` | a command's own progress bar hears of finished layers |
+| `logger._suppress_live_renderables` | `terminal.py` | no tables and bars of GPTQModel's beside that |
 """
 
 from __future__ import annotations
@@ -24,12 +35,12 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from packaging.version import Version
 
-from .. import SeamError, problem_at
+from ..seam import HostVersion, Seam, SeamError, all_or_none, problem_at, undo_all
+from . import installed as record
 
 log = logging.getLogger(__name__)
 
@@ -41,90 +52,45 @@ LEAST_CPU_WORKERS = 2
 FUSED_KEY = "gptq_eora_fused"
 TRITON_KEY = "gptq_eora_triton"
 
-_undo: list[Callable[[], None]] = []
-_failure: SeamError | None = None
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One attribute of the host that is replaced.
-
-    Attributes:
-        owner: module or class.
-        name: the attribute.
-        parameters: names that the attribute's signature must hold.
-        replacement: takes the original, returns what stands in its place.
-    """
-
-    owner: Any
-    name: str
-    parameters: tuple[str, ...]
-    replacement: Callable[[Any], Any]
-
-    def problem(self) -> str | None:
-        """What is wrong with the host at this place, or None."""
-        return problem_at(self.owner, self.name, self.parameters)
-
-    def apply(self) -> None:
-        """Replace the attribute; remember how to put it back."""
-        own = vars(self.owner).get(self.name)
-        setattr(self.owner, self.name, self.replacement(getattr(self.owner, self.name)))
-        _undo.append(lambda: setattr(self.owner, self.name, own))
 
 
 def install_or_log() -> None:
     """Install; a host that cannot be served is logged now, and told again by `EoRA(…)`."""
-    global _failure
     try:
         install()
     except SeamError as error:
-        _failure = error
+        record.record_failure(error)
         log.warning("%s", error)
 
 
-def require_installed() -> None:
-    """Install if the autoload did not, for instance because it is switched off.
-
-    Raises:
-        SeamError: when the installed GPTQModel cannot be served.
-    """
-    if _failure is not None:
-        raise _failure
-    install()
-
-
-def installed() -> bool:
-    """Whether the seams are in place."""
-    return bool(_undo)
-
-
 def install() -> None:
-    """Put all seams in place, once.
+    """Put all seams in place, once; all or none.
 
     Raises:
         SeamError: with every mismatch found, when the host is too old or of another shape; nothing is touched then.
     """
-    if _undo:
+    if record.is_installed():
         return
-    check_version()
+    host = host_known()
+    host.check()
     seams = list_seams()
-    problems = [problem for seam in seams if (problem := seam.problem())] + kernel_order_problems()
-    if problems:
-        raise SeamError(
-            f"gptqmodel-eora-ext is not active: gptqmodel {host_version()} differs from the tested "
-            f"{NEWEST_TESTED_HOST}: {'; '.join(problems)}. Install gptqmodel=={NEWEST_TESTED_HOST}, or a newer "
-            f"gptqmodel-eora-ext."
-        )
-    for seam in seams:
-        seam.apply()
-    _register_kernels()
-    _register_adapter()
+    host.require([problem for seam in seams if (problem := seam.problem())] + relied_on_problems())
+    with all_or_none(record.undo):
+        for seam in seams:
+            record.undo.append(seam.apply())
+        _register_kernels()
+        _register_adapter()
+    record.record_failure(None)
+
+
+def installed() -> bool:
+    """Whether the seams are in place."""
+    return record.is_installed()
 
 
 def uninstall() -> None:
     """Undo everything `install` did."""
-    while _undo:
-        _undo.pop()()
+    undo_all(record.undo)
 
 
 def host_version() -> Version:
@@ -134,21 +100,9 @@ def host_version() -> Version:
     return Version(__version__)
 
 
-def check_version() -> None:
-    """Refuse a host that is too old; warn about one that is newer than tested.
-
-    Raises:
-        SeamError: below the oldest supported version.
-    """
-    found = host_version()
-    if found < OLDEST_HOST:
-        raise SeamError(
-            f"gptqmodel-eora-ext is not active: it needs gptqmodel >= {OLDEST_HOST}, found {found}. "
-            f"pip install -U gptqmodel"
-        )
-    if found > NEWEST_TESTED_HOST:
-        log.warning("gptqmodel %s is newer than the tested %s; its shape is checked, its behaviour is not.",
-                    found, NEWEST_TESTED_HOST)  # fmt: skip
+def host_known() -> HostVersion:
+    """The installed GPTQModel beside those that the plugin knows."""
+    return HostVersion("gptqmodel", host_version(), OLDEST_HOST, NEWEST_TESTED_HOST)
 
 
 def list_seams() -> list[Seam]:
@@ -161,7 +115,8 @@ def list_seams() -> list[Seam]:
     from gptqmodel.quantization.config import BaseQuantizeConfig
     from gptqmodel.utils import model
 
-    from . import checkpoint, generate, quantize, triton
+    from . import generate, quantize, triton
+    from .checkpoint import load, save
 
     def method(function: Callable[..., Any]) -> Callable[[Any], Any]:
         return lambda original: functools.wraps(original)(
@@ -189,10 +144,10 @@ def list_seams() -> list[Seam]:
              method(quantize.quantize)),
         Seam(BaseQModel, "_quantize_weight_only", loop_options, method(quantize.quantize_weight_only)),
         Seam(module_looper, "ModuleLooper", ("model", "processors"), lambda original: quantize.CompensatingLooper),
-        Seam(BaseQModel, "save_quantized", ("save_dir", "eora_path"), method(checkpoint.save_quantized)),
-        Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(checkpoint.config_from_pretrained)),
-        Seam(auto, "_is_supported_quantization_config", ("config",), plain(checkpoint.is_supported)),
-        Seam(loader, "gptqmodel_post_init", ("model",), plain(checkpoint.attach_adapters)),
+        Seam(BaseQModel, "save_quantized", ("save_dir", "eora_path"), method(save.save_quantized)),
+        Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(load.config_from_pretrained)),
+        Seam(auto, "_is_supported_quantization_config", ("config",), plain(load.is_supported)),
+        Seam(loader, "gptqmodel_post_init", ("model",), plain(load.attach_adapters)),
         Seam(model, "select_quant_linear", ("backend", "adapter", "pack"), plain(triton.candidates)),
         Seam(GPTQModel.adapter, "generate", ("adapter", "model_id_or_path", "quantized_model_id_or_path",
                                              "calibration_dataset"), class_method(generate.generate)),
@@ -207,6 +162,35 @@ def _without_lock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     """The lock guards two dictionaries that belong to the call alone."""
     kwargs["lock"] = None
     return original(*args, **kwargs)
+
+
+def relied_on_problems() -> list[str]:
+    """What is wrong with the host where the plugin relies on it without replacing anything for good."""
+    from gptqmodel.looper import loop_processor
+    from gptqmodel.models.base import BaseQModel
+    from gptqmodel.quantization.gptq import GPTQ
+    from gptqmodel.utils import logger
+
+    processor = loop_processor.LoopProcessor
+    expected: list[tuple[Any, str, tuple[str, ...]]] = [
+        (processor, "preprocess", ("module",)),
+        (processor, "begin_shared_input_capture", ("model", "subset_names", "is_lm_head_module")),
+        (processor, "end_shared_input_capture", ("subset_names",)),
+        (processor, "pre_process_fwd_hook", ("name",)),
+        (processor, "process", ("module",)),
+        (processor, "submodule_finalize", ("module",)),
+        (processor, "current_batch_index", ()),
+        (GPTQ, "quantize", ()),
+        (GPTQ, "clone_module", ()),
+        (GPTQ, "materialize_global_hessian", ()),
+        (GPTQ, "clear_shared_hessian_cache", ()),
+        (loop_processor, "_PROJECT_LOG_DIR", ()),
+        (BaseQModel, "simple_layer_modules", ("model_config", "quantize_config")),
+        (BaseQModel, "extract_layers_node", ()),
+        (BaseQModel, "prepare_dataset", ("calibration_dataset", "batch_size")),
+        (logger, "_suppress_live_renderables", ()),
+    ]
+    return [problem for place in expected if (problem := problem_at(*place))] + kernel_order_problems()
 
 
 def kernel_order_problems() -> list[str]:
@@ -253,7 +237,7 @@ def _register_kernels() -> None:
         for backend, _ in later:
             order.move_to_end(backend)
         for key in (FUSED_KEY, TRITON_KEY):
-            _undo.append(functools.partial(order.pop, key, None))
+            record.undo.append(functools.partial(order.pop, key, None))
 
 
 def _register_adapter() -> None:
@@ -263,13 +247,13 @@ def _register_adapter() -> None:
     from .adapter import EoRA
 
     ADAPTER_MAPPING[EoRA.name()] = EoRA
-    _undo.append(lambda: ADAPTER_MAPPING.pop(EoRA.name(), None))
+    record.undo.append(lambda: ADAPTER_MAPPING.pop(EoRA.name(), None))
     for kernel in _subclasses(BaseQuantLinear):
         # Some kernels share one list object.
         accepted = kernel.SUPPORTS_ADAPTERS
         if accepted and Lora in accepted and EoRA not in accepted:
             accepted.append(EoRA)
-            _undo.append(functools.partial(accepted.remove, EoRA))
+            record.undo.append(functools.partial(accepted.remove, EoRA))
 
 
 def _subclasses(cls: Any) -> list[Any]:

@@ -17,12 +17,13 @@ from gptqmodel.models._const import DEVICE, PLATFORM
 from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils.backend import BACKEND
 
+from ...formats.packed_weights import WEIGHT_BITS
 from ...kernels.dispatch import ALL, DTYPES, SWITCH, TRITON, switched_off
-from ...kernels.layout import WEIGHT_BITS
+from ...kernels.shared_input import Joint
 from ...kernels.triton import available, runs_on
-from .adapter import EoRA, version
+from ...kernels.versions import version
+from .adapter import EoRA
 from .fused import EoRAFusedLinear
-from .shared import Joint
 
 
 class EoRATritonLinear(EoRAFusedLinear):

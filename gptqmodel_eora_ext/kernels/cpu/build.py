@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from ...files import cache_folder
+from ...system.files import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..layout import LayoutError, to_dense
+from ...formats.factors import to_dense
+from ...formats.packed_weights import LayoutError
 from .build import library
 from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
 

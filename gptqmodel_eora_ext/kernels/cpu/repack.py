@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...solve import QuantizedFactor
-from ..layout import Factors, PackedWeight
+from ...formats.factors import Factors, QuantizedFactor
+from ...formats.packed_weights import PackedWeight
 from .build import library
 
 # As in csrc/linear.h.

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...solve import GROUP_SIZE, QuantizedFactor
-from ..layout import Factors, LayoutError, PackedWeight, pack_words
+from ...formats.factors import GROUP_SIZE, Factors, QuantizedFactor
+from ...formats.packed_weights import LayoutError, PackedWeight, pack_words
 from . import settings
 from .correction import COUNTERS, correction_kernel, counters
 from .dense import dequantize_kernel, factor_kernel

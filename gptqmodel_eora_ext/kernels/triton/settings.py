@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from ..layout import WORD_BITS
+from ...formats.packed_weights import WORD_BITS
 
 # Programs wanted per multiprocessor: a memory-bound program alone cannot keep enough reads in flight.
 GEMV_PROGRAMS = 8

@@ -1,0 +1,1 @@
+"""What an adapter is, apart from any host: its options, its factors, its folder on disk."""

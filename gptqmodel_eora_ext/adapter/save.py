@@ -1,0 +1,135 @@
+"""Writing an adapter's folder, and its plain PEFT copy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
+from ..formats.packed_factors import FEATURES, features_metadata, packed_config, packed_tensors
+from ..system.files import replaced_folder, write_json
+from .factors import ModuleFactors
+from .folder import DETAILS_VERSION, KEY_PREFIX, AdapterError, AdapterFolder, read_json
+from .vocabulary import FACTOR_BITS
+
+
+def most_common_rank(factors: Mapping[str, ModuleFactors]) -> int:
+    """The rank most modules have: `r` of the config, so that `rank_pattern` stays short."""
+    return Counter(max(one.rank, 1) for one in factors.values()).most_common(1)[0][0]
+
+
+def save_adapter(
+    folder: Path,
+    factors: Mapping[str, ModuleFactors],
+    *,
+    base_model: str,
+    module_names: Collection[str],
+    details: Mapping[str, Any],
+) -> None:
+    """Write an adapter folder in one step; an older one in its place stays whole until then.
+
+    Args:
+        folder: the adapter's folder.
+        factors: full module name → factors, all packed or none. Rank 0 is written as rank 1 of zeros, since GPTQModel
+            without this plugin cannot load an adapter that leaves out a quantised module; a packed adapter, which
+            needs the plugin, leaves it out.
+        base_model: what `base_model_name_or_path` says.
+        module_names: every module of the model, to tell whether a suffix (`q_proj`) names only modules with factors.
+        details: what goes into `eora.json` beside the per-module report.
+
+    Raises:
+        AdapterError: when there are no factors.
+    """
+    import peft
+
+    if not factors:
+        raise AdapterError(f"Adapter: nothing to save in `{folder}`: no module has factors.")
+    config = _lora_config(
+        {name: max(one.rank, 1) for name, one in factors.items()},
+        target_modules=_target_modules(factors, module_names),
+        task_type=peft.TaskType.CAUSAL_LM,
+        base_model=base_model,
+    )
+    packed = {name: one.packed for name, one in factors.items() if one.packed}
+    tensors: dict[str, torch.Tensor] = {}
+    metadata = {"format": "pt"}
+    if packed:
+        metadata[FEATURES] = features_metadata(packed)
+    for name, one in factors.items():
+        if one.packed:
+            tensors |= packed_tensors(f"{KEY_PREFIX}{name}", one.packed)
+        elif not packed:
+            lora_A, lora_B = one.lora_A, one.lora_B
+            if one.rank == 0:
+                lora_A, lora_B = lora_A.new_zeros(1, one.in_features), lora_B.new_zeros(one.out_features, 1)
+            tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
+            tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+    with replaced_folder(folder) as fresh:
+        save_file(tensors, fresh / ADAPTER_WEIGHTS, metadata=metadata)
+        config.save_pretrained(str(fresh))
+        if packed:
+            content = read_json(fresh / ADAPTER_CONFIG)
+            write_json(fresh / ADAPTER_CONFIG, packed_config(content, next(iter(packed.values()))[0].bits))
+        report = {"modules": {name: one.report() for name, one in factors.items()}}
+        write_json(fresh / ADAPTER_DETAILS, {**details, **report, "version": DETAILS_VERSION})
+
+
+def export_peft(source: AdapterFolder, folder: Path) -> None:
+    """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
+
+    Args:
+        source: any adapter folder.
+        folder: where to; an older one in its place stays whole until the copy is complete.
+
+    Raises:
+        AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
+    """
+    if folder.resolve() == source.path.resolve():
+        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
+    tensors = {}
+    for name, factors in source.factors(list(source.keys)):
+        dtype = torch.float16 if factors.packed else factors.lora_A.dtype
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = factors.lora_A.to(dtype)
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = factors.lora_B.to(dtype)
+    ranks = {name: source.rank(name) for name in source.keys}
+    config = _lora_config(
+        ranks,
+        target_modules=source.config.get("target_modules"),
+        task_type=source.config.get("task_type"),
+        base_model=source.config.get("base_model_name_or_path"),
+    )
+    with replaced_folder(folder) as fresh:
+        save_file(tensors, fresh / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(fresh))
+        if source.details is not None:
+            write_json(fresh / ADAPTER_DETAILS, {**source.details, "factor_bits": FACTOR_BITS[0]})
+
+
+def _lora_config(ranks: Mapping[str, int], *, target_modules: Any, task_type: Any, base_model: str | None) -> Any:
+    """PEFT's config of scale 1 for every module: its alpha equals its rank."""
+    import peft
+
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: found for name, found in ranks.items() if found != rank}
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_modules,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+
+
+def _target_modules(factors: Mapping[str, ModuleFactors], module_names: Collection[str]) -> list[str]:
+    """Short names (`q_proj`) where every module so named has factors, else full names."""
+    suffixes = {name.rsplit(".", 1)[-1] for name in factors}
+    named_so = {name for name in module_names if name.rsplit(".", 1)[-1] in suffixes}
+    return sorted(suffixes if named_so <= set(factors) else factors)

@@ -1,0 +1,94 @@
+"""What an adapter is and what it bought, read from its folder without loading a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
+from .folder import AdapterError, AdapterFolder
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter folder in figures.
+
+    Attributes:
+        folder: where it is.
+        ranks: module → rank.
+        bytes: of the weights file.
+        factor_bits: 16 for a plain PEFT adapter, 8 or 4 for packed factors.
+        details: `eora.json` without the modules; empty for an adapter that another tool made.
+        modules: module → report (rank, tokens, signal, error_before, error_after, bytes).
+    """
+
+    folder: Path
+    ranks: Mapping[str, int]
+    bytes: int
+    factor_bits: int
+    details: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Any]]
+
+    def error_left(self) -> float:
+        """Share of the weighted error that the adapter leaves: geometric mean over modules, nan when unknown."""
+        shares = [m["error_after"] / m["error_before"] for m in self.modules.values() if m["error_before"] > 0]
+        shares = [share for share in shares if share > 0]
+        return math.exp(sum(map(math.log, shares)) / len(shares)) if shares else math.nan
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "folder": str(self.folder),
+            "bytes": self.bytes,
+            "factor_bits": self.factor_bits,
+            "ranks": dict(self.ranks),
+            **self.details,
+            "modules": dict(self.modules),
+        }
+
+
+def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
+    """Return the adapter's folder for a checkpoint or an adapter folder.
+
+    Args:
+        path: a checkpoint, or an adapter folder.
+        required: whether a checkpoint that names no adapter is an error; otherwise it gives None.
+
+    Raises:
+        AdapterError: when there is none.
+    """
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    config = path / QUANTIZE_CONFIG
+    if not config.is_file() and required:
+        raise AdapterError(f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint ({QUANTIZE_CONFIG}).")
+    adapter = json.loads(config.read_text(encoding="utf-8")).get("adapter") if config.is_file() else None
+    if not adapter and required:
+        raise AdapterError(f"The checkpoint `{path}` names no adapter. Make one with `eora generate`.")
+    return path / adapter["path"] if adapter else None
+
+
+def summarize(path: str | Path) -> AdapterSummary:
+    """Read an adapter's folder, or a checkpoint's.
+
+    Raises:
+        AdapterError: when there is no adapter, or it is broken.
+    """
+    found = find_adapter(path)
+    assert found is not None
+    folder = AdapterFolder.open(found)
+    details = dict(folder.details or {})
+    modules = details.pop("modules", {})
+    return AdapterSummary(
+        folder=folder.path,
+        ranks={module: folder.rank(module) for module in folder.keys},
+        bytes=folder.weights.stat().st_size,
+        factor_bits=folder.factor_bits,
+        details=details,
+        modules=modules,
+    )

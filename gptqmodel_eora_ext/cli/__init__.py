@@ -1,0 +1,52 @@
+"""The command `eora`; one file a command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from .demo import demo
+from .evaluate import evaluate
+from .export import export
+from .generate import generate
+from .inspect import inspect
+from .options import out
+from .plan import plan
+from .quantize import quantize
+from .study import EXAMPLE as STUDY_EXAMPLE
+from .study import study
+
+app = typer.Typer(
+    name="eora",
+    help="Training-free low-rank adapters that win back what quantisation loses, for GPTQModel.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def _example(text: str) -> str:
+    return f"Example:  eora {text}"
+
+
+app.command(epilog=_example("quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 --rank 64 --calibration c4.jsonl"))(
+    quantize
+)
+app.command(
+    epilog=_example("generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64")
+)(generate)
+app.command(epilog=_example("inspect out/qwen3-8b-2bit --modules"))(inspect)
+app.command(epilog=_example("plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json"))(plan)
+app.command(epilog=_example("export out/qwen3-8b-2bit --peft adapters/plain"))(export)
+app.command(name="eval", epilog=_example("eval out/qwen3-8b-2bit --text heldout.txt"))(evaluate)
+app.command(epilog=_example("demo --out demo"))(demo)
+app.command(epilog=STUDY_EXAMPLE)(study)

@@ -1,0 +1,104 @@
+"""The command `eora quantize`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..adapter.summary import summarize
+from ..adapter.vocabulary import OBJECTIVES
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from .options import (
+    DEFAULT_GROUP_SIZE,
+    QUANTIZED_BITS,
+    BatchSize,
+    Budget,
+    Calibration,
+    FactorBits,
+    GroupSize,
+    Model,
+    Objective,
+    PlanFile,
+    PresetName,
+    Rank,
+    Rounds,
+    Samples,
+    Sensitivity,
+    SeqLen,
+    adapter_options,
+    check_group_size,
+    check_model,
+    check_out,
+    errors,
+    fail,
+    out,
+    progress_bars,
+    read_calibration,
+    read_plan,
+    tokenized,
+)
+from .show import print_summary
+
+QUANTIZER = "gptq"
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
+    calibration: Calibration,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
+    rank: Rank = None,
+    budget: Budget = None,
+    plan_file: PlanFile = None,
+    preset: PresetName = None,
+    sensitivity: Sensitivity = None,
+    objective: Objective = OBJECTIVES[0],
+    factor_bits: FactorBits = None,
+    rounds: Rounds = None,
+    samples: Samples = DEFAULT_SAMPLES,
+    seqlen: SeqLen = DEFAULT_SEQLEN,
+    batch_size: BatchSize = 1,
+    sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
+    desc_act: Annotated[bool, typer.Option(help="Quantise columns in order of activation size.")] = False,
+    mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = 0.0,
+    force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+) -> None:
+    """Quantise a model by GPTQ and compensate each module right after it is quantised."""
+    chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
+    if bits not in QUANTIZED_BITS:
+        fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
+    check_group_size(group_size)
+    settings = {"bits": bits, "group_size": group_size, "sym": sym, "mse": mse}
+    planned = read_plan(context, plan_file) if plan_file else None
+    if planned:
+        settings = planned.quantize_config()
+    check_model(model)
+    check_out(output, force)
+    texts = read_calibration(calibration)
+
+    from ..hosts.registry import QuantizeJob, quantizer
+    from ..hosts.terminal import quiet
+
+    start = time.perf_counter()
+    with errors(), progress_bars() as bar, quiet():
+        job = QuantizeJob(
+            model=model,
+            output=output,
+            windows=tokenized(texts, model, samples, seqlen, trust_remote_code),
+            settings={**settings, "desc_act": desc_act},
+            adapter=None if planned else chosen,
+            plan=planned,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+            report=bar("quantising layers"),
+        )
+        quantizer(QUANTIZER)(job)
+    if planned is None or planned.largest_rank:
+        print_summary(summarize(output), time.perf_counter() - start)
+    out.print(f'Load it:  GPTQModel.load("{output}")', highlight=False)

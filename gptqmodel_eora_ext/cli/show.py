@@ -1,0 +1,38 @@
+"""What several commands print of an adapter."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..adapter.summary import AdapterSummary
+from ..evaluate.size import readable, weight_bytes
+from .options import (
+    out,
+)
+
+
+def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:
+    details = summary.details
+    ranks = sorted(set(summary.ranks.values()))
+    table = Table.grid(padding=(0, 2))
+    table.add_row("adapter", str(summary.folder))
+    table.add_row(
+        "modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
+    )
+    table.add_row("bytes", f"{readable(summary.bytes)}, factors in {summary.factor_bits} bits")
+    checkpoint = weight_bytes(summary.folder.parent)
+    if checkpoint:
+        table.add_row("checkpoint", f"{readable(checkpoint)} without the adapter")
+    if details:
+        data = details.get("calibration", {})
+        versions = ", ".join(f"{name} {found}" for name, found in details.get("versions", {}).items())
+        if allocation := details.get("allocation"):
+            spent, budget = (readable(allocation[key]) for key in ("spent", "budget"))
+            table.add_row("budget", f"{spent} of {budget}, ranks by {allocation['sensitivity']} sensitivity")
+        table.add_row("objective", f"{details.get('objective')}, after {details.get('method')}")
+        table.add_row("calibration", f"{data.get('tokens')} tokens, sha256 {str(data.get('sha256'))[:12]}…")
+        table.add_row("error left", f"{summary.error_left():.1%} of the weighted error (geometric mean over modules)")
+        table.add_row("made by", versions)
+    if seconds is not None:
+        table.add_row("seconds", f"{seconds:.0f}")
+    out.print(table)

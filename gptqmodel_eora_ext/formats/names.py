@@ -1,0 +1,11 @@
+"""Names of files and of their fields, as GPTQModel, PEFT and this package write them."""
+
+# GPTQModel's description of a checkpoint's quantisation.
+QUANTIZE_CONFIG = "quantize_config.json"
+# transformers' description of a model.
+MODEL_CONFIG = "config.json"
+# PEFT's two files of an adapter.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What this package tells of an adapter beside that: objective, calibration, versions, errors per module.
+ADAPTER_DETAILS = "eora.json"

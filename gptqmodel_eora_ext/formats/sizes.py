@@ -1,0 +1,40 @@
+"""What quantised weights and factors weigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .factors import GROUP_SIZE
+
+SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A module to compensate."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def weights(self) -> int:
+        """Quantised weights."""
+        return self.out_features * self.in_features
+
+
+def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int) -> int:
+    """Bytes of both factors as they are stored, scales included."""
+    if factor_bits == 16:
+        return 2 * rank * (shape.in_features + shape.out_features)
+    row = sum(
+        -(-features * factor_bits // 8) + SCALE_BYTES * -(-features // GROUP_SIZE)
+        for features in (shape.in_features, shape.out_features)
+    )
+    return rank * row
+
+
+def weight_bytes(shape: ModuleShape, bits: int, group_size: int) -> int:
+    """Bytes of a module's weights in the GPTQ format: codes, float16 scales, zeros as wide as codes."""
+    groups = 1 if group_size == -1 else -(-shape.in_features // group_size)
+    return (shape.weights * bits + groups * shape.out_features * (8 * SCALE_BYTES + bits)) // 8

@@ -1,0 +1,115 @@
+"""Loading: a checkpoint's adapter is found, checked, and attached to its kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+from ....adapter.folder import AdapterError, AdapterFolder
+from ....formats import autoround
+from ....formats.names import ADAPTER_DETAILS, QUANTIZE_CONFIG
+from ....kernels.shared_input import share_inputs
+from ..adapter import EoRA
+from .save import adapted_kernels
+
+log = logging.getLogger(__name__)
+_uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
+
+
+def is_supported(original: Callable[..., bool], config: Any) -> bool:
+    """Whether a model's config tells of a quantisation that GPTQModel loads: AutoRound's packed integers are, too."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or not autoround.is_autoround(found):
+        return original(config)
+    try:
+        autoround.packing(found, str(getattr(config, "name_or_path", "")))
+    except NotImplementedError:
+        return original(config)
+    return True
+
+
+def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`.
+
+    A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
+    """
+    place = Path(args[0] if args else kwargs["save_dir"])
+    if not (place / QUANTIZE_CONFIG).is_file() and autoround.read_config(place) is not None:
+        from gptqmodel import QuantizeConfig
+
+        return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
+    config = original(*args, **kwargs)
+    stock = config.adapter
+    source = getattr(stock, "_gptqmodel_checkpoint_source", None)
+    if type(stock) is Lora and source is not None and Path(source[0], source[1], ADAPTER_DETAILS).is_file():
+        config.adapter = EoRA(rank=stock.rank, path=stock.path)
+        config.adapter._gptqmodel_checkpoint_source = source
+    return config
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Kernels loaded meanwhile are not compiled: GPTQModel's torch kernel compiles its unpacking anew for every shape,
+    for more time than it then saves where each weight is unpacked once."""
+    token = _uncompiled.set(True)
+    try:
+        yield
+    finally:
+        _uncompiled.reset(token)
+
+
+def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels; then let
+    those that read the same input be computed together."""
+    kernels = adapted_kernels(model)
+    if kernels:
+        adapter = next(iter(kernels.values())).adapter
+        if adapter.path:
+            _attach(AdapterFolder.open(adapter.path), kernels)
+    if _uncompiled.get():
+        for module in model.modules():
+            if isinstance(module, BaseQuantLinear):
+                module.optimized = True
+    model = original(model, *args, **kwargs)
+    share_inputs(kernels)
+    return model
+
+
+def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> None:
+    matched = folder.match(kernels)
+    kernel_names = {module: name for name, module in matched.items()}
+    for module, factors in folder.factors(list(kernel_names)):
+        kernel = kernels[kernel_names[module]]
+        found = (factors.lora_B.shape[0], factors.lora_A.shape[1])
+        expected = (kernel.out_features, kernel.in_features)
+        if found != expected:
+            raise AdapterError(
+                f"Adapter: {module} in `{folder.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
+                f"checkpoint's is {expected[0]} × {expected[1]}. The adapter was made for "
+                f"{folder.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+            )
+        kernel.adapter.attach(factors, kernel.runtime_device())
+    without = len(kernels) - len(matched)
+    log.info("EoRA: %d adapters attached from `%s`%s.", len(matched), folder.path,
+             f", {without} modules have none" if without else "")  # fmt: skip
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Have the kernels of a loaded model compute without their adapters."""
+    kernels = adapted_kernels(model)
+    adapters = {name: kernel.adapter for name, kernel in kernels.items()}
+    for kernel in kernels.values():
+        kernel.adapter = None
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            kernel.adapter = adapters[name]

@@ -1,0 +1,90 @@
+"""Saving: a GPTQModel checkpoint that names its adapter, so that it loads with this plugin or without."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+from ....adapter.factors import ModuleFactors
+from ....adapter.naming import DEFAULT_FOLDER
+from ....formats.names import ADAPTER_DETAILS
+from ....loop.run import write_adapter
+from ..adapter import EoRA
+from ..quantize import RUN_ATTRIBUTE
+from ..run import CompensationRun
+
+
+def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save by GPTQModel's writer, then the adapter beside it, then its name in `quantize_config.json`."""
+    config = model.quantize_config
+    adapter = config.adapter
+    if not isinstance(adapter, EoRA):
+        return original(model, *args, **kwargs)
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    checkpoint = Path(call.arguments["save_dir"])
+    asked = call.arguments["eora_path"]
+    factors, details, path = _to_save(model)
+    call.arguments["eora_path"] = None
+    config.adapter = None
+    try:
+        result = original(*call.args, **call.kwargs)
+    finally:
+        config.adapter = adapter
+    if factors:
+        folder = _folder(asked or path, checkpoint)
+        names = [name for name, _ in model.model.named_modules()]
+        write_adapter(checkpoint, folder, factors, names, details)
+    return result
+
+
+def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
+    return checkpoint / Path(path if path is not None else DEFAULT_FOLDER).expanduser()
+
+
+def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], str | None]:
+    """Factors, details and the adapter's place: of the quantise run, or of what a loaded model's kernels carry."""
+    adapter = model.quantize_config.adapter
+    run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+    if run is not None:
+        return run.factors, run.details(), adapter.path
+    # A loaded adapter goes into the new checkpoint, never over the folder it came from.
+    source = adapter._gptqmodel_checkpoint_source
+    details = _details(Path(*source) if source else Path(adapter.path))
+    reports = details.pop("modules", {})
+    factors = {}
+    for name, kernel in adapted_kernels(model.model).items():
+        if kernel.adapter.lora_A is None:
+            continue
+        report = reports.get(name, {})
+        factors[name] = ModuleFactors(
+            lora_A=kernel.adapter.lora_A.T,
+            lora_B=kernel.adapter.lora_B.T,
+            requested_rank=report.get("requested_rank", kernel.adapter.lora_A.shape[1]),
+            tokens=report.get("tokens", 0),
+            signal=report.get("signal", 0.0),
+            error_before=report.get("error_before", 0.0),
+            error_after=report.get("error_after", 0.0),
+            packed=kernel.adapter.packed,
+        )
+    return factors, details, source[1] if source else None
+
+
+def _details(folder: Path) -> dict[str, Any]:
+    """What `eora.json` of a loaded adapter says; nothing where it was removed since."""
+    path = folder / ADAPTER_DETAILS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def adapted_kernels(model: Any) -> dict[str, BaseQuantLinear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseQuantLinear) and isinstance(module.adapter, EoRA)
+    }

@@ -1,0 +1,97 @@
+"""What GPTQModel serves, for the commands and the evaluation (`hosts.registry`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+from ...plan.sensitivity import Sensitivity
+from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
+from ..terminal import watch_layers
+from . import seams
+from .adapter import EoRA
+from .checkpoint.load import adapters_off
+from .generate import generate_adapter
+from .modules import module_shapes
+from .planned import check_plan
+from .quantize import logs_out_of_the_way
+from .survey import survey
+
+QUANTIZER = "gptq"
+
+# Without the autoload (it may be switched off), nothing else has installed the plugin.
+seams.install_or_log()
+
+
+def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
+    """GPTQ, in GPTQModel's layer loop."""
+    return _quantize if name == QUANTIZER else None
+
+
+def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
+    """Checkpoints in GPTQ's and AWQ's formats, AutoRound's among them; others are refused by name."""
+    return _make_adapter
+
+
+def loader(checkpoint: Path) -> Loader | None:
+    """Whatever GPTQModel loads."""
+    return _load
+
+
+def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | None:
+    """Plans for GPTQ."""
+    return _Planned if name == QUANTIZER else None
+
+
+def _quantize(job: QuantizeJob) -> Path:
+    host = GPTQModel.load(job.model, QuantizeConfig(**job.settings), trust_remote_code=job.trust_remote_code)
+    if job.report is not None:
+        watch_layers(host, job.report)
+    adapter = EoRA(**job.adapter) if job.adapter is not None else None
+    if job.plan is not None:
+        check_plan(host, job.plan)
+        # A plan may find plain weights of mixed widths the best.
+        adapter = EoRA(plan=job.plan) if job.plan.largest_rank else None
+    with logs_out_of_the_way():
+        host.quantize(list(job.windows), batch_size=job.batch_size, adapter=adapter)
+    host.save(str(job.output))
+    return job.output
+
+
+def _make_adapter(job: AdapterJob) -> Path:
+    return generate_adapter(
+        EoRA(path=job.output, **job.adapter),
+        job.base,
+        job.checkpoint,
+        job.windows,
+        batch_size=job.batch_size,
+        report=job.report,
+        loading=job.loading,
+    )
+
+
+def _load(
+    checkpoint: Path, adapter: Path | None = None, *, device: str | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    given = {"device": device} if device is not None else {}
+    model = GPTQModel.load(
+        str(checkpoint),
+        adapter=EoRA(path=adapter) if adapter is not None else None,
+        trust_remote_code=trust_remote_code,
+        **given,
+    ).model
+    return Loaded(model, partial(adapters_off, model))
+
+
+class _Planned:
+    def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
+        self._host = GPTQModel.load(model, QuantizeConfig(**settings), trust_remote_code=trust_remote_code)
+        self.shapes = module_shapes(self._host)
+
+    def survey(self, windows: Windows, kind: str) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
+        return survey(self._host, self.shapes, windows, kind=kind)

@@ -1,0 +1,163 @@
+"""Which host serves what is asked: commands and the evaluation come here, and name no host.
+
+Every host's folder has a `serves.py` with the functions below. Each returns what serves the case, or None for "not
+mine"; the first host that does not say so serves. A host's library is imported only when it is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..formats.sizes import ModuleShape
+from ..plan import Plan
+from ..plan.sensitivity import Sensitivity
+
+# In the order in which they are asked.
+HOSTS = ("gptqmodel", "autoround")
+
+Windows = Sequence[Mapping[str, Any]]
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """A full-precision model to quantise, with an adapter or without.
+
+    Attributes:
+        model: a folder or a hub name.
+        output: folder for the checkpoint.
+        windows: calibration: `input_ids` and `attention_mask`.
+        settings: of the quantiser, by its own names.
+        adapter: what `AdapterOptions.settle` takes; None for no adapter.
+        plan: in place of ``adapter``: bits and ranks of every module.
+        batch_size: windows per forward.
+        trust_remote_code: whether model code from the hub may run.
+        device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
+        report: called with (layers done, layers in all).
+    """
+
+    model: str
+    output: Path
+    windows: Windows
+    settings: Mapping[str, Any]
+    adapter: Mapping[str, Any] | None = None
+    plan: Plan | None = None
+    batch_size: int = 1
+    trust_remote_code: bool = False
+    device: str | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """An adapter to make for a finished checkpoint.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        checkpoint: the quantised model's folder.
+        windows: calibration.
+        adapter: what `AdapterOptions.settle` takes.
+        output: folder for the adapter; None for the checkpoint's own.
+        batch_size: windows per forward.
+        loading: passed to the host's loader, for both models.
+        report: called with (layers done, layers in all).
+    """
+
+    base: str
+    checkpoint: Path
+    windows: Windows
+    adapter: Mapping[str, Any]
+    output: Path | None = None
+    batch_size: int = 1
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint ready to run.
+
+    Attributes:
+        model: a transformers causal language model.
+        without_adapters: a context in which it computes without its adapter.
+    """
+
+    model: Any
+    without_adapters: Callable[[], AbstractContextManager[None]]
+
+
+class Planned(Protocol):
+    """A full-precision model that plans are made for."""
+
+    shapes: list[ModuleShape]
+
+    def survey(self, windows: Windows, kind: str) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
+        """Its linear layers at full precision, and their sensitivities."""
+        ...
+
+
+class Loader(Protocol):
+    """Loads a checkpoint."""
+
+    def __call__(
+        self,
+        checkpoint: Path,
+        adapter: Path | None = None,
+        *,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Loaded:
+        """With the adapter of a folder; None for the one that the checkpoint names, if any."""
+        ...
+
+
+def quantizer(name: str) -> Callable[[QuantizeJob], Path]:
+    """What quantises by ``name`` ("gptq", "autoround"); it returns the checkpoint's folder.
+
+    Raises:
+        ValueError: for a name that no host serves.
+    """
+    return _first("quantizer", name)
+
+
+def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path]:
+    """What makes adapters for a finished checkpoint; it returns the adapter's folder.
+
+    Raises:
+        ValueError: for a checkpoint that no host serves.
+    """
+    return _first("adapter_maker", checkpoint)
+
+
+def loader(checkpoint: Path) -> Loader:
+    """What loads a checkpoint.
+
+    Raises:
+        ValueError: for a checkpoint that no host serves.
+    """
+    return _first("loader", checkpoint)
+
+
+def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
+    """What opens a model to plan for the quantiser ``name``, from the model, the quantiser's settings, and whether
+    model code from the hub may run.
+
+    Raises:
+        ValueError: for a name that no host serves.
+    """
+    return _first("planner", name)
+
+
+def _first(offer: str, asked: Any) -> Any:
+    for host in HOSTS:
+        found = getattr(import_module(f".{host}.serves", __package__), offer)(asked)
+        if found is not None:
+            return found
+    raise ValueError(f"No {offer.replace('_', ' ')} for `{asked}` among {', '.join(HOSTS)}.")

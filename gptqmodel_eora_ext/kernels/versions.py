@@ -1,0 +1,19 @@
+"""Whether what was made from some tensors still serves: told from which tensors they are, and how often written to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def unchanged(known: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether something made from the tensors, versions and devices ``known`` still serves."""
+    return all(
+        old is new or (isinstance(old, (int, torch.device)) and old == new) for old, new in zip(known, now, strict=True)
+    )

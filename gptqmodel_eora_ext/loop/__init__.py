@@ -1,0 +1,1 @@
+"""One run over a model's layers, apart from any host."""

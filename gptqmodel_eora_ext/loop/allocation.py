@@ -1,0 +1,143 @@
+"""Ranks under a budget, chosen module by module while a model is quantised.
+
+The loop meets modules one by one, and what a module's rank buys is known exactly only once it is quantised. So there is
+a forecast for every module from the start, and a price: the loss that a byte must save to be spent. Each module takes
+the rank that pays at the price, by its own spectrum. Before each subset of modules the price is set anew, so that what
+is left of the budget is spent by the forecasts of what is left of the model, corrected by how the forecasts have done.
+The modules that follow thus see exactly what the final model computes: nothing is cut afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..plan.ranks import RankOptions, TokenCorrection, kind_of
+from ..solve import Curve, component_gains, error_loss, price, rank_curve
+
+
+class RankAllocation:
+    """Chooses each module's rank. Safe to ask from several threads; the answers do not depend on their order.
+
+    Args:
+        options: by module, in the order in which the loop meets them.
+        forecasts: losses of the options, by module.
+        output_moments: G by module (out × out, its diagonal), what makes losses comparable.
+        corrections: of losses, by module.
+        budget: bytes for all.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, RankOptions],
+        forecasts: Mapping[str, Curve],
+        output_moments: Mapping[str, torch.Tensor],
+        corrections: Mapping[str, TokenCorrection],
+        budget: int,
+    ) -> None:
+        self.options = dict(options)
+        self.budget = budget
+        self.output_moments = output_moments
+        self._corrected = dict(corrections)
+        self.ranks: dict[str, int] = {}
+        self.losses: dict[str, float] = {}
+        self._forecasts = dict(forecasts)
+        self._spent = 0
+        self._price = 0.0
+        self._caps: dict[str, float] = {}
+        # Loss without an adapter, by module, as it was found.
+        self._found: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def spent(self) -> int:
+        """Bytes given out so far."""
+        return self._spent
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Set the price for a subset of modules, before any of it chooses."""
+        # A module that no token reached was not asked.
+        for name in self._caps:
+            self.ranks.setdefault(name, 0)
+        now = [name for name in names if name in self.options and name not in self.ranks]
+        self._caps = {}
+        if not now:
+            return
+        left = self.budget - self._spent
+        corrections = self._corrections()
+        overall = corrections.get("", 1.0)
+        open_curves = {
+            name: self._forecasts[name].scaled(corrections.get(kind_of(name), overall))
+            for name in self.options
+            if name not in self.ranks
+        }
+        self._price = price(list(open_curves.values()), left)
+        likely = {name: open_curves[name].nbytes[open_curves[name].best_at(self._price)] for name in now}
+        total = sum(likely.values())
+        # However the subset's own spectra turn out, it cannot spend more than there is, nor what others need at least.
+        most = left - sum(curve.nbytes[0] for name, curve in open_curves.items() if name not in now)
+        self._caps = {name: most * (likely[name] / total if total else 1 / len(now)) for name in now}
+
+    def choose(
+        self,
+        name: str,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        second_moment: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        """Indices of the components that a module keeps.
+
+        Args:
+            name: full module name.
+            lora_A: rank × in, as `eora` returns it, of the largest rank on offer.
+            lora_B: out × rank, orthonormal.
+            second_moment: C, in × in.
+            delta: ΔW, out × in.
+        """
+        output_moment = self.output_moments[name].to(delta.device)
+        total = error_loss(delta, second_moment, output_moment)
+        gains, total = self._corrected[name](component_gains(lora_A, lora_B, second_moment, output_moment), total)
+        order = gains.argsort(descending=True)
+        options = self.options[name]
+        # Few tokens or a narrow module may not carry a rank on offer; then larger ones buy no more.
+        ranks = [min(rank, len(gains)) for rank in options.ranks]
+        curve = rank_curve(gains[order], total, ranks, options.nbytes)
+        with self._lock:
+            index = curve.best_at(self._price, self._caps.get(name, float("inf")))
+            self.ranks[name] = ranks[index]
+            self.losses[name] = curve.losses[index]
+            self._spent += curve.nbytes[index]
+            self._found[name] = total
+        return order[: ranks[index]].sort().values
+
+    def strongest(
+        self,
+        name: str,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        second_moment: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `choose`, for a module that has chosen: as many components as it did then, and no bytes more."""
+        gains = component_gains(lora_A, lora_B, second_moment, self.output_moments[name].to(delta.device))
+        gains, _ = self._corrected[name](gains, 0.0)
+        return gains.argsort(descending=True)[: self.ranks[name]].sort().values
+
+    def report(self) -> dict[str, Any]:
+        """Budget and spending, ready for JSON."""
+        return {"budget": self.budget, "spent": self._spent, "predicted_loss": sum(self.losses.values())}
+
+    def _corrections(self) -> dict[str, float]:
+        """Found over forecast loss, by kind of module (`q_proj`); under "" that of all."""
+        sums: dict[str, list[float]] = {}
+        for name in self.options:
+            if name in self._found:
+                for kind in ("", kind_of(name)):
+                    pair = sums.setdefault(kind, [0.0, 0.0])
+                    pair[0] += self._found[name]
+                    pair[1] += self._forecasts[name].losses[0]
+        return {kind: found / forecast for kind, (found, forecast) in sums.items() if forecast > 0}

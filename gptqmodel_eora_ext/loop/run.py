@@ -1,0 +1,143 @@
+"""One run of compensation, in whichever host: what is asked, what has been found so far, and what is told about it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..adapter.compensate import Recipe
+from ..adapter.factors import ModuleFactors
+from ..adapter.naming import name_adapter
+from ..adapter.options import AdapterOptions
+from ..adapter.save import save_adapter
+from .allocation import RankAllocation
+
+# Whose versions an adapter tells, beside the host's.
+LIBRARIES = ("torch", "transformers", "peft")
+
+
+class Run:
+    """State of one run. Safe to write to from several threads.
+
+    Args:
+        options: what is asked of the adapter, settled.
+
+    Attributes:
+        rank: for modules that do not choose: what was asked, or the one rank that a budget gives to all.
+        allocation: gives out a budget, once it is known what there is to choose from.
+        factors: full module name → factors, on the CPU.
+        seconds: spent on factors so far.
+        calibration: what `describe_calibration` found.
+    """
+
+    def __init__(self, options: AdapterOptions) -> None:
+        assert options.rank is not None
+        self.options = options
+        self.rank = options.rank
+        self.allocation: RankAllocation | None = None
+        self.factors: dict[str, ModuleFactors] = {}
+        self.seconds = 0.0
+        self.calibration: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def recipe(self, name: str, fixed_rank: int | None = None, *, first: bool = True) -> Recipe:
+        """What a module's factors should be.
+
+        Args:
+            name: full module name.
+            fixed_rank: in place of the rank that was asked, for a module that does not choose.
+            first: whether this is the module's first round; a rank under a budget is chosen then and kept afterwards.
+        """
+        objective, factor_bits = self.options.objective, self.options.factor_bits
+        if self.allocation is not None and name in self.allocation.options:
+            most = self.allocation.options[name].ranks[-1]
+            choose = functools.partial(self.allocation.choose if first else self.allocation.strongest, name)
+            return Recipe(most, objective, factor_bits, choose)
+        rank = self.rank if fixed_rank is None else fixed_rank
+        # Under a budget, a module that was not known beforehand gets nothing.
+        return Recipe(rank if isinstance(rank, int) else 0, objective, factor_bits)
+
+    def record(self, name: str, factors: ModuleFactors) -> None:
+        """Keep a module's factors, on the CPU."""
+        with self._lock:
+            self.factors[name] = factors.to("cpu")
+
+    def took(self, seconds: float) -> None:
+        """Count time spent on factors."""
+        with self._lock:
+            self.seconds += seconds
+
+    def describe_calibration(self, windows: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Fingerprint the calibration data, so that an adapter tells what it was made on.
+
+        Args:
+            windows: token ids of each batch, and how many of them count.
+        """
+        digest = hashlib.sha256()
+        batches = tokens = 0
+        for ids, counted in windows:
+            digest.update(ids.to(torch.int64).cpu().numpy().tobytes())
+            batches, tokens = batches + 1, tokens + counted
+        self.calibration = {"batches": batches, "tokens": tokens, "sha256": digest.hexdigest()}
+
+    def describe(self, method: str, host: str, **more: Any) -> dict[str, Any]:
+        """What goes into `eora.json` beside the per-module report.
+
+        Args:
+            method: how the model was quantised.
+            host: the host's distribution, whose version is told.
+            more: what only this host tells.
+        """
+        told: dict[str, Any] = {
+            "objective": self.options.objective, "factor_bits": self.options.factor_bits, "rank": self.rank, **more
+        }  # fmt: skip
+        if self.allocation is not None:
+            told["allocation"] = {**self.allocation.report(), "sensitivity": self.options.sensitivity}
+        return {
+            **told,
+            "method": method,
+            "calibration": self.calibration,
+            "seconds": round(self.seconds, 3),
+            "versions": {
+                "gptqmodel-eora-ext": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in (host, *LIBRARIES)},
+            },
+        }
+
+
+def write_adapter(
+    checkpoint: Path,
+    folder: Path,
+    factors: Mapping[str, ModuleFactors],
+    module_names: Collection[str],
+    details: Mapping[str, Any],
+) -> None:
+    """Write an adapter's folder, and name it in its checkpoint where it lies inside.
+
+    Args:
+        checkpoint: the quantised model's folder.
+        folder: the adapter's.
+        factors: full module name → factors.
+        module_names: every module of the model.
+        details: of `Run.describe`.
+    """
+    save_adapter(folder, factors, base_model=str(checkpoint), module_names=module_names, details=details)
+    name_adapter(checkpoint, folder, factors)
+
+
+def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch.Tensor, int]]:
+    """Token ids of each batch, and how many of them its attention mask counts: for `Run.describe_calibration`."""
+    for batch in batches:
+        ids = torch.as_tensor(batch["input_ids"])
+        mask = batch.get("attention_mask")
+        yield ids, int(torch.as_tensor(mask).sum()) if mask is not None else ids.numel()

@@ -1,0 +1,212 @@
+"""Ranks chosen module by module: within the budget, in any order, close to the allocation that knows all."""
+
+import random
+import types
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from gptqmodel_eora_ext.formats.sizes import ModuleShape
+from gptqmodel_eora_ext.loop.allocation import RankAllocation
+from gptqmodel_eora_ext.loop.forecasts import forecast_allocation
+from gptqmodel_eora_ext.plan.forecast import Rounder, forecast
+from gptqmodel_eora_ext.plan.ranks import FIRST_OF_UNIFORM, MOST_OF_UNIFORM, RANK_STEP, kind_of, most_rank, rank_options
+from gptqmodel_eora_ext.plan.sensitivity import Sensitivity
+from gptqmodel_eora_ext.solve import Grid, allocate, column_order, component_gains, eora, error_loss, gptq, rank_curve
+
+LAYERS, FACTOR_BITS = 6, 4
+SUBSETS = (("q_proj", "k_proj"), ("o_proj",), ("down_proj",))
+
+
+@pytest.fixture(scope="module")
+def shapes() -> list[ModuleShape]:
+    sides = {"q_proj": (64, 96), "k_proj": (32, 96), "o_proj": (96, 64), "down_proj": (96, 128)}
+    return [
+        ModuleShape(f"{layer}.{name}", *sides[name]) for layer in range(LAYERS) for names in SUBSETS for name in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def weights(shapes: list[ModuleShape]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        shape.name: torch.randn(shape.out_features, shape.in_features, generator=generator)
+        * torch.logspace(0, -2, shape.in_features)
+        for shape in shapes
+    }
+
+
+@pytest.fixture(scope="module")
+def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
+    generator = torch.Generator().manual_seed(1)
+
+    def moment(features: int, scale: float) -> torch.Tensor:
+        rows = torch.randn(300, features, generator=generator) * torch.logspace(0, -1, features) * scale
+        return rows.T @ rows / 300
+
+    # Later layers matter less: all modules alike would be wrong.
+    return Sensitivity(
+        {shape.name: moment(shape.out_features, 0.5 ** int(shape.name[0])) for shape in shapes},
+        {shape.name: moment(shape.in_features, 1.0) for shape in shapes},
+        {},
+        300,
+        "fisher",
+        "",
+    )
+
+
+def allocation(
+    shapes: list[ModuleShape],
+    weights: dict[str, torch.Tensor],
+    sensitivity: Sensitivity,
+    budget: int,
+    costs: Mapping[str, float] = types.MappingProxyType({}),
+) -> RankAllocation:
+    """Forecast, kinds of modules costing so many times what second orders tell."""
+    rounded = Rounder(sensitivity, Grid(32))
+
+    def divergence(replaced: Mapping[str, torch.Tensor]) -> float:
+        """As if second orders held."""
+        losses = (
+            error_loss(weights[name] - weight, sensitivity.second_moments[name], sensitivity.output_moments[name])
+            * costs.get(kind_of(name), 1.0)
+            for name, weight in replaced.items()
+        )
+        return sum(losses)
+
+    return forecast_allocation(
+        shapes,
+        budget,
+        FACTOR_BITS,
+        sensitivity,
+        weights,
+        lambda name, weight: rounded(name, weight, [2])[0],
+        divergence,
+    )
+
+
+def nearest(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    columns = column_order(torch.ones(weight.shape[1]), group_size)
+    return gptq(weight, columns, [2], Grid(group_size, scale_search=2.0))[0]
+
+
+def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the quantiser leaves is not what was forecast: another grid, another size by kind of module."""
+    return {
+        name: (weight - nearest(weight, 16)) * (0.5 if "k_proj" in name else 0.8) for name, weight in weights.items()
+    }
+
+
+def run(
+    chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Sensitivity, shuffle: bool = False
+) -> None:
+    for layer in range(LAYERS):
+        for subset in SUBSETS:
+            names = [f"{layer}.{name}" for name in subset]
+            chosen.begin(names)
+            if shuffle:
+                random.Random(layer).shuffle(names)
+            for name in names:
+                moment = sensitivity.second_moments[name]
+                factors = eora(errors[name], moment, chosen.options[name].ranks[-1])
+                kept = chosen.choose(name, *factors, moment, errors[name])
+                assert len(kept) == chosen.ranks[name]
+
+
+@pytest.mark.parametrize("budget", [2_000, 8_000, 20_000])
+def test_within_budget_and_near_the_optimum(
+    budget: int, shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    chosen = allocation(shapes, weights, sensitivity, budget)
+    errors = deltas(weights)
+    run(chosen, errors, sensitivity)
+    largest_step = max(options.nbytes[1] for options in chosen.options.values())
+    assert budget - 2 * largest_step <= chosen.spent <= budget
+    # Hindsight: every spectrum known before the first choice.
+    curves = []
+    for name, error in errors.items():
+        moment, output_moment = sensitivity.second_moments[name], sensitivity.output_moments[name]
+        options = chosen.options[name]
+        gains = component_gains(*eora(error, moment, options.ranks[-1]), moment, output_moment)
+        total = error_loss(error, moment, output_moment)
+        curves.append(rank_curve(gains.sort(descending=True).values, total, options.ranks, options.nbytes))
+    best = sum(curve.losses[i] for curve, i in zip(curves, allocate(curves, budget), strict=True))
+    nothing = sum(curve.losses[0] for curve in curves)
+    # The last percents of the gain: forecasts are of another grid.
+    assert nothing - sum(chosen.losses.values()) >= 0.93 * (nothing - best)
+
+
+def test_the_order_within_a_subset_does_not_matter(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    ranks = []
+    for shuffle in (False, True):
+        chosen = allocation(shapes, weights, sensitivity, 8_000)
+        run(chosen, deltas(weights), sensitivity, shuffle)
+        ranks.append(chosen.ranks)
+    assert ranks[0] == ranks[1]
+
+
+def test_sensitive_layers_get_more(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    chosen = allocation(shapes, weights, sensitivity, 8_000)
+    run(chosen, deltas(weights), sensitivity)
+    by_layer = [sum(rank for name, rank in chosen.ranks.items() if name[0] == str(layer)) for layer in range(LAYERS)]
+    assert by_layer[0] > 2 * by_layer[-1]
+
+
+def test_modules_are_offered_what_they_may_take(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    budget = 8_000
+    first, most = (most_rank(shapes, budget, FACTOR_BITS, times) for times in (FIRST_OF_UNIFORM, MOST_OF_UNIFORM))
+    chosen = allocation(shapes, weights, sensitivity, budget)
+    offered = {name: options.ranks[-1] for name, options in chosen.options.items()}
+    assert list(offered) == [shape.name for shape in shapes]
+    assert offered["0.q_proj"] == most > first and offered[f"{LAYERS - 1}.q_proj"] < first
+    run(chosen, deltas(weights), sensitivity)
+    assert budget - max(options.nbytes[1] for options in chosen.options.values()) <= chosen.spent
+
+
+def test_a_kind_that_costs_more_than_second_orders_tell_gets_more(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    ranks = []
+    for cost in (1.0, 5.0):
+        chosen = allocation(shapes, weights, sensitivity, 8_000, {"k_proj": cost})
+        run(chosen, deltas(weights), sensitivity)
+        ranks.append(sum(rank for name, rank in chosen.ranks.items() if kind_of(name) == "k_proj"))
+    assert ranks[1] > 1.5 * ranks[0]
+
+
+def test_options_are_multiples_within_the_shape() -> None:
+    shape = ModuleShape("m", 30, 100)
+    assert rank_options(shape, 1000, 16).ranks == (0, 8, 16, 24)
+    assert rank_options(shape, 16, 16).nbytes == (2 * 130, 8 * 2 * 130, 16 * 2 * 130)
+    assert rank_options(shape, 16, 4).nbytes == (0, 8 * 71, 16 * 71)
+    assert rank_options(shape, 16, 16, fixed=5).ranks == (5,)
+    assert most_rank([shape], 1, 16) == RANK_STEP
+
+
+def test_modules_that_cannot_take_what_is_on_offer(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+) -> None:
+    """One that few tokens reach is solved at a lower rank; one that none reach is not asked and reserves nothing."""
+    chosen = allocation(shapes, weights, sensitivity, 20_000)
+    name, unreached = "0.q_proj", "0.k_proj"
+    chosen.begin([name, unreached])
+    moment = sensitivity.second_moments[name]
+    kept = chosen.choose(name, *eora(weights[name], moment, 3), moment, weights[name])
+    assert chosen.ranks[name] == len(kept) <= 3
+    chosen.begin(["0.o_proj"])
+    assert chosen.ranks[unreached] == 0
+
+
+def test_what_no_token_reached_is_forecast_to_lose_nothing(shapes: list[ModuleShape]) -> None:
+    nothing = Sensitivity({}, {}, {}, 0, "fisher", "")
+    shape = shapes[0]
+    options = rank_options(shape, 16, 4)
+    curve = forecast(shape.name, torch.ones(64, 96), nothing, options.ranks[-1]).curve(options)
+    assert set(curve.losses) == {0.0}
