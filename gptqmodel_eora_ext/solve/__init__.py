@@ -4,6 +4,7 @@ from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, 
 from .error import energy_left, multiplies_bfloat16, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
+from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
 from .quantized import quantize_factors
 
@@ -12,11 +13,14 @@ __all__ = [
     "ColumnOrder",
     "Curve",
     "Grid",
+    "Moment",
+    "RowMoment",
     "allocate",
     "balance",
     "column_order",
     "component_gains",
     "diagonal",
+    "diagonal_of",
     "energy_left",
     "eora",
     "eora_from_outputs",

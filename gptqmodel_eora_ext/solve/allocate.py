@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .error import WeightedError
+from .moments import Moment, RowMoment
 
 # Steps that a budget is divided into at most; the table of 210 modules and 64 options then takes seconds.
 # Where bytes have no common divisor that gives fewer, they are rounded up to a step.
@@ -70,7 +71,7 @@ def rank_curve(gains: torch.Tensor, total: float, ranks: Sequence[int], nbytes: 
 
 
 def component_gains(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor
+    lora_A: torch.Tensor, lora_B: torch.Tensor, second_moment: Moment, output_moment: Moment
 ) -> torch.Tensor:
     """What each component of an `eora` solution takes off ½ tr(G E), E the second moment of the output's error.
 
@@ -80,34 +81,35 @@ def component_gains(
     Args:
         lora_A: rank × in, as `eora` returns it.
         lora_B: out × rank, orthonormal.
-        second_moment: C, in × in, or its diagonal where the factors are those of `diagonal`.
-        output_moment: G, out × out, or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal where the factors are those of `diagonal`.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
 
     Returns:
         Of length rank, float64.
     """
     error = WeightedError(lora_A, second_moment)
     energies = (error.weigh(lora_A) * lora_A).sum(1, dtype=torch.float64)
-    columns = lora_B.to(output_moment.dtype)
-    return energies * (_weigh(output_moment, columns) * columns).sum(0, dtype=torch.float64) / 2
+    left, right = _halves(output_moment, lora_B)
+    return energies * (left * right).sum(0, dtype=torch.float64) / 2
 
 
-def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor) -> float:
+def error_loss(delta: torch.Tensor, second_moment: Moment, output_moment: Moment) -> float:
     """½ tr(G ΔW C ΔWᵀ): what the error costs in loss, in nats a token where G is of the loss's gradient.
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C, in × in or its diagonal.
-        output_moment: G, out × out or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
     """
-    return _inner(_weigh(output_moment, delta), WeightedError(delta, second_moment).weigh(delta)) / 2
+    left, right = _halves(output_moment, delta)
+    return _inner(left, WeightedError(right, second_moment).weigh(right)) / 2
 
 
 def error_losses(
     delta: torch.Tensor,
-    second_moment: torch.Tensor,
-    weighted_moment: torch.Tensor,
-    output_moment: torch.Tensor,
+    second_moment: Moment,
+    weighted_moment: Moment,
+    output_moment: Moment,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
 ) -> tuple[float, float, float]:
@@ -115,28 +117,34 @@ def error_losses(
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C, in × in or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
         weighted_moment: C_g, the same.
-        output_moment: G, out × out or its diagonal.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
         lora_A: rank × in.
         lora_B: out × rank.
     """
     lora_A, lora_B = lora_A.to(delta.dtype), lora_B.to(delta.dtype)
-    pulled = _weigh(output_moment, delta)
-    by_weighted = WeightedError(delta, weighted_moment)
-    weighed = by_weighted.weigh(delta)
-    whole = _inner(pulled, weighed)
-    pulled_B = _weigh(output_moment, lora_B)
-    cross = _inner(pulled_B, weighed @ lora_A.T)
-    square = _inner(lora_B.T @ pulled_B, by_weighted.weigh(lora_A) @ lora_A.T)
-    bare = _inner(pulled, WeightedError(delta, second_moment).weigh(delta))
+    left, right = _halves(output_moment, delta)
+    by_weighted = WeightedError(right, weighted_moment)
+    weighed = by_weighted.weigh(right)
+    whole = _inner(left, weighed)
+    left_B, right_B = _halves(output_moment, lora_B)
+    cross = _inner(left_B, weighed @ lora_A.T)
+    square = _inner(left_B.T @ right_B, by_weighted.weigh(lora_A) @ lora_A.T)
+    bare = _inner(left, WeightedError(right, second_moment).weigh(right))
     return bare / 2, whole / 2, (whole - 2 * cross + square) / 2
 
 
-def _weigh(output_moment: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """G times columns; G may be its diagonal."""
+def _halves(output_moment: Moment, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and R with Lᵀ R = Mᵀ G M for M of out × k: G M and M, or X M / √n twice where G is of the rows X.
+
+    R is the same linear map of M at every call, so that halves of several M may be mixed.
+    """
+    if isinstance(output_moment, RowMoment):
+        image = output_moment.image(columns)
+        return image, image
     moment = output_moment.to(columns.dtype)
-    return moment[:, None] * columns if moment.ndim == 1 else moment @ columns
+    return moment[:, None] * columns if moment.ndim == 1 else moment @ columns, columns
 
 
 def _inner(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .error import WeightedError, times
+from .error import WeightedError
+from .moments import times
 
 # Eigenvalues below this share of the largest are directions the other factor does not reach; float64 ends at 1e-16.
 REFIT_CUTOFF = 1e-13

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ..formats.factors import GROUP_SIZE, QuantizedFactor, pack
-from .error import WeightedError, times
+from .error import WeightedError
+from .moments import times
 from .factors import refit_A, refit_B
 
 # Clipping thresholds tried per group, as shares of its largest value. At 8 bits rounding is negligible.
