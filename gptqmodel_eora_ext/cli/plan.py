@@ -22,10 +22,11 @@ from ..plan import (
     SWEEP,
     Plan,
     Point,
-    forecast_modules,
     largest_rank,
     plan_points,
+    plan_question,
     planned,
+    planned_modules,
     sweep_rank,
 )
 from ..solve import Grid
@@ -125,10 +126,8 @@ def plan(
             sweep_rank(shapes, sweep, widths),
             largest_rank(shapes, size, PLANNED_BITS[0], group_size, min(widths)),
         )
-        linears, measured = opened.survey(data, sensitivity)
-        weights = {name: linear.weight.data for name, linear in linears.items()}
-        progress = counted(bar("forecasting modules"))
-        modules = forecast_modules(shapes, weights, measured, grid, most=most, swept=bits, progress=progress)
+        question = plan_question(shapes, grid, most=most, swept=bits)
+        modules = planned_modules(shapes, opened.survey(data, question, sensitivity, lambda title: counted(bar(title))))
         points = plan_points(modules, grid, bits=bits, factor_bits=widths, budgets=sweep)
         chosen = None
         if total:

@@ -2,7 +2,7 @@
 
 from .file import ModulePlan, Plan, PlanError
 from .mix import Mix, largest_rank, mixed, planned
-from .modules import PLANNED_BITS, PlannedModule, forecast_modules
+from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, plan_points, sweep_rank
 
 __all__ = [
@@ -15,10 +15,11 @@ __all__ = [
     "PlanError",
     "PlannedModule",
     "Point",
-    "forecast_modules",
     "largest_rank",
     "mixed",
     "plan_points",
+    "plan_question",
     "planned",
+    "planned_modules",
     "sweep_rank",
 ]

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...formats.sizes import ModuleShape
+from ...plan.checkpoint import CheckpointWeights, skeleton
+from ...plan.layered import LayeredModel
 
 
-def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.Module, dict[str, torch.nn.Linear]]:
-    """The whole model in memory, and its linear layers; GPTQModel keeps its own on disk and brings in layer by layer.
+def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
+    """The full-precision model, its weights read layer by layer from the checkpoint that GPTQModel was given.
+
+    GPTQModel's own object is not touched, whether it is in memory or keeps its weights on disk.
+
+    Args:
+        model: GPTQModel's model object, before its loop.
+        shapes: what it quantises.
 
     Raises:
+        FileNotFoundError: for a checkpoint without safetensors files.
         NotImplementedError: for a module that is no linear layer in transformers' own model.
     """
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
-    )
-    known = dict(dense.to(device).named_modules())
+    folder = Path(model.model_local_path)
+    dense = skeleton(folder, trust_remote_code=bool(model.trust_remote_code))
+    known = dict(dense.named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
         raise NotImplementedError(
             f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share a tensor), so "
             f"its sensitivity cannot be measured. Name a rank in place of the budget."
         )
-    linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
-    return dense, linears
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LayeredModel(dense, CheckpointWeights(folder), [shape.name for shape in shapes], device)
 
 
 def module_shapes(model: Any) -> list[ModuleShape]:

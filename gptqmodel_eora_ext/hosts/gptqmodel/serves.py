@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
-from ...plan.sensitivity import Sensitivity
+from ...plan.survey import Bar
+from ...plan.sweep import Question, Swept
 from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
@@ -20,7 +20,7 @@ from .generate import generate_adapter
 from .modules import module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
-from .survey import survey
+from .survey import survey_model
 
 QUANTIZER = "gptq"
 
@@ -93,5 +93,5 @@ class _Planned:
         self._host = GPTQModel.load(model, QuantizeConfig(**settings), trust_remote_code=trust_remote_code)
         self.shapes = module_shapes(self._host)
 
-    def survey(self, windows: Windows, kind: str) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
-        return survey(self._host, self.shapes, windows, kind=kind)
+    def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
+        return survey_model(self._host, self.shapes, windows, question, kind=kind, bar=bar)
