@@ -160,7 +160,7 @@ def _by_outputs(
     """The same from the moment of the output error.
 
     What is left: A, solved against the rounded B, equals P ΔW + E with P projecting onto B's span and E its own
-    rounding, so the error left is (I − P) ΔW x, which G knows, and B E x. E is independent from entry to entry, so of C
+    rounding, so the error left is (I − P) ΔW x, which S knows, and B E x. E is independent from entry to entry, so of C
     its energy needs only the diagonal.
     """
     error_moment = moment.mean(delta.device)

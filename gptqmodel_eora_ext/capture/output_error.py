@@ -1,6 +1,6 @@
 """The second moment of a module's output error, for weights whose error is known before the data is seen.
 
-With z = ΔW x, G = E[z zᵀ] = ΔW C ΔWᵀ is all that EoRA needs: out × out instead of in × in, which for a module that
+With z = ΔW x, S = E[z zᵀ] = ΔW C ΔWᵀ is all that EoRA needs: out × out instead of in × in, which for a module that
 narrows (`down_proj`, the key and value projections of grouped attention) is the smaller and cheaper sum.
 """
 
@@ -58,7 +58,7 @@ class OutputErrorMoment:
         """ΔW x of each row, tokens × out.
 
         Inputs of bfloat16 (``dtype``) are multiplied as such where that is faster. ΔW and z are rounded then, each
-        entry on its own, which adds some 1e-6 of its trace to G: B only needs the directions of G, and A is solved
+        entry on its own, which adds some 1e-6 of its trace to S: B only needs the directions of S, and A is solved
         against the ΔW that is not rounded. A few large tokens may be nearly all of that trace, and little of what is
         left once they are corrected; they are not rounded.
         """
@@ -73,7 +73,7 @@ class OutputErrorMoment:
         return errors
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return G = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
+        """Return S = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
         return self._errors.mean(device)
 
     def energies(self, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -104,10 +104,10 @@ class WeightedError:
 
 @dataclass(frozen=True)
 class OutputError:
-    """The same operator where it was summed as such: S = G = E[(ΔW x)(ΔW x)ᵀ].
+    """The same operator where it was summed as such: S = E[(ΔW x)(ΔW x)ᵀ].
 
     Attributes:
-        moment: G, out × out.
+        moment: S, out × out.
     """
 
     moment: torch.Tensor
@@ -155,7 +155,7 @@ class OutputError:
         return weighed
 
     def root(self) -> torch.Tensor:
-        """Any R with R Rᵀ = G, float64."""
+        """Any R with R Rᵀ = S, float64."""
         return square_root(self.moment)
 
 

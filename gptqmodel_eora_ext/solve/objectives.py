@@ -119,7 +119,7 @@ def eora_from_outputs(
 
     Args:
         delta: ΔW, out × in.
-        error_moment: G = E[(ΔW x)(ΔW x)ᵀ] = ΔW C ΔWᵀ, out × out.
+        error_moment: S = E[(ΔW x)(ΔW x)ᵀ] = ΔW C ΔWᵀ, out × out.
         rank: as in `svd`.
 
     Raises:
