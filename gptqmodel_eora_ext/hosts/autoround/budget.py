@@ -10,6 +10,7 @@ import torch
 from auto_round.utils import check_to_quantized, get_block_names
 
 from ...budget import ModuleShape, budget_bytes
+from ...memory import on_one_device
 from ...ranks import RankAllocation
 from ...refine.forecast import Rounder, forecast_allocation
 from ...refine.kinds import Divergence
@@ -55,6 +56,19 @@ def allocate_ranks(orchestrator: Any, options: Mapping[str, Any], token_ids: Seq
     shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
     budget = budget_bytes(options["budget"], shapes)
     batches = [_batch(ids) for ids in token_ids]
+    # The first block is on the GPU by now, the rest of the model is not.
+    with on_one_device(model):
+        return _forecast(model, linears, shapes, batches, budget, options)
+
+
+def _forecast(
+    model: torch.nn.Module,
+    linears: Mapping[str, Any],
+    shapes: Sequence[ModuleShape],
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    budget: int,
+    options: Mapping[str, Any],
+) -> RankAllocation:
     sensitivity = cached_sensitivity(model, linears, batches, kind=options["sensitivity"])
     log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     rounders: dict[Grid, Rounder] = {}

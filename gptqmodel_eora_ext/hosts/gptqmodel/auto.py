@@ -12,6 +12,7 @@ from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from ...budget import ModuleShape, budget_bytes, factor_bytes, uniform_rank
 from ...files import cache_folder
+from ...memory import roomy_device
 from ...ranks import RankAllocation
 from ...refine.forecast import Rounder, forecast_allocation
 from ...refine.kinds import Divergence
@@ -139,10 +140,10 @@ def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.
     """
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
     )
+    device = roomy_device(dense, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     known = dict(dense.to(device).named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
