@@ -210,7 +210,7 @@ class Compensation:
         quantized = linear.weight.data
         update = oriented(linear, factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32))
         module.state[QUANTIZED_WEIGHT] = quantized.to("cpu")
-        linear.weight.data = (quantized.to(torch.float32) + update).to(quantized.dtype)
+        linear.weight.data = (quantized.to(torch.float32) + update.to(quantized.device)).to(quantized.dtype)
         self.run.record(module.full_name, factors.to("cpu"))
 
     def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
