@@ -97,6 +97,8 @@ def compensate(
         ValueError: when the error or the activations hold NaN or infinity; the message names the module.
     """
     moment.require_finite()
+    # A host may hold the two on different devices: the kernels of a checkpoint are spread over all GPUs.
+    quantized = quantized.to(weight.device)
     delta = weight.to(torch.float32) - quantized.to(torch.float32)
     if not torch.isfinite(delta).all():
         raise ValueError(f"{name}: the weights hold NaN or infinity before or after quantisation.")

@@ -26,7 +26,8 @@ class OutputErrorMoment:
     """
 
     def __init__(self, weight: torch.Tensor, quantized: torch.Tensor, name: str) -> None:
-        self.delta = weight.to(torch.float32) - quantized.to(torch.float32)
+        # A checkpoint's kernel may be on another device than the weight.
+        self.delta = weight.to(torch.float32) - quantized.to(device=weight.device, dtype=torch.float32)
         self._narrow_delta: torch.Tensor | None = None
         self.name = name
         self._errors = SecondMoment(weight.shape[0], name)

@@ -12,6 +12,7 @@ from ...adapter.options import AdapterOptions
 from ...loop.allocation import RankAllocation
 from ...loop.budgeting import Rounding, allocate_budget
 from ...solve import Grid
+from ...system.memory import on_one_device
 from .moments import IGNORED_TOKEN
 
 # AutoRound tunes rounding and clipping by gradients; forecasts stand in for that by a quick GPTQ that searches scales.
@@ -52,7 +53,9 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
         linear = linears[name]
         return Rounding(linear.bits, Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
 
-    return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
+    # The first block is on the GPU by now, the rest of the model is not.
+    with on_one_device(model):
+        return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

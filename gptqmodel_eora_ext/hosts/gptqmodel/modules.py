@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...formats.sizes import ModuleShape
+from ...system.memory import roomy_device
 
 
 def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.Module, dict[str, torch.nn.Linear]]:
@@ -18,10 +19,10 @@ def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.
     """
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
     )
+    device = roomy_device(dense, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     known = dict(dense.to(device).named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
