@@ -12,7 +12,7 @@ from ..solve import multiplies_bfloat16
 from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16
-# A token of more than this many times the usual ‖x‖² is multiplied in float32 in any case.
+# A token whose ‖x‖² is more than this many times the median is always multiplied in float32.
 LARGE_TOKEN = 16
 
 

@@ -10,10 +10,12 @@ import torch
 # Rows of the second moment that are widened at a time. A float64 copy of a whole 27648-wide moment would take 6 GB;
 # a chunk of 4096 rows takes 0.9 GB and costs nothing measurable in speed.
 CHUNK_ROWS = 4096
-# Block columns that a symmetric moment is multiplied in: with 8, 9/16 of the products of the whole.
+# A symmetric moment is multiplied in so many block columns, each from the diagonal down: with 8 of them that takes 9/16
+# of the products of the whole.
 ENERGY_BLOCKS = 8
-# Rows of ΔW that are rounded at a time: 4096 × 4096 takes 13 ms, 24 in float32. Rounded once, as a whole, a product
-# takes 9 and its copy 20, for pages that the system clears.
+# Rows of ΔW that are rounded to bfloat16 at a time. A product with a 4096 × 4096 ΔW then takes 13 ms, in place of 24 in
+# float32. Rounding all of ΔW once would make the product 9 ms, but the rounded copy takes 20, since the system clears its
+# pages first.
 ROUNDED_ROWS = 128
 
 
@@ -164,7 +166,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether torch multiplies thin blocks faster in bfloat16 than in float32: on a CPU with instructions for it."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # of torch 2.8, which cannot tell
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 cannot tell
         return False
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 

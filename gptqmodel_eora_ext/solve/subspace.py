@@ -18,9 +18,11 @@ import torch
 
 from .error import OutputError, WeightedError
 
-# A product that gains this share of what the one before gained says that the iteration has hardly begun.
+# If a product gains this share, or more, of what the one before it gained, then the iteration has hardly begun: the
+# geometric series of what is still to come would not be bounded. Larger ratios count as this one.
 SLOWEST_RATIO = 0.99
-# A ratio above this share of the one before does not fall, and what follows is taken this many times larger.
+# If the ratio of gains is above this share of the ratio before it, then gains do not fall faster and faster. What is
+# still to come is then assumed to be so many times larger than the geometric series says.
 STEADY_RATIO, FLAT_MARGIN = 0.8, 3.0
 # Width of a block over the rank. The same error takes 1.4 to 2 times fewer columns than with blocks wider than the
 # rank, since the Krylov space has polynomials of a higher degree; narrower ones multiply too slowly.
@@ -32,7 +34,7 @@ GAINS_THAT_TELL = 3
 PROBES = 8
 # Blocks that the Krylov space may hold before it is cut back to its best Ritz vectors.
 MOST_BLOCKS = 20
-# Sides of fewer ranks and blocks than this are as fast by a full eigendecomposition.
+# If the smaller side is below this many times (rank + block), then a full eigendecomposition is as fast as iterating.
 DENSE_BELOW = 2
 # Products of S with a block. Errors of quantised layers take 5 to 10; past this many a full eigendecomposition,
 # which cannot fail, takes over.
@@ -57,8 +59,8 @@ class _Precision:
 
 
 # Directions proposed in bfloat16 miss some 10^-5 of the energy: errors of 1.0005 to 1.0016 of the least were found with
-# 1 to 2 % left, of 1.0002 with 8 %. Float32 sums of all of the energy are too coarse a ruler for the rest where that is
-# less than a hundredth (outlier channels).
+# 1 to 2 % left, of 1.0002 with 8 %. What is left is told from sums over all of the energy; where it is less than a
+# hundredth of that (outlier channels), float32 rounding of the sums is too large beside it.
 PRECISIONS = (
     _Precision(torch.float32, True, 5e-2),
     _Precision(torch.float32, False, 1e-2),
@@ -186,7 +188,8 @@ class _Krylov:
         """From a random block."""
         generator = torch.Generator().manual_seed(seed)
         shape = (_block(rank), error.shape[1])
-        # Random rows stand for Y ΔW of a random Y, which would take another product; of its size, for `unit`'s sake.
+        # Random rows take the place of Y ΔW for a random Y, which would take another product. They are scaled to the
+        # size that Y ΔW would have, since `unit` divides by it.
         start = torch.randn(shape, generator=generator, dtype=precision.dtype).to(error.device) * error.largest
         lifted = error.lift(error.weigh_evenly(start), rounded=precision.rounded)
         return cls(error, rank, _orthonormal(lifted), seed)
@@ -201,7 +204,7 @@ class _Krylov:
     def multiply(self) -> None:
         """Take the product of S with the fresh rows, and add them to the space."""
         count = len(self._fresh)
-        # The probes ride along in the first product.
+        # The probes are multiplied together with the first block.
         rows = torch.cat([self._fresh, self._probes]) if self._probes_projected is None else self._fresh
         projected = self._error.project(rows)
         weighed = self._error.weigh_evenly(projected)
@@ -211,7 +214,8 @@ class _Krylov:
             self.total = float(self._energies.mean())
         weighed = weighed[:count]
         self._space.add(self._fresh, projected[:count], weighed, weighed @ self._probes_projected.T)
-        # Of several blocks at once the last alone leads out of the space.
+        # After `widened` several blocks are multiplied at once. S times the earlier ones stays in the space, up to what
+        # the last block spans; so only the last block's product leads to new directions.
         self._weighed = weighed[-self._block :]
         if self.holds_enough:
             self._values, self._rotation = _ritz(self._space.gram)
