@@ -164,7 +164,7 @@ def allocate(curves: Sequence[Curve], budget: int, *, steps: int = MOST_STEPS) -
     step = max(step, -(-budget // steps))
     steps = budget // step
     if sum(-(-min(curve.nbytes) // step) for curve in curves) > steps:
-        # Rounded up to steps, even the smallest options do not fit. They are taken all the same: there is no other choice.
+        # Rounded up to steps, even the smallest options do not fit; there is no other choice than to take them.
         return [min(range(len(curve.nbytes)), key=curve.nbytes.__getitem__) for curve in curves]
     best = torch.zeros(steps + 1, dtype=torch.float64)
     taken: list[torch.Tensor] = []

@@ -13,9 +13,9 @@ CHUNK_ROWS = 4096
 # A symmetric moment is multiplied in so many block columns, each from the diagonal down: with 8 of them that takes 9/16
 # of the products of the whole.
 ENERGY_BLOCKS = 8
-# Rows of ΔW that are rounded to bfloat16 at a time. A product with a 4096 × 4096 ΔW then takes 13 ms, in place of 24 in
-# float32. Rounding all of ΔW once would make the product 9 ms, but the rounded copy takes 20, since the system clears its
-# pages first.
+# Rows of ΔW that are rounded to bfloat16 at a time. A product with a 4096 × 4096 ΔW then takes 13 ms, in place of 24
+# in float32. Rounding all of ΔW once would make the product 9 ms, but the rounded copy takes 20, since the system clears
+# its pages first.
 ROUNDED_ROWS = 128
 
 

@@ -200,9 +200,9 @@ def _solve(
     if delta.dtype != torch.float64:
         delta = delta.to(torch.float32)
     error = WeightedError(delta, second_moment)
-    # `unit` is made from the largest entries of ΔW and C, so it is NaN or infinite wherever one of them is, and no other
-    # pass over the large matrices is needed. It can also be infinite when all entries are finite but very large; the
-    # full check then finds nothing to refuse.
+    # `unit` is made from the largest entries of ΔW and C, so it is NaN or infinite wherever one of them is, and no
+    # other pass over the large matrices is needed. It can also be infinite when all entries are finite but very large;
+    # the full check then finds nothing to refuse.
     if not math.isfinite(error.unit):
         _require_finite(objective, delta=delta, second_moment=second_moment)
     return _project(error, delta, rank, **options)
