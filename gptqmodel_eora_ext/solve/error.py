@@ -14,8 +14,8 @@ CHUNK_ROWS = 4096
 # of the products of the whole.
 ENERGY_BLOCKS = 8
 # Rows of ΔW that are rounded to bfloat16 at a time. A product with a 4096 × 4096 ΔW then takes 13 ms, in place of 24
-# in float32. Rounding all of ΔW once would make the product 9 ms, but the rounded copy takes 20, since the system clears
-# its pages first.
+# in float32. Rounding all of ΔW once would make the product 9 ms, but making the copy takes 20, since the system
+# clears its pages first.
 ROUNDED_ROWS = 128
 
 
