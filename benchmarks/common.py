@@ -19,8 +19,8 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import torch
 
 from gptqmodel_eora_ext import __version__
+from gptqmodel_eora_ext.evaluate.models import SMOLLM2, smollm2
 from gptqmodel_eora_ext.evaluate.perplexity import text_loss
-from gptqmodel_eora_ext.evaluate.smollm2 import NAME, smollm2
 
 RESULTS = Path(__file__).parent / "results"
 # Text for benchmarks is not part of the product: WikiText-2 is CC BY-SA. The folder holds the four files named below.
@@ -126,7 +126,7 @@ def environment() -> dict[str, Any]:
     """The machine and versions, kept with every result."""
     names = ("gptqmodel", "torch", "transformers", "peft")
     return {
-        "model": NAME,
+        "model": SMOLLM2.name,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

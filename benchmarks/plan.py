@@ -110,7 +110,7 @@ def rank_of(cell: Cell) -> int:
 
 def plan_of(cell: Cell) -> Plan:
     total = budget_bytes(cell.total, base()[1])
-    return planned(forecasts(), total, GRID, cell.factor_bits, model=common.NAME, sensitivity="fisher")
+    return planned(forecasts(), total, GRID, cell.factor_bits, model=common.SMOLLM2.name, sensitivity="fisher")
 
 
 def predicted(cell: Cell) -> float:
