@@ -36,7 +36,8 @@ def main() -> None:
         for _ in range(options.repeats)
     ]
     milliseconds = {"median": 1e3 * statistics.median(seconds), "largest": 1e3 * max(seconds)}
-    common.keep("autoload", {"milliseconds": milliseconds}, as_json=options.json)
+    result = {"measured": common.measured(), "milliseconds": milliseconds}
+    common.keep(common.RESULTS / "autoload.json", result, as_json=options.json)
     common.table(("", "milliseconds"), list(milliseconds.items()))
 
 

@@ -68,27 +68,26 @@ def cell_of(run: dict[str, Any]) -> Cell:
     return Cell(**{one.name: run[one.name] for one in fields(Cell)})
 
 
-def quantize(base: Path, folder: Path, cell: Cell, iters: int, device: str) -> tuple[Path, float]:
+def quantize(base: common.Subject, folder: Path, cell: Cell, iters: int, device: str) -> tuple[Path, float]:
     """AutoRound, with compensation in its loop or alone."""
     from auto_round import AutoRound
 
     algorithms: list[Any] = ["signround"]
     if cell.kind == "in loop":
         algorithms.append(EoRAConfig(rank=cell.rank))
-    windows = [torch.tensor([window["input_ids"]]) for window in common.calibration(SAMPLES, SEQLEN)]
+    windows = [torch.tensor([window["input_ids"]]) for window in common.calibration(base, SAMPLES, SEQLEN)]
     start = time.perf_counter()
     quantizer = AutoRound(
-        str(base), tokenizer=common.tokenizer(), scheme=f"W{BITS}A16", group_size=cell.group_size, iters=iters,
-        alg_configs=algorithms, dataset=windows, nsamples=SAMPLES, seqlen=SEQLEN, batch_size=common.BATCH_SIZE,
-        device_map=device, format=FORMAT,
+        str(base.folder), tokenizer=common.tokenizer(base), scheme=f"W{BITS}A16", group_size=cell.group_size,
+        iters=iters, alg_configs=algorithms, dataset=windows, nsamples=SAMPLES, seqlen=SEQLEN,
+        batch_size=common.BATCH_SIZE, device_map=device, format=FORMAT,
     )  # fmt: skip
     _, made = quantizer.quantize_and_save(str(folder), format=FORMAT)
     return Path(made), time.perf_counter() - start
 
 
-def one(cell: Cell, folder: Path, layers: int, iters: int, windows: int, device: str) -> dict[str, Any]:
+def one(cell: Cell, base: common.Subject, folder: Path, iters: int, windows: int, device: str) -> dict[str, Any]:
     """Run a cell in this process."""
-    base = common.first_layers(folder / "base", layers)
     checkpoint = _checkpoint(folder, cell)
     adapter = None
     if cell.kind in ("alone", "in loop"):
@@ -101,17 +100,17 @@ def one(cell: Cell, folder: Path, layers: int, iters: int, windows: int, device:
         start = time.perf_counter()
         with quiet():
             GPTQModel.adapter.generate(
-                adapter=kind(rank=cell.rank, path=str(place)), model_id_or_path=str(base),
-                quantized_model_id_or_path=str(made), calibration_dataset=common.calibration(SAMPLES, SEQLEN),
+                adapter=kind(rank=cell.rank, path=str(place)), model_id_or_path=str(base.folder),
+                quantized_model_id_or_path=str(made), calibration_dataset=common.calibration(base, SAMPLES, SEQLEN),
                 batch_size=common.BATCH_SIZE, device=device,
             )  # fmt: skip
         seconds = time.perf_counter() - start
         adapter = kind(rank=cell.rank, path=str(place))
     memory = high_water_mark() if device == "cpu" else torch.cuda.max_memory_allocated()
     with quiet():
-        dense = common.densified(made, adapter, base).to(device)
-        losses = common.losses(dense, common.held_out(), windows)
-    return {**asdict(cell), "seconds": seconds, "peak bytes": memory, "loss": losses}
+        dense = common.densified(made, base, adapter).to(device)
+        losses = common.losses(dense, common.held_out(base), windows)
+    return {**asdict(cell), "seconds": seconds, "peak bytes": memory, "loss": losses, "measured": common.measured(base)}
 
 
 def rows_of(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
@@ -120,12 +119,13 @@ def rows_of(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str
     rows = []
     for group_size, rank in sorted({(cell.group_size, cell.rank) for cell in found if cell.rank}):
         plain = found[Cell("alone", group_size)]["loss"]
-        for text in plain:
+        for text in common.common_texts(plain, full):
             row: dict[str, Any] = {"group size": group_size, "rank": rank, "text": text, "full": full[text],
                                    "quantised": plain[text]}  # fmt: skip
             for kind in ("in loop", "afterwards", "stock"):
                 run = found.get(Cell(kind, group_size, rank))
-                row[kind] = (plain[text] - run["loss"][text]) / (plain[text] - full[text]) if run else None
+                measured = run["loss"].get(text) if run else None
+                row[kind] = None if measured is None else (plain[text] - measured) / (plain[text] - full[text])
             rows.append(row)
     return rows
 
@@ -151,64 +151,67 @@ def main() -> None:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[64, 32])
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--iters", type=int, default=50, help="AutoRound's tuning steps per block")
-    parser.add_argument("--layers", type=int, default=0, help="use only the first so many layers; 0 for all")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmarks" / NAME, help="for checkpoints")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    common.add_model(parser)
     options = parser.parse_args()
+    with common.subject(options) as base:
+        if options.cell is None:
+            benchmark(options, base)
+            return
+        found = one(Cell(**options.cell), base, options.folder, options.iters, options.windows, options.device)
+        print(json.dumps(found), file=sys.__stdout__)
+
+
+def benchmark(options: argparse.Namespace, base: common.Subject) -> None:
+    """Run all cells that the results file lacks."""
     setup = {"bits": BITS, "format": FORMAT, "samples": SAMPLES, "seqlen": SEQLEN, "iters": options.iters,
              "layers": options.layers, "windows": options.windows, "device": _named(options.device),
              "workers": options.workers}  # fmt: skip
-    folder = options.work / "-".join(str(setup[name]) for name in ("layers", "iters", "samples", "seqlen"))
-    if options.cell is not None:
-        found = one(Cell(**options.cell), folder, options.layers, options.iters, options.windows, options.device)
-        print(json.dumps(found), file=sys.__stdout__)
-        return
-
-    kept = common.RESULTS / f"{NAME}.json"
-    previous = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
-    if previous and previous["setup"] != setup:
-        raise SystemExit(f"{kept} holds results of another set-up, {previous['setup']}. Pass --fresh to replace them.")
+    path = base.results(NAME)
+    previous = {} if options.fresh else common.kept(path, setup)
     runs: list[dict[str, Any]] = previous.get("runs", [])
+    made_from = "-".join(str(setup[name]) for name in ("layers", "iters", "samples", "seqlen"))
+    folder = options.work / f"{made_from}{base.suffix}"
     folder.mkdir(parents=True, exist_ok=True)
-    base = common.first_layers(folder / "base", options.layers)
-    full = previous.get("full") or common.losses(
-        common.base_model(base).to(options.device), common.held_out(), options.windows
-    )
+    full = common.full_precision(previous, base, common.held_out(base), options.windows, options.device)
     threads = max(torch.get_num_threads() // options.workers, 1)
-    result: dict[str, Any] = {}
+
+    def run(cell: Cell) -> dict[str, Any]:
+        """A cell in a process of its own, with this one's options."""
+        command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell)), "--folder", str(folder),
+                   "--model", str(base.folder), "--layers", "0"]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        found["measured"]["model"] = base.name  # where the process has seen a folder only
+        return found
+
     for cells in cells_of(options.group_sizes, options.ranks):
         todo = [cell for cell in cells if cell not in map(cell_of, runs)]
         # What stands in for a checkpoint that is gone from the work folder.
         gone = {cell.group_size for cell in todo if cell.kind in READERS and not _checkpoint(folder, cell).is_dir()}
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(lambda group_size: _run(Cell("alone", group_size), threads), gone))
-            for done in as_completed([pool.submit(_run, cell, threads) for cell in todo]):
+            list(pool.map(lambda group_size: run(Cell("alone", group_size)), gone))
+            for done in as_completed([pool.submit(run, cell) for cell in todo]):
                 runs.append(done.result())
-                result = summary(setup, full, runs)
-                common.keep(NAME, result, as_json=False)
-    result = result or summary(setup, full, runs)
-    common.keep(NAME, result, as_json=options.json)
+                common.keep(path, summary(setup, full, runs))
+    result = summary(setup, full, runs)
+    common.keep(path, result, as_json=options.json)
     for part in ("shares", "costs"):
         if result[part]:
             header = tuple(result[part][-1])
             common.table(header, [[row.get(name) for name in header] for row in result[part]])
 
 
-def summary(setup: dict[str, Any], full: dict[str, float], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"setup": setup, "full": full, "runs": runs, "shares": rows_of(runs, full), "costs": costs_of(runs)}
-
-
-def _run(cell: Cell, threads: int) -> dict[str, Any]:
-    """A cell in a process of its own, with this one's options."""
-    command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def summary(setup: dict[str, Any], full: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    shares = rows_of(runs, full["full"])
+    return {"setup": setup, **full, "runs": runs, "shares": shares, "costs": costs_of(runs)}
 
 
 def _checkpoint(folder: Path, cell: Cell) -> Path:

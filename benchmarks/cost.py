@@ -9,7 +9,6 @@ be measured alone; the other's last result stays.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -30,11 +29,11 @@ KINDS = ("plain", "ours", "stock")
 PARTS = ("time", "memory")
 
 
-def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> float:
+def quantize(base: common.Subject, kind: str, calibration: list[dict[str, list[int]]]) -> float:
     """Seconds of `quantize` alone; loading and saving cost the same for all."""
     with common.scratch() as folder, quiet():
         adapter = {"plain": None, "ours": EoRA(rank=RANK), "stock": Lora(rank=RANK, path=str(folder))}[kind]
-        model = GPTQModel.load(str(base), QuantizeConfig(bits=2, group_size=64))
+        model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=2, group_size=64))
         start = time.perf_counter()
         model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
         return time.perf_counter() - start
@@ -46,9 +45,9 @@ def high_water_mark() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
-def peak_memory(base: Path, kind: str) -> int:
+def peak_memory(base: common.Subject, kind: str) -> int:
     """Bytes of the largest resident set of a process that does one run."""
-    command = [sys.executable, __file__, "--one", kind, "--base", str(base)]
+    command = [sys.executable, __file__, "--one", kind, "--model", str(base.folder), "--calibration", base.calibration]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -58,22 +57,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    common.add_model(parser)
     options = parser.parse_args()
-    calibration = common.calibration(SAMPLES, SEQLEN)
-    if options.one:
-        quantize(options.base, options.one, calibration)
-        print(high_water_mark(), file=sys.__stdout__)
-        return
+    with common.subject(options) as base:
+        calibration = common.calibration(base, SAMPLES, SEQLEN)
+        if options.one:
+            quantize(base, options.one, calibration)
+            print(high_water_mark(), file=sys.__stdout__)
+            return
 
-    kept = common.RESULTS / "cost.json"
-    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    result.pop("environment", None)
-    result["setup"] = {"rank": RANK, "samples": SAMPLES, "seqlen": SEQLEN, "bits": 2, "layers": options.layers or "all"}
-    with common.scratch() as folder:
-        base = common.first_layers(folder / "model", options.layers)
+        result = common.kept(base.results("cost"))
+        setup = {"rank": RANK, "samples": SAMPLES, "seqlen": SEQLEN, "bits": 2, "layers": options.layers or "all"}
         if "time" in options.parts:
             seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
             quantize(base, "plain", calibration[:8])  # thread pools and kernels start up once
@@ -81,23 +76,21 @@ def main() -> None:
                 for kind in KINDS:
                     seconds[kind].append(quantize(base, kind, calibration))
             median = {kind: statistics.median(times) for kind, times in seconds.items()}
-            result["seconds"] = seconds
-            result["time ratio"] = {kind: median[kind] / median["plain"] for kind in KINDS}
+            ratio = {kind: median[kind] / median["plain"] for kind in KINDS}
+            result["time"] = {"measured": common.measured(base), "setup": setup, "seconds": seconds, "ratio": ratio}
         if "memory" in options.parts:
             memory = {kind: peak_memory(base, kind) for kind in KINDS}
-            result["peak bytes"] = memory
-            result["memory ratio"] = {kind: memory[kind] / memory["plain"] for kind in KINDS}
-    common.keep("cost", result, as_json=options.json)
-    rows = [
-        [
-            kind,
-            statistics.median(result["seconds"][kind]) if "seconds" in result else "",
-            result.get("time ratio", {}).get(kind, ""),
-            result["peak bytes"][kind] / 1e9 if "peak bytes" in result else "",
-            result.get("memory ratio", {}).get(kind, ""),
-        ]
-        for kind in KINDS
-    ]
+            ratio = {kind: memory[kind] / memory["plain"] for kind in KINDS}
+            result["memory"] = {"measured": common.measured(base), "setup": setup, "peak bytes": memory, "ratio": ratio}
+    common.keep(base.results("cost"), result, as_json=options.json)
+    rows: list[list[Any]] = [[kind] for kind in KINDS]
+    for part, found in (("time", "seconds"), ("memory", "peak bytes")):
+        for row, kind in zip(rows, KINDS, strict=True):
+            if part in result:
+                value = result[part][found][kind]
+                row += [statistics.median(value) if part == "time" else value / 1e9, result[part]["ratio"][kind]]
+            else:
+                row += ["", ""]
     common.table(("run", "seconds", "ratio", "peak GB", "ratio"), rows)
 
 

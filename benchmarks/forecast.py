@@ -1,10 +1,10 @@
 """How near are forecast errors to those of GPTQModel's own loop, module by module?
 
-The first layers of SmolLM2 are quantised with small adapters, whose `eora.json` tells every module's error without
+The first layers of the model are quantised with small adapters, whose `eora.json` tells every module's error without
 them. Beside it: what `eora plan` forecasts from the full-precision model's inputs before anything is quantised, and
 what rounding to nearest on the same grid would leave.
 
-And do predicted losses rank measured ones? `results/recovery.json` holds losses of plain models and of uniform ranks,
+And do predicted losses rank measured ones? `recovery.py`'s results hold losses of plain models and of uniform ranks,
 which are predicted here as `eora plan` predicts them, and with gradients and inputs taken to be independent. By kind of
 module: what it costs to replace all modules of a kind, and nothing else, by their 2-bit selves with an adapter,
 measured and predicted.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,24 +47,25 @@ PARTS = ("errors", "losses", "kinds")
 KIND_BITS, KIND_RANK, KIND_WINDOWS = 2, 40, 8
 
 
-def found(model: str, bits: int) -> dict[str, float]:
+def found(model: common.Subject, bits: int) -> dict[str, float]:
     """Relative error of every module's output, as the loop finds it: E‖ΔW x‖² / E‖W x‖²."""
     with common.scratch() as folder, quiet():
         AdapterCache.reset()
         config = QuantizeConfig(bits=bits, group_size=GRID.group_size, sym=GRID.sym, mse=GRID.scale_search)
-        host = GPTQModel.load(model, config)
-        host.quantize(common.calibration(SAMPLES, SEQLEN), batch_size=common.BATCH_SIZE, adapter=EoRA(rank=RANK))
+        host = GPTQModel.load(str(model.folder), config)
+        calibration = common.calibration(model, SAMPLES, SEQLEN)
+        host.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=EoRA(rank=RANK))
         host.save(str(folder / "model"))
         modules = json.loads((folder / "model" / "eora" / "eora.json").read_text())["modules"]
     return {name: report["error_before"] / report["signal"] for name, report in modules.items()}
 
 
-def forecast(model: str, bits: tuple[int, ...]) -> dict[str, dict[str, dict[int, float]]]:
+def forecast(model: common.Subject, bits: tuple[int, ...]) -> dict[str, dict[str, dict[int, float]]]:
     """The same, forecast: by method, module and width."""
     with quiet():
-        host = GPTQModel.load(model, QuantizeConfig(bits=bits[0], group_size=GRID.group_size))
+        host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=bits[0], group_size=GRID.group_size))
         shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="relative")
+        linears, sensitivity = survey(host, shapes, common.calibration(model, SAMPLES, SEQLEN), kind="relative")
     errors: dict[str, dict[str, dict[int, float]]] = {}
     for method, spread in (("GPTQ", True), ("nearest", False)):
         rounded = Rounder(sensitivity, GRID, spread=spread)
@@ -77,15 +79,17 @@ def forecast(model: str, bits: tuple[int, ...]) -> dict[str, dict[str, dict[int,
     return errors
 
 
-def predicted_losses() -> dict[str, Any]:
+def predicted_losses(model: common.Subject) -> dict[str, Any]:
     """Cells of `recovery.py` with equal settings: predicted and measured loss above the full-precision model's."""
-    recovery = json.loads((common.RESULTS / "recovery.json").read_text())
+    recovery = common.kept(model.results("recovery"))
+    if not recovery:
+        raise SystemExit(f"{model.results('recovery')} is missing, whose losses are predicted. Run recovery.py first.")
     cells = [run for run in recovery["runs"] if run["kind"] in ("none", "ours")]
     most = max(run["rank"] for run in cells)
     with quiet():
-        host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=2, group_size=GRID.group_size))
+        host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=2, group_size=GRID.group_size))
         shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, common.calibration(SAMPLES, SEQLEN), kind="fisher")
+        linears, sensitivity = survey(host, shapes, common.calibration(model, SAMPLES, SEQLEN), kind="fisher")
     weights = {name: linear.weight.data for name, linear in linears.items()}
     known = {"predicted": sensitivity, "independent": replace(sensitivity, weighted_moments={})}
     rows = [{"bits": run["bits"], "rank": run["rank"], "factor_bits": run.get("factor_bits", 16)} for run in cells]
@@ -96,29 +100,30 @@ def predicted_losses() -> dict[str, Any]:
             for row in rows:
                 if row["bits"] == width:
                     row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in modules)
+    texts = common.common_texts(recovery["full"], *(run["loss"] for run in cells))
     for row, run in zip(rows, cells, strict=True):
-        row |= {text: run["loss"][text] - full for text, full in recovery["full"].items()}
+        row |= {text: run["loss"][text] - recovery["full"][text] for text in texts}
     correlations = {
         name: {text: common.rank_correlation([row[name] for row in rows], [row[text] for row in rows])
-               for text in recovery["full"]}
+               for text in texts}
         for name in known
     }  # fmt: skip
     return {"rank correlations": correlations, "cells": rows}
 
 
-def losses_by_kind() -> list[dict[str, Any]]:
+def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
     """One row a kind of module (`q_proj`): loss above full precision.
 
     Predicted, as a divergence on calibration tokens that predictions stand on and on others, and on held-out text.
     """
-    calibration = common.calibration(SAMPLES, SEQLEN)
+    calibration = common.calibration(model, SAMPLES, SEQLEN)
     with quiet():
-        host = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
+        host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
         shapes = module_shapes(host)
         linears, sensitivity = survey(host, shapes, calibration, kind="fisher")
     independent = replace(sensitivity, weighted_moments={})
     rounded = Rounder(sensitivity, GRID)
-    dense, texts = common.base_model(), common.held_out()
+    dense, texts = common.base_model(model), common.held_out(model)
     full = common.losses(dense, texts, KIND_WINDOWS)
     known_linears = {name: dense.get_submodule(name) for name in linears}
     divergences = {
@@ -153,12 +158,12 @@ def losses_by_kind() -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def measured_errors(layers: int) -> dict[str, Any]:
+def measured_errors(whole: common.Subject, layers: int) -> dict[str, Any]:
     """Forecast errors over those found, module by module."""
     widths = (2, 3)
     rows: list[dict[str, Any]] = []
     with common.scratch() as folder:
-        model = str(common.first_layers(folder, layers))
+        model = common.first_layers(whole, layers, folder) if layers else whole
         forecasts = forecast(model, widths)
         for bits in widths:
             for name, error in found(model, bits).items():
@@ -187,24 +192,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--layers", type=int, default=4, help="first layers of the model, for errors; 0 for all")
+    parser.add_argument("--layers", type=int, default=4, dest="errors_layers",
+                        help="first layers of the model, for errors; 0 for all")  # fmt: skip
+    common.add_model(parser, layers=False)
     options = parser.parse_args()
 
-    kept = common.RESULTS / "forecast.json"
-    result = json.loads(kept.read_text()) if kept.is_file() else {}
-    result.pop("environment", None)
-    result["setup"] = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GRID.group_size, "mse": GRID.scale_search}
-    if "errors" in options.parts:
-        result["errors"] = measured_errors(options.layers)
-        common.keep("forecast", result, as_json=False)
-    if "losses" in options.parts:
-        result["losses"] = predicted_losses()
-        common.keep("forecast", result, as_json=False)
-    if "kinds" in options.parts:
-        result["kinds"] = losses_by_kind()
-    common.keep("forecast", result, as_json=options.json)
-    for rows in (result.get("errors", {}).get("summary"), result.get("losses", {}).get("cells"), result.get("kinds")):
-        if rows:
+    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GRID.group_size, "mse": GRID.scale_search}
+    measure: dict[str, Callable[[common.Subject], dict[str, Any]]] = {
+        "errors": lambda model: measured_errors(model, options.errors_layers),
+        "losses": predicted_losses,
+        "kinds": lambda model: {"rows": losses_by_kind(model)},
+    }
+    with common.subject(options) as model:
+        path = model.results("forecast")
+        result = common.kept(path)
+        for part in options.parts:
+            found = measure[part](model)
+            result[part] = {"measured": common.measured(model), "setup": setup, **found}
+            common.keep(path, result)
+    common.keep(path, result, as_json=options.json)
+    for part, table in (("errors", "summary"), ("losses", "cells"), ("kinds", "rows")):
+        if rows := result.get(part, {}).get(table):
             common.table(list(rows[0]), [list(row.values()) for row in rows])
     print(json.dumps(result.get("losses", {}).get("rank correlations")))
 

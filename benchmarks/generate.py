@@ -62,7 +62,7 @@ class Stopwatch:
         setattr(owner, attribute, timed)
 
 
-def one(kind: str, base: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
+def one(kind: str, base: common.Subject, checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Generate once in this process."""
     watch = Stopwatch()
     watch.watch(GPTQModel, "load", "loading both models")
@@ -73,12 +73,12 @@ def one(kind: str, base: Path, checkpoint: Path, folder: Path) -> dict[str, Any]
     watch.watch(eora_processor, "eora_process_input", "  second moments")
     watch.watch(eora_processor, "eora_compute_lora", "  solving")
     adapter = EoRA(rank=RANK, path=folder) if kind == "ours" else Lora(rank=RANK, path=str(folder))
-    calibration = common.calibration(SAMPLES, SEQLEN)
+    calibration = common.calibration(base, SAMPLES, SEQLEN)
     start = time.perf_counter()
     with quiet():
         GPTQModel.adapter.generate(
             adapter=adapter,
-            model_id_or_path=str(base),
+            model_id_or_path=str(base.folder),
             quantized_model_id_or_path=str(checkpoint),
             calibration_dataset=calibration,
             batch_size=common.BATCH_SIZE,
@@ -87,22 +87,20 @@ def one(kind: str, base: Path, checkpoint: Path, folder: Path) -> dict[str, Any]
     return {"seconds": total, "parts": dict(watch.seconds), "peak bytes": high_water_mark()}
 
 
-def measure() -> dict[str, Any]:
+def measure(base: common.Subject) -> dict[str, Any]:
     """Both contenders, interleaved, on one checkpoint."""
-    base = common.smollm2()
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     with common.scratch() as folder:
         with quiet():
-            model = GPTQModel.load(str(base), QuantizeConfig(bits=BITS, group_size=64))
-            model.quantize(common.calibration(8, SEQLEN), batch_size=common.BATCH_SIZE)
+            model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=BITS, group_size=64))
+            model.quantize(common.calibration(base, 8, SEQLEN), batch_size=common.BATCH_SIZE)
             model.save(str(folder / "model"))
         del model
         for repeat in range(REPEATS):
             for kind in KINDS:
-                command = [sys.executable, __file__, kind, str(base), str(folder / "model")]
-                done = subprocess.run(
-                    [*command, str(folder / f"{kind}-{repeat}")], capture_output=True, text=True, check=True
-                )
+                command = [sys.executable, __file__, kind, str(base.folder), base.calibration, str(folder / "model"),
+                           str(folder / f"{kind}-{repeat}")]  # fmt: skip
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
     seconds = {kind: statistics.median(run["seconds"] for run in runs[kind]) for kind in KINDS}
     memory = {kind: max(run["peak bytes"] for run in runs[kind]) for kind in KINDS}
@@ -129,4 +127,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1], *map(Path, sys.argv[2:]))), file=sys.__stdout__)
+    kind, base, text, checkpoint, folder = sys.argv[1:]
+    found = one(kind, common.Subject("", Path(base), calibration=text), Path(checkpoint), Path(folder))
+    print(json.dumps(found), file=sys.__stdout__)

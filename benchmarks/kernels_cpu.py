@@ -6,10 +6,12 @@ bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, wi
 shared     one row, 2 bits, with adapter: modules that read the same input together and one after the other
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
-model      SmolLM2 at 2 bits with rank 32, tokens per second of `model.generate`
+model      the whole model at 2 bits with rank 32, tokens per second of `model.generate`
 
-One process, two threads, bfloat16, medians of interleaved runs. Weights and factors are cycled through copies that
-together do not fit the last-level cache, in all parts but `prefill` and stock's, which are bound by arithmetic.
+One process, two threads, bfloat16, medians of interleaved runs, each after one that is not counted: the same for every
+contender of a part. Weights and factors are cycled through copies that together do not fit the last-level cache, but
+in `prefill` and for stock in `one_row`, which are bound by arithmetic: one copy is at most to their advantage. Of
+another model than SmolLM2 only `model` can be measured.
 
     python benchmarks/kernels_cpu.py --json
 """
@@ -18,11 +20,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,8 @@ SHARED = {
     "Qwen3-8B q, k, v": (4096, (4096, 1024, 1024)),
     "Qwen3-8B gate, up": (4096, (12288, 12288)),
 }
-# Stock takes up to a second.
-STOCK_REPEATS = 3
 PREFILL_ROWS, PREFILL_REPEATS = 512, 5
-MODEL_RANK, MODEL_SAMPLES, MODEL_SEQLEN, NEW_TOKENS, STOCK_TOKENS, MODEL_REPEATS = 32, 16, 128, 64, 8, 3
+MODEL_RANK, MODEL_SAMPLES, MODEL_SEQLEN, NEW_TOKENS, MODEL_REPEATS = 32, 16, 128, 64, 3
 
 Run = Callable[[], Any]
 
@@ -102,16 +102,15 @@ def stock(kernel: type[TorchLinear], packed: PackedWeight, lora: Factors) -> Any
 
 
 @torch.inference_mode()
-def medians(runs: dict[str, Run], repeats: int, *, settle: bool = True) -> dict[str, float]:
-    """Milliseconds of each, run in turns; with ``settle`` each time after a run that is not counted, since the first
-    one after another contender finds page tables and code out of cache."""
+def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Milliseconds of each, run in turns, each time after a run that is not counted, since the first one after another
+    contender finds page tables and code out of cache."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
-            if settle:
-                run()
+            run()
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -137,19 +136,24 @@ def one_row() -> list[dict[str, Any]]:
     for (out, width), bits, group in itertools.product(SHAPES, (2, 3), GROUP_SIZES):
         torch.compiler.reset()
         packed, x = weight(bits, out, width, group), row(width)
+        host = stock(TorchLinear, packed, factors(packed))
         runs = {
             "fused": cycled(fused(packed), packed.nbytes, x),
             "dense": cycled(lambda out=out, width=width: _dense(out, width), out * width * 2, x),
+            "compiled stock": lambda host=host, x=x: host(x),
+            "stock": lambda host=host, x=x: _eager(host, x),
         }
         ms = medians(runs, REPEATS)
-        host = stock(TorchLinear, packed, factors(packed))
-        ms |= medians({"compiled stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
-        with torch.compiler.set_stance("force_eager"):
-            ms |= medians({"stock": lambda host=host, x=x: host(x)}, STOCK_REPEATS, settle=False)
         found.append(_named(out, width, bits, group, ms, stock_over_fused=ms["stock"] / ms["fused"],
                             compiled_over_fused=ms["compiled stock"] / ms["fused"],
                             dense_over_fused=ms["dense"] / ms["fused"]))  # fmt: skip
     return found
+
+
+def _eager(module: Callable[[Any], Any], x: torch.Tensor) -> Any:
+    """Uncompiled, though it has been compiled before."""
+    with torch.compiler.set_stance("force_eager"):
+        return module(x)
 
 
 def _dense(out: int, width: int) -> Run:
@@ -226,7 +230,7 @@ def prefill() -> list[dict[str, Any]]:
         packed, x, dense = weight(bits, out, width, 64), row(width, PREFILL_ROWS), _dense(out, width)
         layer = fused(packed)()
         ms = medians({"fused": lambda layer=layer, x=x: layer(x), "dense": lambda dense=dense, x=x: dense(x)},
-                     PREFILL_REPEATS, settle=False)  # fmt: skip
+                     PREFILL_REPEATS)  # fmt: skip
         found.append(_named(out, width, bits, 64, ms, dense_over_fused=ms["dense"] / ms["fused"]))
     return found
 
@@ -238,31 +242,31 @@ def _named(out: int, width: int, bits: int, group: int, ms: dict[str, float], **
     return result
 
 
-def model() -> list[dict[str, Any]]:
+def model(base: common.Subject) -> list[dict[str, Any]]:
     with common.scratch() as folder, quiet():
-        _quantized(folder / "model")
+        _quantized(base, folder / "model")
         path = str(folder / "model")
         models = {
             "fused": GPTQModel.load(path, dtype=torch.bfloat16).model,
-            "dense": common.base_model(),
+            "dense": common.base_model(base),
             "stock": GPTQModel.load(path, dtype=torch.bfloat16, backend=BACKEND.GPTQ_TORCH).model,
         }
-        prompt = common.tokenizer()("The history of the bridge began", return_tensors="pt").input_ids
+        prompt = common.tokenizer(base)("The history of the bridge began", return_tensors="pt").input_ids
         rates: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(MODEL_REPEATS + 1):
             for name, one in models.items():
-                tokens = STOCK_TOKENS if name == "stock" else NEW_TOKENS
                 start = time.perf_counter()
                 with torch.inference_mode():
-                    one.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+                    one.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
                 if turn:  # the first one warms up
-                    rates[name].append(tokens / (time.perf_counter() - start))
+                    rates[name].append(NEW_TOKENS / (time.perf_counter() - start))
     return [{f"{name} tokens per second": statistics.median(found) for name, found in rates.items()}]
 
 
-def _quantized(folder: Path) -> None:
-    host = GPTQModel.load(str(common.first_layers(folder, 0)), QuantizeConfig(bits=2, group_size=64))
-    host.quantize(common.calibration(MODEL_SAMPLES, MODEL_SEQLEN), batch_size=8, adapter=EoRA(rank=MODEL_RANK))
+def _quantized(base: common.Subject, folder: Path) -> None:
+    host = GPTQModel.load(str(base.folder), QuantizeConfig(bits=2, group_size=64))
+    calibration = common.calibration(base, MODEL_SAMPLES, MODEL_SEQLEN)
+    host.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=EoRA(rank=MODEL_RANK))
     host.save(str(folder))
 
 
@@ -274,7 +278,7 @@ def busy_seconds() -> tuple[float, float]:
     return user + nice + system, own.user + own.system
 
 
-def measured(part: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+def timed(part: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
     """A part's rows, and the share of the machine that other processes took meanwhile."""
     busy, own = busy_seconds()
     start = time.perf_counter()
@@ -290,24 +294,27 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "shared": shared,
     "four_bits": four_bits,
     "prefill": prefill,
-    "model": model,
 }
+MODEL_PARTS: dict[str, Callable[[common.Subject], list[dict[str, Any]]]] = {"model": model}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *MODEL_PARTS])
+    common.add_model(parser)
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    kept = common.RESULTS / "kernels_cpu.json"
-    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    result.pop("environment", None)
-    for part in options.parts:
-        result[part] = measured(PARTS[part])
-        common.keep("kernels_cpu", result, as_json=False)
-    common.keep("kernels_cpu", result, as_json=options.json)
-    for part in options.parts:
+    with common.subject(options) as base:
+        path = base.results("kernels_cpu")
+        result = common.kept(path)
+        parts = common.parts(options.parts, PARTS, MODEL_PARTS, base)
+        for part in parts:
+            found = timed(PARTS[part] if part in PARTS else partial(MODEL_PARTS[part], base))
+            result[part] = {"measured": common.measured(base if part in MODEL_PARTS else None), **found}
+            common.keep(path, result)
+    common.keep(path, result, as_json=options.json)
+    for part in parts:
         rows = result[part]["rows"]
         print(f"{part}: other processes took {result[part]['others_share']:.1%} of the machine")
         common.table(tuple(rows[0]), [list(row.values()) for row in rows])

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -288,17 +287,17 @@ def main() -> None:
         raise SystemExit("No CUDA or ROCm device: these kernels can only be timed on one. "
                          "benchmarks/kernels_roofline.py computes what they must move.")  # fmt: skip
     device = torch.device("cuda", 0)
-    kept = common.RESULTS / "kernels_cuda.json"
-    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    result |= {"device": torch.cuda.get_device_name(), "dtype": str(DTYPE)}
-    result.pop("environment", None)
+    path = common.RESULTS / "kernels_cuda.json"
+    result = common.kept(path)
     for part in options.parts:
         with torch.inference_mode():
-            result[part] = [row for rank in options.ranks for row in PARTS[part](rank, device)]
-        common.keep("kernels_cuda", result, as_json=False)
-    common.keep("kernels_cuda", result, as_json=options.json)
+            rows = [row for rank in options.ranks for row in PARTS[part](rank, device)]
+        result[part] = {"measured": common.measured(), "dtype": str(DTYPE), "rows": rows}
+        common.keep(path, result)
+    common.keep(path, result, as_json=options.json)
     for part in options.parts:
-        common.table(tuple(result[part][0]), [list(row.values()) for row in result[part]])
+        rows = result[part]["rows"]
+        common.table(tuple(rows[0]), [list(row.values()) for row in rows])
 
 
 if __name__ == "__main__":

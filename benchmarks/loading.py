@@ -67,15 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--bits", type=int, default=4, help="a model that still computes sense; noise grows below 4")
-    parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
+    common.add_model(parser)
     options = parser.parse_args()
-    ids = common.held_out()["wikitext2"][:TOKENS]
-    with common.scratch() as folder:
-        base = common.first_layers(folder / "base", options.layers)
+    with common.subject(options) as base, common.scratch() as folder:
+        ids = common.held_out(base)["wikitext2"][:TOKENS]
         for name, adapter in (("ours", EoRA(rank=RANK)), ("stock", Lora(rank=RANK, path=str(folder / "lora")))):
             with quiet():
-                model = GPTQModel.load(str(base), QuantizeConfig(bits=options.bits, group_size=64))
-                model.quantize(common.calibration(8, 256), batch_size=common.BATCH_SIZE, adapter=adapter)
+                model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=options.bits, group_size=64))
+                model.quantize(common.calibration(base, 8, 256), batch_size=common.BATCH_SIZE, adapter=adapter)
                 model.save(str(folder / name))
             del model
         ours = by_gptqmodel(folder / "ours", ids)
@@ -91,7 +90,8 @@ def main() -> None:
         ["stock Lora: GPTQModel against PEFT", (stock - stock_peft).abs().max().item() / stock_rms],
     ]
     setup = {"bits": options.bits, "layers": options.layers or "all", "rank": RANK, "tokens": TOKENS}
-    common.keep("loading", {"setup": setup, "largest difference over rms": dict(rows)}, as_json=options.json)
+    result = {"measured": common.measured(base), "setup": setup, "largest difference over rms": dict(rows)}
+    common.keep(base.results("loading"), result, as_json=options.json)
     common.table(("comparison", "largest difference / rms of the logits"), rows)
 
 

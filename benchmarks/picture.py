@@ -28,8 +28,10 @@ def main() -> None:
 def pareto() -> None:
     """Measured loss against size, a line for each width of weights and factors."""
     result = json.loads((HERE / "results" / "plan.json").read_text())
-    figure, axes = plt.subplots(1, len(result["full"]), figsize=(5 * len(result["full"]), 4), squeeze=False)
-    for axis, (text, full) in zip(axes[0], result["full"].items(), strict=True):
+    texts = [text for text in result["full"] if all(text in run["loss"] for run in result["runs"])]
+    figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        full = result["full"][text]
         for kind, style, colour, label in PARETO:
             lines: dict[tuple[int, int], list[tuple[float, float]]] = {}
             for run in (run for run in result["runs"] if run["kind"] == kind):

@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import common
@@ -27,12 +26,12 @@ BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4
 PLAIN = "plain"
 
 
-def quantize(base: Path, kind: str, calibration: list[dict[str, list[int]]]) -> float:
+def quantize(base: common.Subject, kind: str, calibration: list[dict[str, list[int]]]) -> float:
     """Seconds of `quantize` alone; loading and saving cost the same for all."""
     with common.scratch() as folder, quiet():
         os.environ["XDG_CACHE_HOME"] = str(folder)
         adapter = None if kind == PLAIN else EoRA(preset=kind, budget=DEFAULT_BUDGET)
-        model = GPTQModel.load(str(base), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH))
+        model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH))
         start = time.perf_counter()
         model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
         return time.perf_counter() - start
@@ -44,11 +43,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
+    common.add_model(parser)
     options = parser.parse_args()
-    calibration = common.calibration(SAMPLES, SEQLEN)
-    with common.scratch() as folder:
-        base = common.first_layers(folder / "model", options.layers)
+    with common.subject(options) as base:
+        calibration = common.calibration(base, SAMPLES, SEQLEN)
         seconds: dict[str, list[float]] = {kind: [] for kind in options.kinds}
         quantize(base, PLAIN, calibration[:8])  # thread pools and kernels start up once
         for _ in range(options.repeats):
@@ -57,9 +55,9 @@ def main() -> None:
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
     setup = {"samples": SAMPLES, "seqlen": SEQLEN, "bits": BITS, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
              "budget": DEFAULT_BUDGET, "layers": options.layers or "all"}  # fmt: skip
-    result: dict[str, Any] = {"setup": setup, "seconds": seconds}
+    result: dict[str, Any] = {"measured": common.measured(base), "setup": setup, "seconds": seconds}
     result["time ratio"] = {kind: median[kind] / median[PLAIN] for kind in options.kinds}
-    common.keep(f"presets_{options.layers}_layers" if options.layers else "presets", result, as_json=options.json)
+    common.keep(base.results("presets"), result, as_json=options.json)
     rows = [[kind, median[kind], result["time ratio"][kind]] for kind in options.kinds]
     common.table(("run", "seconds", "ratio"), rows)
 

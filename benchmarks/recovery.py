@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -83,13 +82,13 @@ def cell_of(run: dict[str, Any]) -> Cell:
 
 
 @functools.cache
-def module_shapes() -> list[ModuleShape]:
+def module_shapes(base: common.Subject) -> list[ModuleShape]:
     """The modules that share a budget."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(common.smollm2()))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
     return [
         ModuleShape(name, module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -97,9 +96,9 @@ def module_shapes() -> list[ModuleShape]:
     ]
 
 
-def budget_cells(bits: int, budget: str) -> dict[str, Cell]:
+def budget_cells(base: common.Subject, bits: int, budget: str) -> dict[str, Cell]:
     """The presets "balanced" and "best", one rank for all within the same bytes, and stock's at no fewer bytes."""
-    shapes = module_shapes()
+    shapes = module_shapes(base)
     allowed = budget_bytes(budget, shapes)
     uniform = largest_uniform_rank(allowed, shapes, BUDGET_FACTOR_BITS)
     stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
@@ -112,27 +111,29 @@ def budget_cells(bits: int, budget: str) -> dict[str, Cell]:
     }
 
 
-def measure(cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
+def measure(base: common.Subject, cell: Cell, texts: dict[str, Any], windows: int) -> dict[str, Any]:
     """Quantise, save, load, evaluate."""
     with common.scratch() as folder, quiet():
         adapter = cell.adapter(folder)
         AdapterCache.reset()
         config = QuantizeConfig(bits=cell.bits, group_size=GROUP_SIZE, mse=SCALE_SEARCH[cell.bits])
-        model = GPTQModel.load(str(common.smollm2()), config)
+        model = GPTQModel.load(str(base.folder), config)
+        calibration = common.calibration(base, SAMPLES, SEQLEN)
         start = time.perf_counter()
-        model.quantize(common.calibration(SAMPLES, SEQLEN), batch_size=common.BATCH_SIZE, adapter=adapter)
+        model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
         seconds = time.perf_counter() - start
         model.save(str(folder / "model"))
         del model
         adapter_file = folder / "model" / "eora" / "adapter_model.safetensors"
         adapter_bytes = adapter_file.stat().st_size if isinstance(adapter, EoRA) else None
         reload = Lora(rank=cell.rank, path=str(folder / "lora")) if cell.kind == "stock" else None
-        losses = common.losses(common.densified(folder / "model", reload).to(common.device()), texts, windows)
+        losses = common.losses(common.densified(folder / "model", base, reload).to(common.device()), texts, windows)
     return {
         **asdict(cell),
         "seconds": seconds,
         "adapter bytes": adapter_bytes,
         "loss": losses,
+        "measured": common.measured(base),
     }
 
 
@@ -146,7 +147,7 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
         if cell != Cell("ours", bits, rank) or against not in found:
             continue
         plain, stock = found[Cell("none", bits)], found[against]
-        for text in ours:
+        for text in common.common_texts(ours, stock, plain, full):
             lost = plain[text] - full[text]
             rows.append(
                 {
@@ -175,7 +176,7 @@ def packed_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     rows = []
     for factor_bits, rank in [(16, PACKED_AGAINST_RANK), *packed]:
         run = found.get(Cell("ours", PACKED_BITS, rank, factor_bits))
-        for text in plain if run else ():
+        for text in common.common_texts(plain, run["loss"], reference["loss"], full) if run else ():
             rows.append(
                 {
                     "factor_bits": factor_bits,
@@ -189,19 +190,21 @@ def packed_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     return rows
 
 
-def budget_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
+def budget_shares(base: common.Subject, runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str, Any]]:
     """One row a budget and text: recovered shares, and how many times that of one rank for all and of stock."""
     found = {cell_of(run): run for run in runs}
     rows = []
     for cell, run in found.items():
         if cell.kind != "auto" or cell.budget is None:
             continue
-        others = budget_cells(cell.bits, cell.budget)
+        others = budget_cells(base, cell.bits, cell.budget)
         plain = found.get(Cell("none", cell.bits))
-        for text in run["loss"] if plain else ():
+        for text in common.common_texts(run["loss"], plain["loss"], full) if plain else ():
             lost = plain["loss"][text] - full[text]
             share, uniform, stock = (
-                (plain["loss"][text] - found[one]["loss"][text]) / lost if one in found else math.nan
+                (plain["loss"][text] - found[one]["loss"][text]) / lost
+                if one in found and text in found[one]["loss"]
+                else math.nan
                 for one in (cell, others["uniform"], others["stock"])
             )
             rows.append(
@@ -223,6 +226,49 @@ def budget_shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[di
     return sorted(rows, key=lambda row: (row["rounds"], row["sensitivity"], row["bits"], row["budget"], row["text"]))
 
 
+def wanted(options: argparse.Namespace, base: common.Subject) -> list[Cell]:
+    """The cells that the command line asks for."""
+    found = [Cell("none", bits) for bits in options.bits]
+    if "ranks" in options.parts:
+        found += [Cell(kind, bits, rank) for bits in options.bits for rank in options.ranks
+                  for kind in ("stock", "ours")]  # fmt: skip
+    if "packed" in options.parts and PACKED_BITS in options.bits:
+        found += [Cell("ours", PACKED_BITS, rank_of_same_bytes(bits), bits) for bits in (8, 4)]
+    if "budgets" in options.parts:
+        for bits, budget in itertools.product(options.bits, options.budgets):
+            cells = budget_cells(base, bits, budget)
+            found += [cells["best"], cells["uniform"], cells["stock"]]
+            found += [replace(cells["balanced"], sensitivity=sensitivity) for sensitivity in options.sensitivities]
+    first, step = map(int, options.shard.split("/"))
+    return found[first::step]
+
+
+def benchmark(options: argparse.Namespace, base: common.Subject) -> dict[str, Any]:
+    """Measure the cells that the results file lacks."""
+    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
+             "windows": options.windows}  # fmt: skip
+    path = base.results(options.out or "recovery")
+    previous = {} if options.fresh else common.kept(path, setup)
+    for name in options.merge:
+        part = common.kept(base.results(name), setup)
+        previous = {**part, "runs": [*previous.get("runs", []), *part["runs"]]}
+    runs = list({cell_of(run): run for run in previous.get("runs", [])}.values())
+    texts = common.held_out(base)
+    full = common.full_precision(previous, base, texts, options.windows, common.device())
+
+    def result() -> dict[str, Any]:
+        losses = full["full"]
+        return {"setup": setup, **full, "runs": runs, "shares": shares(runs, losses),
+                "same bytes": packed_shares(runs, losses), "budgets": budget_shares(base, runs, losses)}  # fmt: skip
+
+    for cell in [] if options.merge else wanted(options, base):
+        if cell not in map(cell_of, runs):
+            runs.append(measure(base, cell, texts, options.windows))
+            common.keep(path, result())
+    common.keep(path, result(), as_json=options.json)
+    return result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -233,40 +279,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
-    parser.add_argument("--out", default="recovery", help="name of the results file")
+    parser.add_argument("--out", help="name of the results file, in place of recovery")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th on")
     parser.add_argument("--merge", nargs="+", default=[], help="take the runs of these results as well; measure none")
+    common.add_model(parser)
     options = parser.parse_args()
-
-    texts = common.held_out()
-    kept = common.RESULTS / f"{options.out}.json"
-    previous = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
-    for name in options.merge:
-        part = json.loads((common.RESULTS / f"{name}.json").read_text())
-        previous = {**part, "runs": [*previous.get("runs", []), *part["runs"]]}
-    runs = list({cell_of(run): run for run in previous.get("runs", [])}.values())
-    full = previous.get("full") or common.losses(common.base_model().to(common.device()), texts, options.windows)
-    wanted = [Cell("none", bits) for bits in options.bits]
-    if "ranks" in options.parts:
-        wanted += [Cell(kind, bits, rank) for bits in options.bits for rank in options.ranks
-                   for kind in ("stock", "ours")]  # fmt: skip
-    if "packed" in options.parts and PACKED_BITS in options.bits:
-        wanted += [Cell("ours", PACKED_BITS, rank_of_same_bytes(bits), bits) for bits in (8, 4)]
-    if "budgets" in options.parts:
-        for bits, budget in itertools.product(options.bits, options.budgets):
-            cells = budget_cells(bits, budget)
-            wanted += [cells["best"], cells["uniform"], cells["stock"]]
-            wanted += [replace(cells["balanced"], sensitivity=sensitivity) for sensitivity in options.sensitivities]
-    first, step = map(int, options.shard.split("/"))
-    for cell in [None] if options.merge else wanted[first::step]:
-        if cell is not None and cell not in map(cell_of, runs):
-            runs.append(measure(cell, texts, options.windows))
-        setup = {"samples": SAMPLES, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
-                 "windows": options.windows}  # fmt: skip
-        result = {"setup": setup, "full": full, "runs": runs, "shares": shares(runs, full),
-                  "same bytes": packed_shares(runs, full), "budgets": budget_shares(runs, full)}  # fmt: skip
-        common.keep(options.out, result, as_json=False)
-    common.keep(options.out, result, as_json=options.json)
+    with common.subject(options) as base:
+        result = benchmark(options, base)
     header = ("bits", "rank", "text", "full", "quantised", "stock", "ours", "stock share", "our share")
     common.table(header, [[row[name] for name in header] for row in result["shares"]])
     if result["same bytes"]:

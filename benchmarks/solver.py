@@ -1,11 +1,12 @@
 """How fast and how exact is the solver, and what does `generate` cost, beside GPTQModel's own EoRA?
 
 speed      `solve.eora` against `eora_compute_lora`: same tensors, one process, one thread, rank 64
-modules    weighted error over the optimum on every linear of SmolLM2: real ΔW, real C
+modules    weighted error over the optimum on every linear of the model: real ΔW, real C
 synthetic  the same for second moments of condition 1e12, and with channels 1,000 times larger
 generate   `GPTQModel.adapter.generate` end to end on one checkpoint: seconds, peak memory, where the time goes
 
-Each part's result is kept on its own, so that parts can be run one by one.
+Each part's result is kept on its own, so that parts can be run one by one. Of another model than SmolLM2, `modules` and
+`generate` can be measured, which use it.
 
     python benchmarks/solver.py --json
 """
@@ -13,7 +14,6 @@ Each part's result is kept on its own, so that parts can be run one by one.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -129,7 +129,7 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def modules() -> dict[str, Any]:
+def modules(base: common.Subject) -> dict[str, Any]:
     """The excess on every module of a 2-bit run, in the loop's own ΔW and C."""
     found: dict[str, dict[int, float]] = {}
     compensate = processors.compensate
@@ -142,8 +142,9 @@ def modules() -> dict[str, Any]:
     processors.compensate = measured
     try:
         with quiet():
-            model = GPTQModel.load(str(common.smollm2()), QuantizeConfig(bits=2, group_size=64))
-            model.quantize(common.calibration(SAMPLES, SEQLEN), batch_size=common.BATCH_SIZE, adapter=EoRA(rank=RANK))
+            model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=2, group_size=64))
+            calibration = common.calibration(base, SAMPLES, SEQLEN)
+            model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=EoRA(rank=RANK))
     finally:
         processors.compensate = compensate
     largest = {rank: max(found, key=lambda name: found[name][rank]) for rank in MODULE_RANKS}
@@ -165,7 +166,7 @@ def synthetic() -> dict[str, Any]:
         "condition 1e12": rotated(torch.logspace(0, -12, 1024, dtype=torch.float64)),
         "outliers × 1000": outliers[:, None] * decaying * outliers[None, :],
     }
-    return {
+    found = {
         name: {
             f"{out_features} × 1024, rank {rank}": excess(error(out_features, 1024), moment, rank)
             for out_features in (512, 1024, 2048)
@@ -173,36 +174,35 @@ def synthetic() -> dict[str, Any]:
         }
         for name, moment in moments.items()
     }
+    return {"excess": found}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "speed": speed,
-    "modules": modules,
-    "synthetic": synthetic,
-    "generate": generate.measure,
-}
+MODEL_PARTS: dict[str, Callable[[common.Subject], dict[str, Any]]] = {"modules": modules, "generate": generate.measure}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"speed": speed, "synthetic": synthetic}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *MODEL_PARTS])
+    common.add_model(parser)
     options = parser.parse_args()
-    kept = common.RESULTS / "solver.json"
-    result: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    result.pop("environment", None)
-    for part in options.parts:
-        result[part] = PARTS[part]()
-        common.keep("solver", result, as_json=False)
-    common.keep("solver", result, as_json=options.json)
+    with common.subject(options) as base:
+        path = base.results("solver")
+        result = common.kept(path)
+        for part in common.parts(options.parts, PARTS, MODEL_PARTS, base):
+            found = PARTS[part]() if part in PARTS else MODEL_PARTS[part](base)
+            result[part] = {"measured": common.measured(base if part in MODEL_PARTS else None), **found}
+            common.keep(path, result)
+    common.keep(path, result, as_json=options.json)
     if "speed" in result:
         rows = result["speed"]["rows"]
         common.table(tuple(rows[0]), [list(row.values()) for row in rows])
     if "modules" in result:
-        print(result["modules"])
+        print(result["modules"]["largest"])
     if "synthetic" in result:
-        common.table(("second moment", "largest error over the least"),
-                     [[name, max(found.values())] for name, found in result["synthetic"].items()])  # fmt: skip
+        rows = [[name, max(found.values())] for name, found in result["synthetic"]["excess"].items()]
+        common.table(("second moment", "largest error over the least"), rows)
     if "generate" in result:
         generate.show(result["generate"])
 

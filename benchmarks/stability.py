@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import common
 
@@ -20,20 +19,23 @@ LIMIT_SECONDS = 900
 
 RUN = """
 import sys
+from pathlib import Path
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel_eora_ext import EoRA
 sys.path.insert(0, sys.argv[1])
 import common
-model = GPTQModel.load(sys.argv[2], QuantizeConfig(bits=2, group_size=64))
-model.quantize(common.calibration(16, 64), batch_size=8, adapter=EoRA(rank=int(sys.argv[3])))
+model = common.Subject("", Path(sys.argv[2]), calibration=sys.argv[4])
+windows = common.calibration(model, 16, 64)
+model = GPTQModel.load(str(model.folder), QuantizeConfig(bits=2, group_size=64))
+model.quantize(windows, batch_size=8, adapter=EoRA(rank=int(sys.argv[3])))
 assert len(model._eora_run.factors) == 7 * model.model.config.num_hidden_layers
 """
 
 
-def attempt(workers: int, base: Path) -> tuple[str, float]:
+def attempt(workers: int, model: common.Subject) -> tuple[str, float]:
     """One fresh process; returns how it ended and after how many seconds."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", RUN, str(common.RESULTS.parent), str(base), str(RANK)]
+    command = [sys.executable, "-c", RUN, str(common.RESULTS.parent), str(model.folder), str(RANK), model.calibration]
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": str(workers)}
     try:
         code = subprocess.run(command, env=environment, capture_output=True, timeout=LIMIT_SECONDS).returncode
@@ -47,17 +49,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--runs", type=int, default=10, help="processes per count of workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
+    common.add_model(parser)
     options = parser.parse_args()
     runs: list[dict[str, object]] = []
-    with common.scratch() as folder:
-        base = common.first_layers(folder, options.layers)
+    with common.subject(options) as model:
         for _ in range(options.runs):
             for workers in options.workers:
-                outcome, seconds = attempt(workers, base)
+                outcome, seconds = attempt(workers, model)
                 runs.append({"workers": workers, "outcome": outcome, "seconds": seconds})
-    common.keep("stability", {"setup": {"rank": RANK, "layers": options.layers or "all"}, "runs": runs},
-                as_json=options.json)  # fmt: skip
+    setup = {"rank": RANK, "layers": options.layers or "all"}
+    result = {"measured": common.measured(model), "setup": setup, "runs": runs}
+    common.keep(model.results("stability"), result, as_json=options.json)
     rows = []
     for workers in options.workers:
         outcomes = [run["outcome"] for run in runs if run["workers"] == workers]

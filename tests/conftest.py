@@ -17,7 +17,7 @@ SEQLEN = 64
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a folder."""
-    from gptqmodel_eora_ext.evaluate.smollm2 import smollm2
+    from gptqmodel_eora_ext.evaluate.models import smollm2
 
     return smollm2()
 

@@ -97,6 +97,8 @@ def compensate(
         ValueError: when the error or the activations hold NaN or infinity; the message names the module.
     """
     moment.require_finite()
+    # A host may hold the two on different devices: the kernels of a checkpoint are spread over all GPUs.
+    quantized = quantized.to(weight.device)
     delta = weight.to(torch.float32) - quantized.to(torch.float32)
     if not torch.isfinite(delta).all():
         raise ValueError(f"{name}: the weights hold NaN or infinity before or after quantisation.")
@@ -160,7 +162,7 @@ def _by_outputs(
     """The same from the moment of the output error.
 
     What is left: A, solved against the rounded B, equals P ΔW + E with P projecting onto B's span and E its own
-    rounding, so the error left is (I − P) ΔW x, which G knows, and B E x. E is independent from entry to entry, so of C
+    rounding, so the error left is (I − P) ΔW x, which S knows, and B E x. E is independent from entry to entry, so of C
     its energy needs only the diagonal.
     """
     error_moment = moment.mean(delta.device)

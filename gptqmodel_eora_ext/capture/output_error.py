@@ -1,6 +1,6 @@
 """The second moment of a module's output error, for weights whose error is known before the data is seen.
 
-With z = ΔW x, G = E[z zᵀ] = ΔW C ΔWᵀ is all that EoRA needs: out × out instead of in × in, which for a module that
+With z = ΔW x, S = E[z zᵀ] = ΔW C ΔWᵀ is all that EoRA needs: out × out instead of in × in, which for a module that
 narrows (`down_proj`, the key and value projections of grouped attention) is the smaller and cheaper sum.
 """
 
@@ -12,7 +12,7 @@ from ..solve import multiplies_bfloat16
 from .second_moment import DiagonalMoment, SecondMoment, kept_rows
 
 SIGNAL_STRIDE = 16
-# A token of more than this many times the usual ‖x‖² is multiplied in float32 in any case.
+# A token whose ‖x‖² is more than this many times the median is always multiplied in float32.
 LARGE_TOKEN = 16
 
 
@@ -26,7 +26,8 @@ class OutputErrorMoment:
     """
 
     def __init__(self, weight: torch.Tensor, quantized: torch.Tensor, name: str) -> None:
-        self.delta = weight.to(torch.float32) - quantized.to(torch.float32)
+        # A checkpoint's kernel may be on another device than the weight.
+        self.delta = weight.to(torch.float32) - quantized.to(device=weight.device, dtype=torch.float32)
         self._narrow_delta: torch.Tensor | None = None
         self.name = name
         self._errors = SecondMoment(weight.shape[0], name)
@@ -58,7 +59,7 @@ class OutputErrorMoment:
         """ΔW x of each row, tokens × out.
 
         Inputs of bfloat16 (``dtype``) are multiplied as such where that is faster. ΔW and z are rounded then, each
-        entry on its own, which adds some 1e-6 of its trace to G: B only needs the directions of G, and A is solved
+        entry on its own, which adds some 1e-6 of its trace to S: B only needs the directions of S, and A is solved
         against the ΔW that is not rounded. A few large tokens may be nearly all of that trace, and little of what is
         left once they are corrected; they are not rounded.
         """
@@ -73,7 +74,7 @@ class OutputErrorMoment:
         return errors
 
     def mean(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return G = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
+        """Return S = Σ z zᵀ / tokens, out × out, float32, on ``device``."""
         return self._errors.mean(device)
 
     def energies(self, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-# Block columns that the lower triangle of x xᵀ is computed in: 9/16 of the products of the whole. On a CPU that takes
-# half the time of the whole, with the same rounding; bfloat16 products are no faster (docs/method.md).
+# The lower triangle of x xᵀ is computed in so many block columns, each from the diagonal down: 9/16 of the products of
+# the whole. On a CPU that takes half the time of the whole, with the same rounding. Products in bfloat16 were tried and
+# are no faster (docs/method.md).
 TRIANGLE_BLOCKS = 8
 
 

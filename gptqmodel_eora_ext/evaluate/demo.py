@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .models import smollm2
 from .size import weight_bytes
-from .smollm2 import smollm2
 
 QUANTIZER = "gptq"
 GROUP_SIZE = 64
@@ -43,8 +43,7 @@ def run_demo(output: Path, *, bits: int, rank: int, progress: Progress) -> tuple
     """
     start = time.perf_counter()
     report = progress("fetching SmolLM2-135M")
-    report(0, 1)
-    base = smollm2()
+    base = smollm2(report=report)
     report(1, 1)
     rows = [_full_precision(base, progress("full precision"))]
     for name, title, adapter_rank in (("plain", "quantised", None), ("eora", f"quantised + EoRA r{rank}", rank)):

@@ -1,7 +1,7 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
-Every host's folder has a `serves.py` with the functions below. Each returns what serves the case, or None for "not
-mine"; the first host that does not say so serves. A host's library is imported only when it is asked.
+Every host's folder has a `serves.py` with some of the functions below. Each returns what serves the case, or None for
+"not mine"; the first host that does not say so serves. A host's library is imported only when it is asked.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
 
 def _first(offer: str, asked: Any) -> Any:
     for host in HOSTS:
-        found = getattr(import_module(f".{host}.serves", __package__), offer)(asked)
-        if found is not None:
+        offered = getattr(import_module(f".{host}.serves", __package__), offer, None)
+        if offered is not None and (found := offered(asked)) is not None:
             return found
     raise ValueError(f"No {offer.replace('_', ' ')} for `{asked}` among {', '.join(HOSTS)}.")

@@ -26,6 +26,6 @@ def put_in_place(linear: torch.nn.Module, factors: ModuleFactors) -> torch.Tenso
     """
     quantized: torch.Tensor = linear.weight.data  # type: ignore[assignment,union-attr]
     update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
-    compensated = quantized.to(torch.float32) + oriented(linear, update)
+    compensated = quantized.to(torch.float32) + oriented(linear, update).to(quantized.device)
     linear.weight.data = compensated.to(quantized.dtype)  # type: ignore[union-attr]
     return quantized

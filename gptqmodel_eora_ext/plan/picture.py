@@ -22,6 +22,7 @@ def draw(points: Sequence[Point], chosen: Plan | None, path: Path, *, title: str
         path: its suffix names the format.
         title: over the picture.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -53,5 +54,6 @@ def draw(points: Sequence[Point], chosen: Plan | None, path: Path, *, title: str
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    with replaced_file(path) as temporary:
+    # Words stay words in an SVG, so that they can be read aloud, searched and copied.
+    with replaced_file(path) as temporary, rc_context({"svg.fonttype": "none"}):
         figure.savefig(temporary, format=path.suffix[1:])

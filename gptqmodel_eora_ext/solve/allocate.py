@@ -17,10 +17,10 @@ import torch
 from .error import WeightedError
 from .moments import Moment, RowMoment
 
-# Steps that a budget is divided into at most; the table of 210 modules and 64 options then takes seconds.
-# Where bytes have no common divisor that gives fewer, they are rounded up to a step.
+# A budget is divided into at most so many steps: the table of 210 modules and 64 options then takes seconds. Costs that
+# are no whole number of steps are rounded up, so that the budget is never exceeded.
 MOST_STEPS = 20_000
-# Halvings of the interval that holds the price: enough to tell any two float64 losses apart.
+# The price is found by halving an interval; so many halvings tell any two float64 losses apart.
 BISECTIONS = 100
 
 
@@ -172,7 +172,7 @@ def allocate(curves: Sequence[Curve], budget: int, *, steps: int = MOST_STEPS) -
     step = max(step, -(-budget // steps))
     steps = budget // step
     if sum(-(-min(curve.nbytes) // step) for curve in curves) > steps:
-        # Rounding up does not leave room for the smallest options, which leave no choice then.
+        # Rounded up to steps, even the smallest options do not fit; there is no other choice than to take them.
         return [min(range(len(curve.nbytes)), key=curve.nbytes.__getitem__) for curve in curves]
     best = torch.zeros(steps + 1, dtype=torch.float64)
     taken: list[torch.Tensor] = []
@@ -204,7 +204,7 @@ def price(curves: Sequence[Curve], budget: float) -> float:
     if not curves:
         return 0.0
     longest = max(len(curve.nbytes) for curve in curves)
-    # A repeated last option changes nothing.
+    # Shorter lists are filled up by repeating their last option, which changes no choice.
     nbytes = torch.tensor([_padded(curve.nbytes, longest) for curve in curves], dtype=torch.float64)
     losses = torch.tensor([_padded(curve.losses, longest) for curve in curves], dtype=torch.float64)
 

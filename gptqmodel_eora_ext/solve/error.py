@@ -9,10 +9,12 @@ import torch
 
 from .moments import Moment, RowMoment, diagonal_of, times
 
-# Block columns that a symmetric moment is multiplied in: with 8, 9/16 of the products of the whole.
+# A symmetric moment is multiplied in so many block columns, each from the diagonal down: with 8 of them that takes 9/16
+# of the products of the whole.
 ENERGY_BLOCKS = 8
-# Rows of ΔW that are rounded at a time: 4096 × 4096 takes 13 ms, 24 in float32. Rounded once, as a whole, a product
-# takes 9 and its copy 20, for pages that the system clears.
+# Rows of ΔW that are rounded to bfloat16 at a time. A product with a 4096 × 4096 ΔW then takes 13 ms, in place of 24
+# in float32. Rounding all of ΔW once would make the product 9 ms, but making the copy takes 20, since the system
+# clears its pages first.
 ROUNDED_ROWS = 128
 
 
@@ -110,10 +112,10 @@ class WeightedError:
 
 @dataclass(frozen=True)
 class OutputError:
-    """The same operator where it was summed as such: S = G = E[(ΔW x)(ΔW x)ᵀ].
+    """The same operator where it was summed as such: S = E[(ΔW x)(ΔW x)ᵀ].
 
     Attributes:
-        moment: G, out × out.
+        moment: S, out × out.
     """
 
     moment: torch.Tensor
@@ -161,7 +163,7 @@ class OutputError:
         return weighed
 
     def root(self) -> torch.Tensor:
-        """Any R with R Rᵀ = G, float64."""
+        """Any R with R Rᵀ = S, float64."""
         return square_root(self.moment)
 
 
@@ -170,7 +172,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether torch multiplies thin blocks faster in bfloat16 than in float32: on a CPU with instructions for it."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # of torch 2.8, which cannot tell
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 cannot tell
         return False
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 

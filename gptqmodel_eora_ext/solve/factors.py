@@ -7,7 +7,8 @@ import torch
 from .error import WeightedError
 from .moments import times
 
-# Eigenvalues below this share of the largest are directions the other factor does not reach; float64 ends at 1e-16.
+# Below this share of the largest eigenvalue a direction counts as one that the other factor does not reach: float64
+# rounding makes eigenvalues of 1e-16 of the largest where there is nothing.
 REFIT_CUTOFF = 1e-13
 
 

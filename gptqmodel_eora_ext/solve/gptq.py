@@ -19,12 +19,13 @@ from .moments import Moment, RowMoment, diagonal_of
 DAMPING = 0.05
 # Columns after which scales are found anew from weights that carry all earlier errors; GPTQModel's block.
 SCALE_BLOCK = 128
-# Columns between which errors are spread one by one; beyond them by one product. Any width gives the same.
+# Within so many columns errors are spread column by column, to later ones by one matrix product. The result is the same
+# for any width; only the time differs.
 SPREAD_BLOCK = 32
-# Below, a triangular matrix is inverted at once.
+# A triangular matrix of at most this side is inverted directly; a larger one by halves.
 SMALLEST_HALF = 128
-# Ends of the grid tried by the search for scales, as shares of a group's largest value, and what is tried about the
-# best of them. GPTQModel tries 80.
+# The search for scales tries these shares of a group's largest value as the end of the grid, then finer steps about the
+# best of them. GPTQModel tries 80 shares.
 SHRINKING = tuple(1 - 0.1 * step for step in range(8))
 REFINEMENT = 0.05
 
@@ -129,7 +130,7 @@ def gptq(weight: torch.Tensor, columns: ColumnOrder, bits: Sequence[int], grid: 
     """
     out_features, in_features = weight.shape
     size = in_features if grid.group_size == -1 else grid.group_size
-    # Columns lie in rows: each is read and written whole.
+    # The transpose is kept in memory, so that each column is read and written as one run.
     ordered = weight.to(torch.float32).T[columns.order].masked_fill(columns.dead[:, None], 0.0)
     work = ordered.repeat(1, len(bits))
     top = torch.tensor([(1 << width) - 1 for width in bits], device=work.device, dtype=work.dtype)

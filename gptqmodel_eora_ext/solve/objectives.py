@@ -109,7 +109,7 @@ def eora(
     _require_finite("eora", output_moment=output_moment)
     weighted = square_root(output_moment).T @ delta.to(torch.float64)
     lora_A, _ = _solve("eora", weighted, second_moment, rank, **options)
-    # The best B for a given A is the same under every G, and needs no inverse of it.
+    # For a given A the best B does not depend on G, so no inverse of G is needed to find it.
     return lora_A, refit_B(delta.to(torch.float64), second_moment, lora_A)
 
 
@@ -120,7 +120,7 @@ def eora_from_outputs(
 
     Args:
         delta: ΔW, out × in.
-        error_moment: G = E[(ΔW x)(ΔW x)ᵀ] = ΔW C ΔWᵀ, out × out.
+        error_moment: S = E[(ΔW x)(ΔW x)ᵀ] = ΔW C ΔWᵀ, out × out.
         rank: as in `svd`.
 
     Raises:
@@ -201,7 +201,9 @@ def _solve(
     if delta.dtype != torch.float64:
         delta = delta.to(torch.float32)
     error = WeightedError(delta, second_moment)
-    # The unit tells without another pass over a large matrix; a finite one may only be too large for its square.
+    # `unit` is made from the largest entries of ΔW and C, so it is NaN or infinite wherever one of them is, and no
+    # other pass over the large matrices is needed. It can also be infinite when all entries are finite but very large;
+    # the full check then finds nothing to refuse.
     if not math.isfinite(error.unit):
         known = second_moment.rows if isinstance(second_moment, RowMoment) else second_moment
         _require_finite(objective, delta=delta, second_moment=known)
@@ -242,7 +244,7 @@ def _check(objective: str, delta: torch.Tensor, second_moment: Moment | None, ra
 
 def _require_finite(objective: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
-        # The extremes take one pass without a temporary, and are NaN where anything is.
+        # The smallest and largest entry are found in one pass that allocates nothing, and are NaN where any entry is.
         if tensor is not None and not all(map(torch.isfinite, torch.aminmax(tensor))):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{objective}: `{name}` holds NaN or infinity in {broken} of {tensor.numel()} entries.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,24 +19,28 @@ import torch
 from .error import OutputError, WeightedError
 from .moments import RowMoment
 
-# A product that gains this share of what the one before gained says that the iteration has hardly begun.
+# If a product gains this share, or more, of what the one before it gained, then the iteration has hardly begun: the
+# geometric series of what is still to come would not be bounded. Larger ratios count as this one.
 SLOWEST_RATIO = 0.99
-# A ratio above this share of the one before does not fall, and what follows is taken this many times larger.
+# If the ratio of gains is above this share of the ratio before it, then gains do not fall faster and faster. What is
+# still to come is then assumed to be so many times larger than the geometric series says.
 STEADY_RATIO, FLAT_MARGIN = 0.8, 3.0
 # Width of a block over the rank. The same error takes 1.4 to 2 times fewer columns than with blocks wider than the
 # rank, since the Krylov space has polynomials of a higher degree; narrower ones multiply too slowly.
 BLOCK_SHARE = 0.625
 LEAST_BLOCK = 16
+# Entries of the list of gains from which the fall of gains can be told: what was captured before, and two gains.
+GAINS_THAT_TELL = 3
 # Random vectors that estimate the energy left, to within a tenth; the convergence test needs no better.
 PROBES = 8
 # Blocks that the Krylov space may hold before it is cut back to its best Ritz vectors.
 MOST_BLOCKS = 20
-# Sides of fewer ranks and blocks than this are as fast by a full eigendecomposition.
+# If the smaller side is below this many times (rank + block), then a full eigendecomposition is as fast as iterating.
 DENSE_BELOW = 2
 # Products of S with a block. Errors of quantised layers take 5 to 10; past this many a full eigendecomposition,
 # which cannot fail, takes over.
 MOST_PRODUCTS = 80
-# The same ruler's end for float64.
+# Share of the energy below which float64's own rounding decides what a product gains, so the iteration stops there.
 FLOAT64_RANGE = 1e-12
 
 
@@ -55,8 +60,8 @@ class _Precision:
 
 
 # Directions proposed in bfloat16 miss some 10^-5 of the energy: errors of 1.0005 to 1.0016 of the least were found with
-# 1 to 2 % left, of 1.0002 with 8 %. Float32 sums of all of the energy are too coarse a ruler for the rest where that is
-# less than a hundredth (outlier channels).
+# 1 to 2 % left, of 1.0002 with 8 %. What is left is told from sums over all of the energy; where it is less than a
+# hundredth of that (outlier channels), float32 rounding of the sums is too large beside it.
 PRECISIONS = (
     _Precision(torch.float32, True, 5e-2),
     _Precision(torch.float32, False, 1e-2),
@@ -83,11 +88,14 @@ def dominant_subspace(
         found = torch.linalg.svd(error.root(), full_matrices=False).U[:, :rank].T
         return found, error.project(found)
     if min(error.shape) > DENSE_BELOW * (rank + _block(rank)):
-        for precision in PRECISIONS:
-            if error.dtype in (precision.dtype, torch.float32) and (error.rounds or not precision.rounded):
-                converged = _block_krylov(error, rank, precision, tolerance, seed)
-                if converged is not None:
-                    return converged
+        usable = [
+            precision
+            for precision in PRECISIONS
+            if error.dtype in (precision.dtype, torch.float32) and (error.rounds or not precision.rounded)
+        ]
+        converged = _block_krylov(error, rank, usable, tolerance, seed)
+        if converged is not None:
+            return converged
     found = _dense(error, rank)
     return found, error.project(found)
 
@@ -117,52 +125,133 @@ def _top_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _block_krylov(
-    error: WeightedError | OutputError, rank: int, precision: _Precision, tolerance: float, seed: int
+    error: WeightedError | OutputError, rank: int, precisions: Sequence[_Precision], tolerance: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Iterate until the weighted error stops falling; None where ``precision`` is too coarse or it does not stop.
+    """Iterate until the weighted error stops falling; None where it does not.
 
     The test is on the quantity that counts, not on the vectors, which for close eigenvalues never settle and need not.
     The error left is estimated on random probes with the found subspace projected out: the difference of the whole
     energy and the captured one would need the trace of S, which costs more than all of the iteration.
-    """
-    out_features, in_features = error.shape
-    dtype = precision.dtype
-    block = _block(rank)
-    widest = min(MOST_BLOCKS * block, min(error.shape) - block)
-    generator = torch.Generator().manual_seed(seed)
-    probes = torch.randn(PROBES, out_features, generator=generator, dtype=dtype).to(error.device)
-    # Random rows stand for Y ΔW of a random Y, which would take another product; of its size, for the sake of `unit`.
-    start = torch.randn(block, in_features, generator=generator, dtype=dtype).to(error.device) * error.largest
-    fresh = _orthonormal(error.lift(error.weigh_evenly(start), rounded=precision.rounded))
 
-    space = _Space(probes, in_features, widest + block)
-    captured, gains = 0.0, []
-    for product in range(MOST_PRODUCTS):
-        # The probes ride along in the first product.
-        rows = torch.cat([fresh, probes]) if product == 0 else fresh
-        rows_projected = error.project(rows)
-        rows_weighed = error.weigh_evenly(rows_projected)
-        if product == 0:
-            probes_projected = rows_projected[block:].clone()
-            energies = (probes_projected.to(torch.float64) * rows_weighed[block:]).sum(1)
-            total = float(energies.mean())
-        weighed = rows_weighed[:block]
-        space.add(fresh, rows_projected[:block], weighed, weighed @ probes_projected.T)
-        holds_more = space.rows >= rank + block
-        if holds_more:
-            values, rotation = _ritz(space.gram)
-            gains.append(float(values[:rank].sum()) - captured)
-            captured += gains[-1]
-            top = rotation[:rank]
-            left = _energy_outside(energies, top @ space.inside, top @ space.images_inside, values[:rank])
-            if left < precision.range * total:
-                return None
-            if _still_to_gain(gains) <= max(tolerance * left, FLOAT64_RANGE * total):
-                return top @ space.basis, top @ space.projected
-        fresh = _orthonormal(error.lift(weighed, rounded=precision.rounded), space.basis)
-        if holds_more and space.rows + block > widest:
-            space.keep(values[: rank + block], rotation[: rank + block])
+    Where a precision turns out too coarse, the iteration goes on in the next one from the subspace that it has: of the
+    same dtype as if nothing had been, since only proposals were rounded; of another dtype from its best Ritz vectors.
+    """
+    ahead = list(precisions)
+    precision = ahead.pop(0)
+    least_gains = 0
+    krylov = _Krylov.begin(error, rank, precision, seed)
+    for _ in range(MOST_PRODUCTS):
+        krylov.multiply()
+        if krylov.holds_enough:
+            left = krylov.energy_left()
+            if left >= precision.range * krylov.total:
+                enough = _still_to_gain(krylov.gains) <= max(tolerance * left, FLOAT64_RANGE * krylov.total)
+                if enough and len(krylov.gains) >= least_gains:
+                    return krylov.found()
+            else:
+                coarse, precision = precision, ahead.pop(0)
+                # What was gained so far tells nothing about proposals of the finer kind, and the first of their gains
+                # may be small by chance: two of them tell how gains fall.
+                krylov.gains, least_gains = [krylov.captured], GAINS_THAT_TELL
+                if precision.dtype != coarse.dtype:
+                    krylov = krylov.widened(precision)
+                    continue
+        krylov.propose(rounded=precision.rounded)
     return None
+
+
+class _Krylov:
+    """The iteration's state in one dtype.
+
+    Args:
+        error: whose S it is.
+        rank: vectors that are wanted.
+        fresh: orthonormal rows that the next product is of.
+        seed: of the probes.
+
+    Attributes:
+        total: energy of S, in its unit; known after the first product.
+        captured: energy of the best ``rank`` Ritz vectors.
+        gains: what each product added to it, the first of all being what the first blocks captured.
+    """
+
+    def __init__(self, error: WeightedError | OutputError, rank: int, fresh: torch.Tensor, seed: int) -> None:
+        self._error = error
+        self._rank = rank
+        self._seed = seed
+        self._block = _block(rank)
+        self._widest = min(MOST_BLOCKS * self._block, min(error.shape) - self._block)
+        self._fresh = fresh
+        generator = torch.Generator().manual_seed(seed)
+        self._probes = torch.randn(PROBES, error.shape[0], generator=generator, dtype=fresh.dtype).to(error.device)
+        self._space = _Space(self._probes, error.shape[1], self._widest + self._block)
+        self._probes_projected: torch.Tensor | None = None
+        self.total = self.captured = 0.0
+        self.gains: list[float] = []
+
+    @classmethod
+    def begin(cls, error: WeightedError | OutputError, rank: int, precision: _Precision, seed: int) -> _Krylov:
+        """From a random block."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (_block(rank), error.shape[1])
+        # Random rows take the place of Y ΔW for a random Y, which would take another product. They are scaled to the
+        # size that Y ΔW would have, since `unit` divides by it.
+        start = torch.randn(shape, generator=generator, dtype=precision.dtype).to(error.device) * error.largest
+        lifted = error.lift(error.weigh_evenly(start), rounded=precision.rounded)
+        return cls(error, rank, _orthonormal(lifted), seed)
+
+    def widened(self, precision: _Precision) -> _Krylov:
+        """The same in another dtype: its best Ritz vectors and the block that would follow, multiplied anew."""
+        following = _orthonormal(self._error.lift(self._weighed, rounded=False), self._space.basis)
+        kept = self._rotation[: self._rank] @ self._space.basis
+        rows = torch.cat([kept, following]).to(precision.dtype)
+        return _Krylov(self._error, self._rank, _orthonormal(rows), self._seed)
+
+    def multiply(self) -> None:
+        """Take the product of S with the fresh rows, and add them to the space."""
+        count = len(self._fresh)
+        # The probes are multiplied together with the first block.
+        rows = torch.cat([self._fresh, self._probes]) if self._probes_projected is None else self._fresh
+        projected = self._error.project(rows)
+        weighed = self._error.weigh_evenly(projected)
+        if self._probes_projected is None:
+            self._probes_projected = projected[count:].clone()
+            self._energies = (self._probes_projected.to(torch.float64) * weighed[count:]).sum(1)
+            self.total = float(self._energies.mean())
+        weighed = weighed[:count]
+        self._space.add(self._fresh, projected[:count], weighed, weighed @ self._probes_projected.T)
+        # After `widened` several blocks are multiplied at once. S times the earlier ones stays in the space, up to what
+        # the last block spans; so only the last block's product leads to new directions.
+        self._weighed = weighed[-self._block :]
+        if self.holds_enough:
+            self._values, self._rotation = _ritz(self._space.gram)
+            self.gains.append(float(self._values[: self._rank].sum()) - self.captured)
+            self.captured += self.gains[-1]
+
+    @property
+    def holds_enough(self) -> bool:
+        """Whether the space has a block more than the rank, so that what a product gains can be told."""
+        return self._space.rows >= self._rank + self._block
+
+    def energy_left(self) -> float:
+        """Energy outside the best ``rank`` Ritz vectors, estimated on the probes."""
+        top = self._rotation[: self._rank]
+        space = self._space
+        return _energy_outside(
+            self._energies, top @ space.inside, top @ space.images_inside, self._values[: self._rank]
+        )
+
+    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uᵀ and Uᵀ ΔW."""
+        top = self._rotation[: self._rank]
+        return top @ self._space.basis, top @ self._space.projected
+
+    def propose(self, *, rounded: bool) -> None:
+        """Make the next fresh rows, and room for them."""
+        self._fresh = _orthonormal(self._error.lift(self._weighed, rounded=rounded), self._space.basis)
+        if self.holds_enough and self._space.rows + self._block > self._widest:
+            kept = self._rank + self._block
+            self._space.keep(self._values[:kept], self._rotation[:kept])
 
 
 class _Space:
@@ -224,7 +313,7 @@ def _still_to_gain(gains: list[float]) -> float:
     as on flat ones, `FLAT_MARGIN` makes it so. The first entry is what the first blocks captured, no gain, and the next
     has no predecessor to tell its q.
     """
-    if len(gains) < 3:
+    if len(gains) < GAINS_THAT_TELL:
         return gains[-1] if len(gains) == 2 else math.inf
     ratios = [_ratio(last, before) for before, last in itertools.pairwise(gains[1:])]
     predicted = gains[-1] * ratios[-1] / (1 - ratios[-1])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter.factors import ModuleFactors
+from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint import adapters_off
 from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
@@ -73,3 +74,14 @@ def measured_errors(base: Path, model: Any, batches: Batches) -> dict[str, float
         residual = native.get_submodule(name).weight.float() - weight
         errors[name] = (rows @ residual.detach().T).square().sum(1).mean().item()
     return errors
+
+
+def distances(base: Path, model: Any, batches: Batches) -> tuple[float, float]:
+    """How far a loaded model's logits are from the full-precision model's, with its adapter and without: ‖·‖ / ‖·‖."""
+    ids = torch.tensor([batches[0]["input_ids"]])
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(base, dtype="auto")(ids).logits.float()
+        adapted = model(ids).logits.float()
+        with adapters_off(model):
+            alone = model(ids).logits.float()
+    return tuple(float((one - expected).norm() / expected.norm()) for one in (adapted, alone))  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from gptqmodel_eora_ext.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint.load import adapters_off
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
-from .helpers import Batches, Made, kernels, load, measured_errors, quantize
+from .helpers import Batches, Made, distances, kernels, load, measured_errors, quantize
 
 pytestmark = pytest.mark.e2e
 
@@ -82,12 +82,21 @@ def test_with_plugin_without_plugin_and_peft_agree(made: Made, prompt: list[int]
     assert (ours.float() - through_peft.float()).norm() < PEFT_TOLERANCE * ours.float().norm()
 
 
-def test_the_adapter_matters(made: Made, prompt: list[int]) -> None:
+def test_the_adapter_brings_the_model_nearer(
+    made: Made, copy: Path, two_layers: Path, calibration: Batches, prompt: list[int]
+) -> None:
     model = load(made.folder)
-    adapted = logits(model, prompt)
+    adapted, alone = distances(two_layers, model, calibration)
+    assert adapted < 0.9 * alone
+    before = logits(model, prompt)
     with adapters_off(model):
-        assert not torch.equal(adapted, logits(model, prompt))
-    assert torch.equal(adapted, logits(model, prompt))
+        without = logits(model, prompt)
+    assert torch.equal(before, logits(model, prompt))
+    # Off means as if the checkpoint named no adapter.
+    config = json.loads((copy / "quantize_config.json").read_text())
+    del config["adapter"]
+    (copy / "quantize_config.json").write_text(json.dumps(config))
+    assert torch.equal(without, logits(load(copy), prompt))
 
 
 def test_saved_twice_elsewhere_moved_and_read_only(made: Made, prompt: list[int], tmp_path: Path) -> None:

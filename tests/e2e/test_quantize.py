@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from gptqmodel import AWQConfig, GPTAQConfig, GPTQModel, QQQConfig, QuantizeConfig, RTNConfig
+from gptqmodel import BACKEND, AWQConfig, GPTAQConfig, GPTQModel, QQQConfig, QuantizeConfig, RTNConfig
 from gptqmodel.nn_modules.hooked_linear import HookedLinear
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
-from .helpers import Batches, kernels, load, measured_errors, quantize
+from .helpers import Batches, distances, kernels, load, measured_errors, quantize
 
 pytestmark = pytest.mark.e2e
 
@@ -184,6 +184,9 @@ def test_awq(own: bool, two_layers: Path, calibration: Batches, tmp_path: Path) 
     for name, factors in made.factors.items():
         # 4 bits leave about a percent; scales left out of the comparison would leave hundreds of percent.
         assert factors.error_after < factors.error_before < 0.05 * factors.signal, name
+    # Scales were moved between layers, so errors of single weights have no full-precision weight to stand beside.
+    adapted, alone = distances(two_layers, load(tmp_path, backend=BACKEND.AWQ_TORCH), calibration)
+    assert adapted < 0.95 * alone
 
 
 def test_skipped_modules_and_ranks_by_dynamic(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
@@ -248,6 +251,8 @@ def test_qqq(qwen2: Path, calibration: Batches, tmp_path: Path) -> None:
     made = quantize(qwen2, tmp_path, QQQConfig(bits=4, group_size=128), calibration)
     assert len(made.factors) == 7
     assert all(factors.error_after < factors.error_before for factors in made.factors.values())
+    adapted, alone = distances(qwen2, load(tmp_path, backend=BACKEND.QQQ_TORCH), calibration)
+    assert adapted < 0.95 * alone
 
 
 def test_experts_that_saw_few_or_no_tokens(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -9,12 +10,13 @@ from gptqmodel_eora_ext.adapter.budget import budget_bytes
 from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.plan import PlannedModule, Point, plan_points, planned
 from gptqmodel_eora_ext.plan.picture import draw
-from gptqmodel_eora_ext.plan.points import MARGIN
+from gptqmodel_eora_ext.plan.points import MARGIN, PLAIN, UNIFORM
 from gptqmodel_eora_ext.solve import Grid
 
 from .conftest import BUDGETS
 
 PLAIN_BITS = (2, 3, 4)
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -96,5 +98,12 @@ def test_a_picture_shows_every_line(
 ) -> None:
     chosen = planned(modules, points[1].total_bytes, grid, 4, model="m", sensitivity="fisher")
     draw(points, chosen, tmp_path / "plan.svg", title="m")
-    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.svg"]
+    root = ElementTree.parse(tmp_path / "plan.svg").getroot()
+    words = {" ".join("".join(one.itertext()).split()) for one in root.iter(f"{SVG}text")}
+    expected = {"no adapter", "bits and ranks chosen together", "this plan", "m"}
+    for width in {point.factor_bits for point in points if point.ranks == UNIFORM}:
+        expected |= {f"one rank for all, {width}-bit factors", f"chosen ranks, {width}-bit factors"}
+    expected |= {f"{point.bits} bits" for point in points if point.ranks == PLAIN}
+    assert expected <= words
+    # A marker for every point (the frame's ticks are markers as well).
+    assert len(list(root.iter(f"{SVG}use"))) > len(points)

@@ -49,12 +49,15 @@ def test_property_a_refit_never_loses(rank: int, tokens: int, seed: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_refit_absorbs_the_rounding_of_the_first_factor(dtype: torch.dtype) -> None:
-    """Rank 5 of an error of rank 5: with B rounded, the refitted A still leaves (nearly) nothing in B's span."""
+    """With B rounded, the A that is refitted leaves less than the one that belonged to the B before rounding."""
     delta, second_moment = problem(30, 20, tokens=100)
     lora_A, lora_B = balance(*eora(delta, second_moment, 15))
     rounded = round_to(lora_B, dtype, "lora_B")
+    least = left(delta, second_moment, (lora_A, lora_B))
     plain = left(delta, second_moment, (lora_A, rounded))
-    assert left(delta, second_moment, (refit_A(delta, rounded), rounded)) < plain
+    refitted = left(delta, second_moment, (refit_A(delta, rounded), rounded))
+    # The span of B moves by its rounding, so some of what rounding cost stays; most of it goes.
+    assert least < refitted < least + 0.5 * (plain - least)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -30,9 +30,15 @@ def test_property_error_is_bounded_by_the_grid(features: int, bits: int, seed: i
     back = factor.dequantize()
     assert back.shape == values.shape
     assert factor.nbytes == 3 * (-(-features * bits // 8) + 2 * -(-features // GROUP_SIZE))
-    # A grid of 2^bits steps between -m and m, clipped at its upper end: half a step in the mean of squares.
-    step = 2 * values.abs().max() / 2**bits
-    assert (back - values).square().mean().sqrt() <= step
+    for begin in range(0, features, GROUP_SIZE):
+        group, found = values[:, begin : begin + GROUP_SIZE], back[:, begin : begin + GROUP_SIZE]
+        # 2^bits steps between -m and m, m the group's largest. Without clipping, rounding leaves at most half a step
+        # (a little more, since scales are rounded to float16) everywhere but at the upper end, which has one step
+        # less; the scale that is chosen leaves no more than that in the sum of squares.
+        step = 2 * group.abs().amax(1, keepdim=True) / 2**bits
+        most = step / 2 + group.abs() * 2**-10
+        clipped = (group.abs() > (1 - 2.0 ** (1 - bits)) * group.abs().amax(1, keepdim=True)) * step
+        assert ((found - group).square().sum(1) <= torch.maximum(most, clipped).square().sum(1)).all()
 
 
 def test_values_on_the_grid_are_kept() -> None:

@@ -1,16 +1,18 @@
-"""What AutoRound serves, for the commands and the evaluation (`hosts.registry`)."""
+"""What AutoRound serves, for the commands and the evaluation (`hosts.registry`): quantising.
+
+Finished checkpoints, its own among them, are GPTQModel's to load and to make adapters for; plans are for GPTQ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from auto_round import AutoRound
 from transformers import AutoTokenizer
 
-from ..registry import AdapterJob, Loader, Planned, QuantizeJob
+from ..registry import QuantizeJob
 from . import seams
 from .config import EoRAConfig
 
@@ -23,21 +25,6 @@ seams.install_or_log()
 def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
     """AutoRound's sign-SGD, in its block loop."""
     return _quantize if name == QUANTIZER else None
-
-
-def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
-    """None: finished checkpoints are GPTQModel's to load."""
-    return None
-
-
-def loader(checkpoint: Path) -> Loader | None:
-    """None: likewise."""
-    return None
-
-
-def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | None:
-    """None: plans are for GPTQ."""
-    return None
 
 
 def _quantize(job: QuantizeJob) -> Path:

@@ -99,27 +99,11 @@ def generate_adapter(
     folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
     if not adapter.path and not os.access(checkpoint, os.W_OK):
         raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
-    from gptqmodel import GPTQModel
-
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), rounds=rounds)
-        log.info("EoRA: loading the full-precision model `%s`.", base)
-        model = GPTQModel.load(base, quantize_config=config, **loading)
-        _check_same_model(model, kernels, checkpoint, base)
-        native = Path(model.model_local_path)
-        check_embeddings(checkpoint, native, base)
-        if read_config(checkpoint) is None:
-            moved = config.export_quant_method() == METHOD.AWQ
-        else:
-            # AutoRound's export to AWQ's format moves no scales, its algorithm AWQ does whatever the format.
-            moved = scales_were_moved(checkpoint, native)
-        if moved:
-            if config.offload_to_disk:
-                config.offload_to_disk = False
-                model = GPTQModel.load(base, quantize_config=config, **loading)
-            move_scales(model, others, kernels)
+        model = _load_base(base, checkpoint, config, kernels, others, loading)
         setattr(model, RUN_ATTRIBUTE, run)
         if report is not None:
             watch_layers(model, report)
@@ -139,6 +123,35 @@ def generate_adapter(
     write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     return folder
+
+
+def _load_base(
+    base: str,
+    checkpoint: Path,
+    config: Any,
+    kernels: dict[str, BaseQuantLinear],
+    norms: dict[str, torch.Tensor],
+    loading: Mapping[str, Any],
+) -> Any:
+    """GPTQModel's model of the full-precision base, checked to be the checkpoint's, and in its coordinates."""
+    from gptqmodel import GPTQModel
+
+    log.info("EoRA: loading the full-precision model `%s`.", base)
+    model = GPTQModel.load(base, quantize_config=config, **loading)
+    _check_same_model(model, kernels, checkpoint, base)
+    native = Path(model.model_local_path)
+    check_embeddings(checkpoint, native, base)
+    if read_config(checkpoint) is None:
+        moved = config.export_quant_method() == METHOD.AWQ
+    else:
+        # AutoRound's export to AWQ's format moves no scales, its algorithm AWQ does whatever the format.
+        moved = scales_were_moved(checkpoint, native)
+    if moved:
+        if config.offload_to_disk:
+            config.offload_to_disk = False
+            model = GPTQModel.load(base, quantize_config=config, **loading)
+        move_scales(model, norms, kernels)
+    return model
 
 
 def _load_kernels(

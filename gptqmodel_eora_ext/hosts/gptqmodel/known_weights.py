@@ -64,9 +64,10 @@ class CheckpointProcessor(_CalibratedProcessor):
         return dequantize(self.quantized[module.full_name])
 
     def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Ŵ of a module by its full name, float32; W itself where the checkpoint keeps that."""
+        """Ŵ of a module by its full name, float32, beside W; W itself where the checkpoint keeps that."""
         kernel = self.quantized.get(name)
-        return (weight if kernel is None else dequantize(kernel)).to(torch.float32)
+        # Kernels are where the checkpoint was loaded to, W where sensitivities are measured.
+        return (weight if kernel is None else dequantize(kernel)).to(device=weight.device, dtype=torch.float32)
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:
         linear = module.module

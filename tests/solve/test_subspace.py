@@ -1,0 +1,79 @@
+"""The iteration goes on from the subspace that it has when its precision turns out too coarse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from gptqmodel_eora_ext.solve import subspace
+from gptqmodel_eora_ext.solve.error import WeightedError
+
+RANK, SIDE = 32, 400
+PRECISE = 1e-3
+
+
+@dataclass(frozen=True)
+class CountedError(WeightedError):
+    """Counts the rows that are multiplied by ΔW, by dtype; says that rounded products are the faster ones."""
+
+    counts: dict[torch.dtype, int]
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        self.counts[rows.dtype] = self.counts.get(rows.dtype, 0) + len(rows)
+        return super().project(rows)
+
+
+def counted(share_left: float) -> CountedError:
+    """An error of which the best correction of `RANK` leaves about that share of the energy."""
+    generator = torch.Generator().manual_seed(0)
+    rest = torch.randn(SIDE, SIDE, generator=generator)
+    strong = torch.randn(SIDE, RANK - 4, generator=generator) @ torch.randn(RANK - 4, SIDE, generator=generator)
+    strong *= (rest.square().sum() * (1 / share_left - 1) / strong.square().sum()).sqrt()
+    return CountedError(rest + strong, torch.eye(SIDE), {})
+
+
+def energy_over_least(error: CountedError, found: torch.Tensor) -> float:
+    delta = error.delta.double()
+    left = delta.square().sum() - (found.double() @ delta).square().sum()
+    return float(left / torch.linalg.svdvals(delta)[RANK:].square().sum())
+
+
+@pytest.mark.parametrize("share_left", [0.2, 0.05, 0.03, 0.008, 1e-3])
+def test_the_optimum_at_every_precision(share_left: float) -> None:
+    error = counted(share_left)
+    found, projected = subspace.dominant_subspace(error, RANK, tolerance=PRECISE / 10, seed=0, exact=False)
+    assert energy_over_least(error, found) < 1 + PRECISE
+    torch.testing.assert_close(projected, found @ error.delta.to(found.dtype), rtol=1e-3, atol=1e-3)
+
+
+def test_rounded_proposals_that_are_too_coarse_cost_no_second_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only proposals were rounded, so whatever was multiplied by then serves on."""
+    goes_on, never_rounded = counted(0.03), counted(0.03)
+    subspace.dominant_subspace(goes_on, RANK, tolerance=PRECISE, seed=0, exact=False)
+    monkeypatch.setattr(subspace, "PRECISIONS", subspace.PRECISIONS[1:])
+    subspace.dominant_subspace(never_rounded, RANK, tolerance=PRECISE, seed=0, exact=False)
+    # Two more products, since what was gained before tells nothing of finer proposals.
+    assert goes_on.counts[torch.float32] <= never_rounded.counts[torch.float32] + 2 * subspace._block(RANK)
+
+
+def test_float64_goes_on_from_what_float32_has_found() -> None:
+    """Its first product is of the Ritz vectors found so far and the block that would follow, beside the probes."""
+    error = counted(1e-3)
+    krylov = subspace._Krylov.begin(error, RANK, subspace.PRECISIONS[1], seed=0)
+    while not krylov.holds_enough:
+        krylov.multiply()
+        krylov.propose(rounded=False)
+    krylov.multiply()
+    captured = krylov.captured
+    wide = krylov.widened(subspace.PRECISIONS[2])
+    wide.multiply()
+    assert error.counts[torch.float64] == RANK + subspace._block(RANK) + subspace.PROBES
+    assert wide.found()[0].dtype == torch.float64
+    # Nothing that was captured is lost, and the block that follows adds to it.
+    assert wide.captured > captured * (1 - 1e-5)
