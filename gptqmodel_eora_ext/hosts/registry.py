@@ -98,7 +98,7 @@ class Planned(Protocol):
     shapes: list[ModuleShape]
 
     def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
-        """Forecasts of its modules on some windows, by a kind of sensitivity; ``bar`` makes a progress bar of a title."""
+        """Forecasts of its modules on windows, by a kind of sensitivity; ``bar`` makes a progress bar of a title."""
         ...
 
 

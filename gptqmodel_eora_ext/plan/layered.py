@@ -263,7 +263,7 @@ def _layers_name(model: torch.nn.Module, modules: Sequence[str]) -> str:
         if modules and all(one.startswith(f"{name}.") for one in modules):
             return name
     raise NotImplementedError(
-        f"EoRA: the modules to quantise, for instance {min(modules, default='none')}, are not all in one list of layers "
-        f"of {type(model).__name__}, so sensitivities cannot be measured layer by layer. Name a rank in place of the "
+        f"EoRA: the modules to quantise, for instance {min(modules, default='none')}, are not all in one list of "
+        f"layers of {type(model).__name__}, so sensitivities cannot be measured layer by layer. Name a rank in place of the "
         f"budget."
     )

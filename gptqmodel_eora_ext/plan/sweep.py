@@ -103,9 +103,7 @@ def layer_inputs(
     for index in progress(range(len(model))):
         with model.layer(index) as layer:
             linears: dict[str, Any] = {
-                name: model.model.get_submodule(name)
-                for name in modules
-                if name.startswith(f"{model.layers[index]}.")
+                name: model.model.get_submodule(name) for name in modules if name.startswith(f"{model.layers[index]}.")
             }
             with InputRows(linears) as watch, torch.no_grad():
                 for window in windows:
@@ -158,7 +156,7 @@ def sweep(
             weight = inputs.linears[name].weight.detach()
             wide = weight.to(torch.float32)
             leader, how = inputs.leaders[name], question.rounding(name)
-            known = _moments(name, wide, moments[leader], inputs.rows[leader], sensitivity)
+            known = module_moments(name, wide, moments[leader], inputs.rows[leader], sensitivity)
             if question.quantized is not None:
                 rounded = [question.quantized(name, weight).to(torch.float32)]
             else:
@@ -189,9 +187,18 @@ def sweep(
     return Swept(forecasts, kinds.divergences() if kinds else {}, relative if sensitivity is None else sensitivity)
 
 
-def _moments(
+def module_moments(
     name: str, weight: torch.Tensor, inputs: Moment, rows: torch.Tensor, sensitivity: Sensitivity | None
 ) -> ModuleMoments:
+    """What a module's forecast stands on.
+
+    Args:
+        name: full module name.
+        weight: W, out × in, float32.
+        inputs: C, of ``rows``.
+        rows: inputs, tokens × in.
+        sensitivity: None for G = I / E‖W x‖².
+    """
     if sensitivity is None:
         signal = 2 * error_loss(weight, inputs, torch.ones(len(weight), device=weight.device))
         return ModuleMoments(inputs, torch.full((len(weight),), 1 / max(signal, TINY), device=weight.device))

@@ -109,9 +109,7 @@ def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def run(
-    chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Known, shuffle: bool = False
-) -> None:
+def run(chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Known, shuffle: bool = False) -> None:
     for layer in range(LAYERS):
         for subset in SUBSETS:
             names = [f"{layer}.{name}" for name in subset]

@@ -15,8 +15,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": VOCABULARY, "initializer_range": 0.3,
 }  # fmt: skip
-# Biases, norms of heads, masks of a sliding window in some layers with rotary embeddings of their own, and both tied and
-# untied embeddings.
+# Biases, norms of heads, masks of a sliding window in some layers with rotary embeddings of their own, and embeddings
+# tied and untied.
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),

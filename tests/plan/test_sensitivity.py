@@ -36,28 +36,29 @@ def by_autograd(whole: Any, batches: list[dict[str, Any]]) -> tuple[dict[str, to
     """Gradients of the text's cross entropy at outputs, and inputs, of the tokens that count."""
     pulled: dict[str, list[torch.Tensor]] = {}
     read: dict[str, list[torch.Tensor]] = {}
+    caught: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def note(module: Any, given: Any, output: torch.Tensor) -> None:
+            output.retain_grad()
+            caught[name] = given[0].detach(), output
+
+        return note
+
+    handles = [one.register_forward_hook(hook(name)) for name, one in linears(whole).items()]
     for batch in batches:
         keep = batch["attention_mask"].bool()
-        caught: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def hook(name: str, caught: dict[str, Any] = caught) -> Any:
-            def note(module: Any, args: Any, output: torch.Tensor) -> None:
-                output.retain_grad()
-                caught[name] = args[0].detach(), output
-
-            return note
-
-        handles = [one.register_forward_hook(hook(name)) for name, one in linears(whole).items()]
         scores = whole(**batch).logits[:, :-1][keep[:, 1:]]
         torch.nn.functional.cross_entropy(scores, batch["input_ids"][:, 1:][keep[:, 1:]], reduction="sum").backward()
-        for handle in handles:
-            handle.remove()
         for name, (rows, output) in caught.items():
             assert output.grad is not None
             pulled.setdefault(name, []).append(output.grad[keep])
             read.setdefault(name, []).append(rows[keep])
+    for handle in handles:
+        handle.remove()
     whole.zero_grad()
-    return tuple({name: torch.cat(rows) for name, rows in found.items()} for found in (pulled, read))  # type: ignore[return-value]
+    joined = [{name: torch.cat(rows) for name, rows in found.items()} for found in (pulled, read)]
+    return joined[0], joined[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -159,9 +160,7 @@ def test_infinite_gradients_are_named(tmp_path: Path) -> None:
         SensitivityWriter(tmp_path).add(0, {"q_proj": torch.tensor([[1.0, float("inf")]])})
 
 
-def test_cached_once_and_nothing_is_left_of_an_interrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_once_and_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("EORA_SURVEY_MEMORY", "1b")
     model, names = in_memory(tiny_model()), list(linears(tiny_model()))
