@@ -6,8 +6,8 @@ layers without an adapter; and the peak for models of few and of many layers of 
 inputs of layers that are kept between the sweep forward and the one back.
 
     python benchmarks/survey.py --model qwen-coder --json
-    python benchmarks/survey.py --model qwen-coder --parts memory --layers 4 16
-    python benchmarks/survey.py --model qwen-coder --parts time --layers 3
+    python benchmarks/survey.py --model qwen-coder --parts memory --counts 4 16
+    python benchmarks/survey.py --model qwen-coder --parts time --counts 3
 
 Seconds are of the processor too (`cpu`), summed over threads, which tell more than the clock where others use the
 machine.
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_model(parser, layers=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--layers", nargs="+", type=int, help=f"{FEW} and {MANY} for memory, {TIMED} for time")
+    parser.add_argument("--counts", nargs="+", type=int, help=f"of layers: {FEW} and {MANY} for memory, {TIMED} for time")
     parser.add_argument("--one", choices=ACTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     with common.subject(options) as model:
@@ -148,10 +148,10 @@ def main() -> None:
         result = common.kept(model.results("survey"), setup)
         result["setup"] = setup
         if "memory" in options.parts:
-            result["memory"] = memory(model, options.layers or [FEW, MANY])
+            result["memory"] = memory(model, options.counts or [FEW, MANY])
             common.keep(model.results("survey"), result)
         if "time" in options.parts:
-            result["time"] = [beside_quantising(model, count) for count in options.layers or [TIMED]]
+            result["time"] = [beside_quantising(model, count) for count in options.counts or [TIMED]]
         common.keep(model.results("survey"), result, as_json=options.json)
         for rows in (result.get("memory"), result.get("time")):
             if rows:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +14,19 @@ from safetensors import safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-Read = Callable[[str], torch.Tensor]
-
-
 class Weights(Protocol):
     """Where the tensors of a model come from that are not in memory."""
 
-    def opened(self) -> Any:
-        """A context that gives a function from a parameter's name to its tensor, on the CPU.
+    def fill(self, model: torch.nn.Module, name: str) -> None:
+        """Have every tensor on the meta device of the module ``name`` hold its values, on the CPU.
 
-        The function raises KeyError for a name that there is nothing of.
+        Raises:
+            NotImplementedError: for one that there is nothing of.
         """
+        ...
+
+    def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+        """Name, shape and some rows of every tensor: what tells one model from another."""
         ...
 
 
@@ -42,24 +44,64 @@ class CheckpointWeights:
         self.folder = folder
         self.files = _files(folder)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    @contextmanager
-    def opened(self) -> Iterator[Read]:
-        """Reads a tensor by its name; files are closed at the end, and with them their pages given back."""
+    def fill(self, model: torch.nn.Module, name: str) -> None:
+        """See `Weights`. A tied tensor may be there under any of its names."""
+        names: dict[int, list[str]] = {}
+        for known, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            names.setdefault(id(tensor), []).append(known)
         with ExitStack() as stack:
             files: dict[str, Any] = {}
+            for owner in model.get_submodule(name).modules():
+                for store in (owner._parameters, owner._buffers):
+                    for key, tensor in list(store.items()):
+                        if tensor is None or not tensor.is_meta:
+                            continue
+                        found = self._read(names[id(tensor)], tensor, files, stack)
+                        is_parameter = isinstance(tensor, torch.nn.Parameter)
+                        store[key] = torch.nn.Parameter(found, requires_grad=False) if is_parameter else found
 
-            def read(name: str) -> torch.Tensor:
-                file = self.files[name]
-                if file not in files:
-                    files[file] = stack.enter_context(safe_open(self.folder / file, framework="pt"))
-                # A copy, since what is mapped would stay with the file.
-                tensor: torch.Tensor = files[file].get_tensor(name).clone()
-                return tensor
+    def _read(
+        self, names: Sequence[str], tensor: torch.Tensor, files: dict[str, Any], stack: ExitStack
+    ) -> torch.Tensor:
+        """A tensor of one of these names, in the dtype of ``tensor``; ``files`` are closed with ``stack``."""
+        name = next((one for one in names if one in self.files), None)
+        if name is None:
+            raise NotImplementedError(
+                f"EoRA: the checkpoint holds no tensor {' or '.join(names)}, which the model has. Transformers may "
+                f"convert it when it loads the whole model; layer by layer it cannot be read. Name a rank in place of "
+                f"the budget."
+            )
+        file = self.files[name]
+        if file not in files:
+            files[file] = stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        found: torch.Tensor = files[file].get_tensor(name)
+        if found.shape != tensor.shape:
+            raise NotImplementedError(
+                f"EoRA: {name} is {tuple(found.shape)} in the checkpoint and {tuple(tensor.shape)} in the model, so it "
+                f"cannot be read layer by layer. Name a rank in place of the budget."
+            )
+        # A copy, since what is mapped would stay in memory with the file.
+        return found.to(dtype=tensor.dtype, copy=True)
 
-            yield read
+    def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+        """See `Weights`; no more than these rows is read."""
+        by_file: dict[str, list[str]] = {}
+        for name in sorted(self.files):
+            by_file.setdefault(self.files[name], []).append(name)
+        for file, names in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as opened:
+                for name in names:
+                    part = opened.get_slice(name)
+                    shape = part.get_shape()
+                    places = sampled_rows(shape, rows)
+                    some = [part[place : place + 1] for place in places] if places else [opened.get_tensor(name)]
+                    yield name, shape, torch.cat(some) if places else some[0]
+
+
+def sampled_rows(shape: Sequence[int], rows: int) -> list[int]:
+    """So many rows of a tensor, from the first to the last; none of one without rows."""
+    last = shape[0] - 1 if shape else -1
+    return sorted({last * place // max(rows - 1, 1) for place in range(rows)}) if last >= 0 else []
 
 
 def _files(folder: Path) -> dict[str, str]:

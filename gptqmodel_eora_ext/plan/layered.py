@@ -8,13 +8,13 @@ here knows an architecture; layers have to be a `ModuleList` of which each takes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .checkpoint import Read, Weights
+from .checkpoint import Weights, sampled_rows
 
 
 @dataclass
@@ -66,9 +66,6 @@ class LayeredModel:
         self.layers = [f"{self.list_name}.{index}" for index in range(len(layers))]  # type: ignore[arg-type]
         # Whether a layer returns a tuple; found out by the first recording.
         self._tuples: bool | None = None
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-            self._names.setdefault(id(tensor), []).append(name)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -105,14 +102,15 @@ class LayeredModel:
         with self.present([name for name in self._outside() if name != path]):
             yield self._scores
 
-    def samples(self, rows: int) -> Iterator[tuple[str, torch.Size, torch.Tensor]]:
-        """Name, shape and some rows of every parameter, on the CPU: what tells one model from another."""
-        with self._opened() as read:
-            for name, parameter in self.model.named_parameters():
-                whole = self._tensor(parameter, read) if parameter.is_meta else parameter.detach()
-                last = len(whole) - 1 if whole.ndim else 0
-                places = sorted({last * place // max(rows - 1, 1) for place in range(rows)})
-                yield name, parameter.shape, (whole[places] if whole.ndim else whole).cpu()
+    def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+        """Name, shape and some rows of every tensor, on the CPU: what tells one model from another."""
+        if self._weights is not None:
+            yield from self._weights.samples(rows)
+            return
+        for name, parameter in self.model.named_parameters():
+            whole = parameter.detach()
+            places = sampled_rows(whole.shape, rows)
+            yield name, whole.shape, (whole[places] if places else whole).cpu()
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden[None]
@@ -208,47 +206,23 @@ class LayeredModel:
         Raises:
             NotImplementedError: for a parameter that the checkpoint does not hold under its name.
         """
-        replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        owners = [owner for name in names for owner in self.model.get_submodule(name).modules()]
+        stores: list[dict[str, Any]] = [store for owner in owners for store in (owner._parameters, owner._buffers)]
+        originals = [dict(store) for store in stores]
         try:
-            with self._opened() as read:
-                for name in names:
-                    for owner in self.model.get_submodule(name).modules():
-                        for store in (owner._parameters, owner._buffers):
-                            for key, tensor in list(store.items()):
-                                if tensor is None:
-                                    continue
-                                replaced.append((store, key, tensor))  # type: ignore[arg-type]
-                                here = self._tensor(tensor, read)
-                                is_parameter = store is owner._parameters
-                                store[key] = torch.nn.Parameter(here, requires_grad=False) if is_parameter else here
+            for name in names if self._weights is not None else ():
+                self._weights.fill(self.model, name)
+            for store in stores:
+                for key, tensor in store.items():
+                    if tensor is not None:
+                        here = tensor.detach().to(self.device)
+                        is_parameter = isinstance(tensor, torch.nn.Parameter)
+                        store[key] = torch.nn.Parameter(here, requires_grad=False) if is_parameter else here
             yield
         finally:
-            for store, key, tensor in reversed(replaced):
-                store[key] = tensor
-
-    def _opened(self) -> AbstractContextManager[Read | None]:
-        return self._weights.opened() if self._weights is not None else nullcontext(None)
-
-    def _tensor(self, tensor: torch.Tensor, read: Read | None) -> torch.Tensor:
-        if not tensor.is_meta:
-            return tensor.detach().to(self.device)
-        names = self._names[id(tensor)]
-        for name in names if read is not None else ():
-            try:
-                found = read(name)
-            except KeyError:
-                continue
-            if found.shape != tensor.shape:
-                raise NotImplementedError(
-                    f"EoRA: {name} is {tuple(found.shape)} in the checkpoint and {tuple(tensor.shape)} in the model, "
-                    f"so it cannot be read layer by layer. Name a rank in place of the budget."
-                )
-            return found.to(device=self.device, dtype=tensor.dtype)
-        raise NotImplementedError(
-            f"EoRA: the checkpoint holds no tensor {' or '.join(names)}, which the model has. Transformers may convert "
-            f"it when it loads the whole model (experts in one tensor); layer by layer it cannot be read. Name a rank "
-            f"in place of the budget."
-        )
+            for store, original in zip(stores, originals, strict=True):
+                store.clear()
+                store.update(original)
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -264,6 +238,6 @@ def _layers_name(model: torch.nn.Module, modules: Sequence[str]) -> str:
             return name
     raise NotImplementedError(
         f"EoRA: the modules to quantise, for instance {min(modules, default='none')}, are not all in one list of "
-        f"layers of {type(model).__name__}, so sensitivities cannot be measured layer by layer. Name a rank in place of the "
-        f"budget."
+        f"layers of {type(model).__name__}, so sensitivities cannot be measured layer by layer. Name a rank in "
+        f"place of the budget."
     )

@@ -131,7 +131,7 @@ def fingerprint(
     """A digest of what a sensitivity depends on: some rows of each weight, the data, the kind, the seed."""
     digest = hashlib.sha256(json.dumps([FORMAT, sorted(modules), kind, seed]).encode())
     for name, shape, some in model.samples(FINGERPRINT_ROWS):
-        digest.update(f"{name} {tuple(shape)}".encode() + some.to(torch.float32).numpy().tobytes())
+        digest.update(f"{name} {tuple(shape)}".encode() + some.to(torch.float32).contiguous().numpy().tobytes())
     for batch in batches:
         for key in ("input_ids", "attention_mask"):
             if batch.get(key) is not None:
