@@ -154,10 +154,11 @@ def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
     compensated: dict[str, dict[str, torch.Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     windows = opened_model.begin(first_tokens(calibration, SENSITIVITY_TOKENS))
+    tokens = sum(int(window.keep.sum()) for window in windows)
     for layer in layer_inputs(opened_model, names, windows):
         for name, linear in layer.linears.items():
             weight, read = linear.weight.detach().float(), layer.rows[layer.leaders[name]]
-            known = module_moments(name, weight, moment_of(read, name), read, sensitivity)
+            known = module_moments(name, weight, moment_of(read, name), read, tokens, sensitivity)
             [quantized] = gptq(weight, column_order(known.inputs, GRID.group_size), [KIND_BITS], GRID)
             corrected, lora_A, lora_B = with_components(weight - quantized, known, KIND_RANK)
             kind = kind_of(name)

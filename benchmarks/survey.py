@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_model(parser, layers=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--counts", nargs="+", type=int, help=f"of layers: {FEW} and {MANY} for memory, {TIMED} for time")
+    parser.add_argument(
+        "--counts", nargs="+", type=int, help=f"of layers: {FEW} and {MANY} for memory, {TIMED} for time"
+    )
     parser.add_argument("--one", choices=ACTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     with common.subject(options) as model:

@@ -22,6 +22,9 @@ LEAST_LEFT = 0.01
 # Ranks that a module is offered in the loop, over the one that it is forecast to take. Of SmolLM2's 210 modules 2 to 10
 # take all that they are offered, most of them an `o_proj`.
 HEADROOM = 2
+# Tokens a component that a module must have been reached by, where tokens are routed past it: factors of more
+# components would fit themselves to the few tokens, and forecasts, which stand on the same, would not tell.
+TOKENS_A_COMPONENT = 4
 
 
 def budget_question(
@@ -81,7 +84,9 @@ def forecast_allocation(
     for shape in shapes:
         # What no calibration token reached gets nothing.
         fixed = fixed_rank(shape.name) if shape.name in found.output_moments else 0
-        options[shape.name] = rank_options(shape, most, factor_bits, fixed=fixed)
+        reached = found.reached.get(shape.name, found.tokens)
+        allowed = most if reached >= found.tokens else min(most, reached // TOKENS_A_COMPONENT)
+        options[shape.name] = rank_options(shape, allowed, factor_bits, fixed=fixed)
     curves = {shape.name: forecasts[shape.name].curve(options[shape.name]) for shape in shapes}
     at = price(list(curves.values()), budget)
     for name, offered in options.items():

@@ -14,6 +14,7 @@ from safetensors import safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+
 class Weights(Protocol):
     """Where the tensors of a model come from that are not in memory."""
 
@@ -47,12 +48,17 @@ class CheckpointWeights:
     def fill(self, model: torch.nn.Module, name: str) -> None:
         """See `Weights`. A tied tensor may be there under any of its names."""
         names: dict[int, list[str]] = {}
-        for known, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-            names.setdefault(id(tensor), []).append(known)
+        every: list[tuple[str, torch.Tensor]] = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(),
+        ]
+        for known, one in every:
+            names.setdefault(id(one), []).append(known)
         with ExitStack() as stack:
             files: dict[str, Any] = {}
             for owner in model.get_submodule(name).modules():
-                for store in (owner._parameters, owner._buffers):
+                stores: tuple[dict[str, Any], dict[str, Any]] = owner._parameters, owner._buffers
+                for store in stores:
                     for key, tensor in list(store.items()):
                         if tensor is None or not tensor.is_meta:
                             continue
@@ -124,7 +130,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> torch.nn.Modul
         folder: with `config.json`.
         trust_remote_code: whether model code beside it may run.
     """
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ..solve import Curve, Moment, component_gains, eora, error_loss, error_losses, rank_curve
+from ..solve import (
+    Curve,
+    Moment,
+    RowMoment,
+    component_gains,
+    eora,
+    eora_from_outputs,
+    error_loss,
+    error_losses,
+    output_error,
+    output_gains,
+    output_loss,
+    rank_curve,
+)
 from .ranks import RANK_STEP, RankOptions, TokenCorrection
 
 UNCORRECTED = TokenCorrection()
@@ -72,18 +85,60 @@ def with_components(
     delta: torch.Tensor, known: ModuleMoments, rank: int
 ) -> tuple[Forecast, torch.Tensor, torch.Tensor]:
     """`forecast`, and A and B, of fewer components where few tokens reached the module."""
-    lora_A, lora_B = eora(delta, known.inputs, max(rank, RANK_STEP), tolerance=TOLERANCE)
+    most = max(rank, RANK_STEP)
+    found = _by_outputs(delta, known, most) if len(delta) <= delta.shape[1] else _by_inputs(delta, known, most)
+    if found.losses is None:
+        total, correction = found.total, UNCORRECTED
+    else:
+        first = float(found.gains[:RANK_STEP].sum())
+        whole, left = found.losses
+        correction = TokenCorrection(ratio(whole - left, first), ratio(left, found.total - first))
+    gains, total = correction(found.gains, found.total)
+    known_gains = _padded(gains[:rank].cpu(), rank)
+    return Forecast(total, known_gains, correction), found.lora_A[:rank], found.lora_B[:, :rank]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Components and losses by C; by C_g, those of the whole error and of what the first `RANK_STEP` leave."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    gains: torch.Tensor
+    total: float
+    losses: tuple[float, float] | None
+
+
+def _by_outputs(delta: torch.Tensor, known: ModuleMoments, rank: int) -> _Solved:
+    """From the second moments of the output's error, out × out, of a module that does not widen."""
+    error = output_error(delta, known.inputs)
+    if isinstance(known.inputs, RowMoment):
+        # Of few rows there are no more components than rows.
+        rank = min(rank, len(known.inputs.rows))
+    lora_A, lora_B = eora_from_outputs(delta, error, rank, tolerance=TOLERANCE)
+    losses = None
+    if known.weighted is not None:
+        weighted = output_error(delta, known.weighted)
+        whole = output_loss(weighted, known.output)
+        few = lora_B[:, :RANK_STEP].to(weighted.dtype)
+        # P S P, P = I − B Bᵀ, since A = Bᵀ ΔW.
+        weighted -= few @ (few.T @ weighted)
+        weighted -= (weighted @ few) @ few.T
+        losses = whole, output_loss(weighted, known.output)
+    gains = output_gains(lora_B, error, known.output)
+    return _Solved(lora_A, lora_B, gains, output_loss(error, known.output), losses)
+
+
+def _by_inputs(delta: torch.Tensor, known: ModuleMoments, rank: int) -> _Solved:
+    """From products of ΔW with moments of the inputs."""
+    lora_A, lora_B = eora(delta, known.inputs, rank, tolerance=TOLERANCE)
     gains = component_gains(lora_A, lora_B, known.inputs, known.output)
     if known.weighted is None:
-        total, correction = error_loss(delta, known.inputs, known.output), UNCORRECTED
-    else:
-        total, whole, left = error_losses(
-            delta, known.inputs, known.weighted, known.output, lora_A[:RANK_STEP], lora_B[:, :RANK_STEP]
-        )
-        first = float(gains[:RANK_STEP].sum())
-        correction = TokenCorrection(ratio(whole - left, first), ratio(left, total - first))
-    gains, total = correction(gains, total)
-    return Forecast(total, _padded(gains[:rank].cpu(), rank), correction), lora_A[:rank], lora_B[:, :rank]
+        return _Solved(lora_A, lora_B, gains, error_loss(delta, known.inputs, known.output), None)
+    total, *losses = error_losses(
+        delta, known.inputs, known.weighted, known.output, lora_A[:RANK_STEP], lora_B[:, :RANK_STEP]
+    )
+    return _Solved(lora_A, lora_B, gains, total, (losses[0], losses[1]))
 
 
 def unreached(rank: int) -> Forecast:

@@ -33,7 +33,7 @@ def measure_gradients(
     kind: str = "fisher",
     seed: int = 0,
     progress: Progress = iter,
-) -> int:
+) -> None:
     """Take the gradient of the loss at every module's output, at every token that counts.
 
     Args:
@@ -46,9 +46,6 @@ def measure_gradients(
         kind: "fisher": labels sampled from the model; "empirical": the text's own.
         seed: of the sampling.
         progress: wraps the steps, two a layer.
-
-    Returns:
-        Tokens.
     """
     windows = model.begin(batches)
     count = len(model)
@@ -81,7 +78,6 @@ def measure_gradients(
                         spill.drop(given)
                 found(index, {name: torch.cat(rows) for name, rows in watch.gradients.items()})
         release_free_memory()
-    return sum(int(window.keep.sum()) for window in windows)
 
 
 def _of(modules: Sequence[str], layer: str) -> list[str]:

@@ -210,12 +210,16 @@ class LayeredModel:
         stores: list[dict[str, Any]] = [store for owner in owners for store in (owner._parameters, owner._buffers)]
         originals = [dict(store) for store in stores]
         try:
-            for name in names if self._weights is not None else ():
-                self._weights.fill(self.model, name)
+            if self._weights is not None:
+                for name in names:
+                    self._weights.fill(self.model, name)
             for store in stores:
                 for key, tensor in store.items():
                     if tensor is not None:
                         here = tensor.detach().to(self.device)
+                        if here.is_inference():
+                            # A host may have read it without a record for gradients, which run through it here.
+                            here = here.clone()
                         is_parameter = isinstance(tensor, torch.nn.Parameter)
                         store[key] = torch.nn.Parameter(here, requires_grad=False) if is_parameter else here
             yield

@@ -62,7 +62,7 @@ class Sensitivity(Mapping[str, Moment]):
                 dense: torch.Tensor = file.get_tensor(f"G.{name}").clone()
                 return dense
             rows = file.get_tensor(f"g.{name}").to(torch.float32, copy=True)
-        return RowMoment(rows, len(rows))
+        return RowMoment(rows, self.tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -95,13 +95,18 @@ class SensitivityWriter:
 
     Attributes:
         folder: an empty one.
+        tokens: that gradients are taken of.
     """
 
     folder: Path
+    tokens: int
     files: dict[str, str] = field(default_factory=dict)
 
     def add(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Keep the gradients of a layer's modules, tokens × out each.
+
+        G is the mean over all tokens, also over those that were routed past a module: what it loses at a token that
+        reaches it counts as often as that happens.
 
         Raises:
             ValueError: when a gradient holds NaN or infinity.
@@ -109,7 +114,7 @@ class SensitivityWriter:
         tensors: dict[str, torch.Tensor] = {}
         file = f"layer-{index}.safetensors"
         for name, rows in gradients.items():
-            moment = moment_of(rows, name)
+            moment = moment_of(rows, name, self.tokens)
             if isinstance(moment, RowMoment) or rows.nbytes < moment.nbytes:
                 tensors[f"g.{name}"] = rows.contiguous().cpu()
             else:
@@ -119,9 +124,15 @@ class SensitivityWriter:
         if tensors:
             save_file(tensors, self.folder / file)
 
-    def finish(self, tokens: int, kind: str, fingerprint: str) -> None:
+    def finish(self, kind: str, fingerprint: str) -> None:
         """Write what the files hold; without it the folder counts as none."""
-        header = {"format": FORMAT, "tokens": tokens, "kind": kind, "fingerprint": fingerprint, "files": self.files}
+        header = {
+            "format": FORMAT,
+            "tokens": self.tokens,
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "files": self.files,
+        }
         write_json(self.folder / CONTENTS, header)
 
 

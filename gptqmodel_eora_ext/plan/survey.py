@@ -64,13 +64,28 @@ def survey(
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     validate_choice(kind, SENSITIVITIES, what="kind")
+    # A host's loop may have gradients switched off for good.
+    with torch.inference_mode(False):
+        return _survey(model, modules, batches, question, kind=kind, with_kinds=with_kinds, bar=bar)
+
+
+def _survey(
+    model: LayeredModel,
+    modules: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    question: Question,
+    *,
+    kind: str,
+    with_kinds: bool,
+    bar: Bar,
+) -> Swept:
     sensitivity = None if kind == RELATIVE else cached_sensitivity(model, modules, batches, kind=kind, bar=bar)
     some = first_tokens(batches, SENSITIVITY_TOKENS)
     log.info(
         "EoRA: forecasting %d modules on %d tokens, layer by layer%s.", len(modules), _count(some),
         f", and each kind of them on {_count(unseen_tokens(batches))} others" if with_kinds else "",
     )  # fmt: skip
-    found = sweep(
+    return sweep(
         model,
         modules,
         some,
@@ -79,11 +94,6 @@ def survey(
         kind_batches=unseen_tokens(batches) if with_kinds else (),
         progress=bar("EoRA: forecasting, layer by layer"),
     )
-    missing = [name for name in modules if name not in found.output_moments]
-    if missing:
-        log.warning("EoRA: %d modules were not reached by the calibration data, for instance %s; they get no adapter.",
-                    len(missing), min(missing))  # fmt: skip
-    return found
 
 
 def cached_sensitivity(
@@ -105,12 +115,12 @@ def cached_sensitivity(
     log.info("EoRA: measuring gradients (%s) of %d modules on %d tokens, layer by layer.", kind, len(modules),
              _count(some))  # fmt: skip
     with replaced_folder(folder) as fresh, spilling(limit, fresh) as spill:
-        writer = SensitivityWriter(fresh)
+        writer = SensitivityWriter(fresh, _count(some))
         progress = bar("EoRA: measuring sensitivities")
-        tokens = measure_gradients(model, modules, some, writer.add, spill=spill, kind=kind, progress=progress)
+        measure_gradients(model, modules, some, writer.add, spill=spill, kind=kind, progress=progress)
         if spill.on_disk:
             log.info("EoRA: %.1f MB of layer inputs were on disk (%s=%d).", spill.on_disk / 1e6, MEMORY_VARIABLE, limit)
-        writer.finish(tokens, kind, named)
+        writer.finish(kind, named)
     size = sum(file.stat().st_size for file in folder.iterdir())
     log.info("EoRA: sensitivities kept in `%s`, %.1f MB.", folder, size / 1e6)
     return Sensitivity.load(folder)

@@ -11,9 +11,10 @@ cancel in the softmax, and others add up, which second orders do not see either.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ from .ranks import kind_of
 from .rows import InputRows, moment_of
 from .sensitivity import Sensitivity
 
+log = logging.getLogger(__name__)
+
 TINY = 1e-30
+# A module that fewer tokens than this reach is named in the log: 4 of them a component allow rank 64 at most.
+FEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,15 @@ class Swept:
         divergences: by kind of module: nats a token that all its modules cost at the first width of each, with factors
             of the uniform rank. Empty where kinds were not asked for.
         output_moments: G by module, that forecasts stand on; of what tokens reached.
+        tokens: that forecasts stand on.
+        reached: of them, by module; all, but for experts that tokens are routed to.
     """
 
     forecasts: Mapping[str, Mapping[int, Forecast]]
     divergences: Mapping[str, float]
     output_moments: Mapping[str, Moment]
+    tokens: int = 0
+    reached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,10 +150,14 @@ def sweep(
     kinds = _Kinds(model, modules, kind_batches) if kind_batches else None
     forecasts: dict[str, dict[int, Forecast]] = {}
     relative: dict[str, torch.Tensor] = {}
+    tokens = sum(int(window.keep.sum()) for window in windows)
+    counts: dict[str, int] = {}
     for inputs in layer_inputs(model, modules, windows, progress):
         moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items()}
         columns = _columns(inputs, moments, question)
-        reached = [name for name in inputs.linears if name in inputs.leaders]
+        reached = [name for name in inputs.leaders if sensitivity is None or name in sensitivity]
+        counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
+        _tell_routing(inputs, reached, tokens)
 
         def compensated(
             name: str,
@@ -156,7 +169,7 @@ def sweep(
             weight = inputs.linears[name].weight.detach()
             wide = weight.to(torch.float32)
             leader, how = inputs.leaders[name], question.rounding(name)
-            known = module_moments(name, wide, moments[leader], inputs.rows[leader], sensitivity)
+            known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
             if question.quantized is not None:
                 rounded = [question.quantized(name, weight).to(torch.float32)]
             else:
@@ -184,11 +197,24 @@ def sweep(
         del moments, columns
         if kinds is not None:
             kinds.step(inputs, replaced)
-    return Swept(forecasts, kinds.divergences() if kinds else {}, relative if sensitivity is None else sensitivity)
+    output_moments = relative if sensitivity is None else sensitivity
+    return Swept(forecasts, kinds.divergences() if kinds else {}, output_moments, tokens, counts)
+
+
+def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
+    """Say once a layer how many experts had few tokens or none; their ranks are small, or 0."""
+    few = [name for name in reached if len(inputs.rows[inputs.leaders[name]]) < min(FEW_TOKENS, tokens)]
+    none = len(inputs.linears) - len(reached)
+    if few or none:
+        log.warning(
+            "EoRA: layer %d: of %d modules %d were reached by fewer than %d of %d calibration tokens and get small "
+            "ranks, and %d by none and get no adapter, for instance %s.", inputs.index, len(inputs.linears), len(few),
+            FEW_TOKENS, tokens, none, min([name for name in inputs.linears if name not in reached] or few),
+        )  # fmt: skip
 
 
 def module_moments(
-    name: str, weight: torch.Tensor, inputs: Moment, rows: torch.Tensor, sensitivity: Sensitivity | None
+    name: str, weight: torch.Tensor, inputs: Moment, rows: torch.Tensor, tokens: int, sensitivity: Sensitivity | None
 ) -> ModuleMoments:
     """What a module's forecast stands on.
 
@@ -196,12 +222,14 @@ def module_moments(
         name: full module name.
         weight: W, out × in, float32.
         inputs: C, of ``rows``.
-        rows: inputs, tokens × in.
-        sensitivity: None for G = I / E‖W x‖².
+        rows: inputs, of those of the tokens that reached it, × in.
+        tokens: in all.
+        sensitivity: None for G = I / E‖W x‖², times the share of tokens that reached it.
     """
     if sensitivity is None:
         signal = 2 * error_loss(weight, inputs, torch.ones(len(weight), device=weight.device))
-        return ModuleMoments(inputs, torch.full((len(weight),), 1 / max(signal, TINY), device=weight.device))
+        share = len(rows) / max(tokens, 1)
+        return ModuleMoments(inputs, torch.full((len(weight),), share / max(signal, TINY), device=weight.device))
     squares = sensitivity.squares(name).to(weight.device)
     # Gradients are of the first tokens.
     weighted = rows[: len(squares)] * squares.sqrt()[:, None]

@@ -1,6 +1,18 @@
 """Linear algebra that turns (error, second moment, rank) into low-rank factors. Knows torch and `formats` alone."""
 
-from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, error_losses, price, rank_curve
+from .allocate import (
+    MOST_STEPS,
+    Curve,
+    allocate,
+    component_gains,
+    error_loss,
+    error_losses,
+    output_error,
+    output_gains,
+    output_loss,
+    price,
+    rank_curve,
+)
 from .error import energy_left, multiplies_bfloat16, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
@@ -29,6 +41,9 @@ __all__ = [
     "gptq",
     "multiplies_bfloat16",
     "output",
+    "output_error",
+    "output_gains",
+    "output_loss",
     "output_target",
     "price",
     "quantize_factors",

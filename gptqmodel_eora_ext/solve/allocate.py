@@ -135,6 +135,50 @@ def error_losses(
     return bare / 2, whole / 2, (whole - 2 * cross + square) / 2
 
 
+def output_error(delta: torch.Tensor, second_moment: Moment) -> torch.Tensor:
+    """S = ΔW C ΔWᵀ, the second moment of the output's error, out × out, in ΔW's dtype.
+
+    Args:
+        delta: ΔW, out × in.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
+    """
+    if isinstance(second_moment, RowMoment):
+        image = second_moment.image(delta.T)
+        return image.T @ image
+    return WeightedError(delta, second_moment).weigh(delta) @ delta.T
+
+
+def output_loss(error_moment: torch.Tensor, output_moment: Moment) -> float:
+    """½ tr(G S): `error_loss` from `output_error`.
+
+    Args:
+        error_moment: S, out × out.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
+    """
+    if isinstance(output_moment, RowMoment):
+        rows = output_moment.rows.to(error_moment.dtype)
+        return _inner(rows @ error_moment, rows) / output_moment.count / 2
+    weighed = error_moment.diagonal() if output_moment.ndim == 1 else error_moment
+    return _inner(output_moment.to(weighed.dtype), weighed) / 2
+
+
+def output_gains(lora_B: torch.Tensor, error_moment: torch.Tensor, output_moment: Moment) -> torch.Tensor:
+    """`component_gains` from `output_error`.
+
+    Args:
+        lora_B: out × rank, orthonormal eigenvectors of S.
+        error_moment: S, out × out.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
+
+    Returns:
+        Of length rank, float64.
+    """
+    lora_B = lora_B.to(error_moment.dtype)
+    energies = (error_moment @ lora_B * lora_B).sum(0, dtype=torch.float64).clamp_min(0)
+    left, right = _halves(output_moment, lora_B)
+    return energies * (left * right).sum(0, dtype=torch.float64) / 2
+
+
 def _halves(output_moment: Moment, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """L and R with Lᵀ R = Mᵀ G M for M of out × k: G M and M, or X M / √n twice where G is of the rows X.
 

@@ -101,4 +101,4 @@ def spilling(limit: int, folder: Path) -> Iterator[Spill]:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     # Numpy has no bfloat16; bytes are bytes.
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)

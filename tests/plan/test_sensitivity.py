@@ -139,10 +139,10 @@ def test_tokens_with_inputs_of_their_own_are_corrected_for() -> None:
 def test_kept_in_the_smaller_form_and_read_back(dtype: torch.dtype, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     wide, narrow = (torch.randn(40, features, generator=generator).to(dtype) for features in (64, 8))
-    writer = SensitivityWriter(tmp_path)
+    writer = SensitivityWriter(tmp_path, 40)
     writer.add(0, {"a": wide})
     writer.add(1, {"b": narrow})
-    writer.finish(40, "fisher", "print")
+    writer.finish("fisher", "print")
     found = Sensitivity.load(tmp_path)
     assert (found.tokens, found.kind, found.fingerprint, set(found)) == (40, "fisher", "print", {"a", "b"})
     assert isinstance(found["a"], RowMoment) and torch.equal(found["a"].rows, wide.float())
@@ -157,7 +157,7 @@ def test_kept_in_the_smaller_form_and_read_back(dtype: torch.dtype, tmp_path: Pa
 
 def test_infinite_gradients_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="q_proj"):
-        SensitivityWriter(tmp_path).add(0, {"q_proj": torch.tensor([[1.0, float("inf")]])})
+        SensitivityWriter(tmp_path, 1).add(0, {"q_proj": torch.tensor([[1.0, float("inf")]])})
 
 
 def test_cached_once_and_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

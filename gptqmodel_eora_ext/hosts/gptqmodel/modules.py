@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...formats.sizes import ModuleShape
-from ...plan.checkpoint import CheckpointWeights, skeleton
+from ...plan.checkpoint import CheckpointWeights
 from ...plan.layered import LayeredModel
 
 
 def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
-    """The full-precision model, its weights read layer by layer from the checkpoint that GPTQModel was given.
+    """The full-precision model, to be run layer by layer: a copy of GPTQModel's shell, or its model in memory.
 
-    GPTQModel's own object is not touched, whether it is in memory or keeps its weights on disk.
+    In a shell, experts are linear layers of their own. GPTQModel's object is not touched.
 
     Args:
         model: GPTQModel's model object, before its loop.
         shapes: what it quantises.
 
     Raises:
-        FileNotFoundError: for a checkpoint without safetensors files.
-        NotImplementedError: for a module that is no linear layer in transformers' own model.
+        NotImplementedError: for modules that are not in one list of layers.
     """
-    folder = Path(model.model_local_path)
-    dense = skeleton(folder, trust_remote_code=bool(model.trust_remote_code))
-    known = dict(dense.named_modules())
-    strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
-    if strange:
-        raise NotImplementedError(
-            f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share a tensor), so "
-            f"its sensitivity cannot be measured. Name a rank in place of the budget."
-        )
+    names = [shape.name for shape in shapes]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LayeredModel(dense, CheckpointWeights(folder), [shape.name for shape in shapes], device)
+    if model.turtle_model is None:
+        return LayeredModel(model.model, None, names, device)
+    shell = copy.deepcopy(model.model).eval()
+    shell.tie_weights()
+    return LayeredModel(shell, ShellWeights(model.turtle_model), names, device)
+
+
+class ShellWeights:
+    """Weights of GPTQModel's shell, by its own reader, which knows how checkpoints name and lay out what a model has.
+
+    Args:
+        source: GPTQModel's `LazyTurtle`.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._checkpoint = CheckpointWeights(Path(source.model_local_path))
+
+    def fill(self, model: torch.nn.Module, name: str) -> None:
+        """See `Weights`."""
+        self._source.materialize_submodule(
+            target_model=model,
+            target_submodule=model.get_submodule(name),
+            device=torch.device("cpu"),
+            module_path=name,
+            tie_weights=False,
+            show_progress=False,
+        )
+        # It leaves out a head that is tied to the embeddings.
+        self._checkpoint.fill(model, name)
+
+    def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+        """See `Weights`."""
+        return self._checkpoint.samples(rows)
 
 
 def module_shapes(model: Any) -> list[ModuleShape]:
