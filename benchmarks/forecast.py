@@ -160,7 +160,7 @@ def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
             weight, read = linear.weight.detach().float(), layer.rows[layer.leaders[name]]
             known = module_moments(name, weight, moment_of(read, name), read, tokens, sensitivity)
             [quantized] = gptq(weight, column_order(known.inputs, GRID.group_size), [KIND_BITS], GRID)
-            corrected, lora_A, lora_B = with_components(weight - quantized, known, KIND_RANK)
+            corrected, lora_A, lora_B = with_components(weight - quantized, known, KIND_RANK, KIND_RANK)
             kind = kind_of(name)
             compensated.setdefault(kind, {})[name] = (quantized + lora_B.float() @ lora_A.float()).to(torch.bfloat16)
             row = rows.setdefault(kind, {"kind": kind, "independent": 0.0, "corrected": 0.0})

@@ -108,9 +108,10 @@ def _scales(known: Mapping[str, Forecast], divergences: Mapping[str, float], uni
         scales[kind] = 1.0
         if left <= LEAST_LEFT * total:
             continue
-        if math.isfinite(measured):
+        # A divergence is positive; what is lost in rounding of the scores may come out as nothing, or less.
+        if math.isfinite(measured) and measured > 0:
             scales[kind] = ratio(measured, left)
         else:
-            log.warning("EoRA: with all %s quantised the model gives NaN or infinity; their forecasts stay as they "
-                        "are.", kind)  # fmt: skip
+            log.warning("EoRA: with all %s quantised the model's scores diverge by %g nats a token, which is no "
+                        "measurement; their forecasts stay as they are.", kind, measured)  # fmt: skip
     return scales

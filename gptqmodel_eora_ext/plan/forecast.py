@@ -10,15 +10,14 @@ from ..solve import (
     Curve,
     Moment,
     RowMoment,
-    component_gains,
-    eora,
-    eora_from_outputs,
-    error_loss,
-    error_losses,
+    directions,
+    halves,
+    halves_loss,
     output_error,
     output_gains,
     output_loss,
     rank_curve,
+    square_root,
 )
 from .ranks import RANK_STEP, RankOptions, TokenCorrection
 
@@ -78,67 +77,87 @@ def forecast(delta: torch.Tensor, known: ModuleMoments, rank: int) -> Forecast:
         known: of the module.
         rank: 0 for no components.
     """
-    return with_components(delta, known, rank)[0]
+    return with_components(delta, known, rank, 0)[0]
 
 
 def with_components(
-    delta: torch.Tensor, known: ModuleMoments, rank: int
+    delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int
 ) -> tuple[Forecast, torch.Tensor, torch.Tensor]:
-    """`forecast`, and A and B, of fewer components where few tokens reached the module."""
-    most = max(rank, RANK_STEP)
-    found = _by_outputs(delta, known, most) if len(delta) <= delta.shape[1] else _by_inputs(delta, known, most)
-    if found.losses is None:
-        total, correction = found.total, UNCORRECTED
-    else:
+    """`forecast`, and A and B of the first ``factors`` components; of fewer where few tokens reached the module."""
+    solve = _by_outputs if len(delta) <= delta.shape[1] else _by_inputs
+    found = solve(delta, known, max(rank, RANK_STEP), max(factors, RANK_STEP))
+    total, correction = found.total, UNCORRECTED
+    if known.weighted is not None:
         first = float(found.gains[:RANK_STEP].sum())
-        whole, left = found.losses
-        correction = TokenCorrection(ratio(whole - left, first), ratio(left, found.total - first))
-    gains, total = correction(found.gains, found.total)
-    known_gains = _padded(gains[:rank].cpu(), rank)
-    return Forecast(total, known_gains, correction), found.lora_A[:rank], found.lora_B[:, :rank]
+        correction = TokenCorrection(ratio(found.whole - found.left, first), ratio(found.left, total - first))
+    gains, total = correction(found.gains, total)
+    lora_B = found.lora_B[:, :factors]
+    return Forecast(total, _padded(gains[:rank].cpu(), rank), correction), lora_B.T @ delta, lora_B
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """Components and losses by C; by C_g, those of the whole error and of what the first `RANK_STEP` leave."""
+    """Components and losses of a module.
 
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
+    Attributes:
+        gains: of each component, by C and G.
+        lora_B: of the first, orthonormal.
+        total: loss without any, by C and G.
+        whole: by C_g in place of C; nothing without it.
+        left: the same of what the first `RANK_STEP` components leave.
+    """
+
     gains: torch.Tensor
+    lora_B: torch.Tensor
     total: float
-    losses: tuple[float, float] | None
+    whole: float = 0.0
+    left: float = 0.0
 
 
-def _by_outputs(delta: torch.Tensor, known: ModuleMoments, rank: int) -> _Solved:
-    """From the second moments of the output's error, out × out, of a module that does not widen."""
+def _by_outputs(delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int) -> _Solved:
+    """From second moments of the output's error, out × out, of a module that does not widen."""
     error = output_error(delta, known.inputs)
-    if isinstance(known.inputs, RowMoment):
-        # Of few rows there are no more components than rows.
-        rank = min(rank, len(known.inputs.rows))
-    lora_A, lora_B = eora_from_outputs(delta, error, rank, tolerance=TOLERANCE)
-    losses = None
-    if known.weighted is not None:
-        weighted = output_error(delta, known.weighted)
-        whole = output_loss(weighted, known.output)
-        few = lora_B[:, :RANK_STEP].to(weighted.dtype)
-        # P S P, P = I − B Bᵀ, since A = Bᵀ ΔW.
-        weighted -= few @ (few.T @ weighted)
-        weighted -= (weighted @ few) @ few.T
-        losses = whole, output_loss(weighted, known.output)
-    gains = output_gains(lora_B, error, known.output)
-    return _Solved(lora_A, lora_B, gains, output_loss(error, known.output), losses)
-
-
-def _by_inputs(delta: torch.Tensor, known: ModuleMoments, rank: int) -> _Solved:
-    """From products of ΔW with moments of the inputs."""
-    lora_A, lora_B = eora(delta, known.inputs, rank, tolerance=TOLERANCE)
-    gains = component_gains(lora_A, lora_B, known.inputs, known.output)
+    lora_B = directions(error, _most(delta, known, rank), tolerance=TOLERANCE)
+    gains, total = output_gains(lora_B, error, known.output), output_loss(error, known.output)
+    lora_B = lora_B[:, :factors]
     if known.weighted is None:
-        return _Solved(lora_A, lora_B, gains, error_loss(delta, known.inputs, known.output), None)
-    total, *losses = error_losses(
-        delta, known.inputs, known.weighted, known.output, lora_A[:RANK_STEP], lora_B[:, :RANK_STEP]
+        return _Solved(gains, lora_B, total)
+    weighted = output_error(delta, known.weighted)
+    whole, few = output_loss(weighted, known.output), lora_B[:, :RANK_STEP]
+    # P S P, P = I − B Bᵀ, since A = Bᵀ ΔW.
+    weighted -= few @ (few.T @ weighted)
+    weighted -= (weighted @ few) @ few.T
+    return _Solved(gains, lora_B, total, whole, output_loss(weighted, known.output))
+
+
+def _by_inputs(delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int) -> _Solved:
+    """From those of the other side of ΔW, of a module that widens."""
+    root = square_root(known.inputs).to(delta.dtype)
+    inner = root.T @ (delta.T @ delta) @ root if len(root) == root.shape[1] else _gram(delta @ root)
+    vectors = root @ directions(inner, _most(delta, known, rank), tolerance=TOLERANCE)
+    # √λ u of the first; QR has them orthonormal where λ is next to nothing.
+    lora_B = torch.linalg.qr(delta @ vectors[:, :factors]).Q
+    left, right = halves(known.output, delta)
+    gains = ((left @ vectors) * (right @ vectors)).sum(0, dtype=torch.float64) / 2
+    total = halves_loss(left, right, known.inputs)
+    if known.weighted is None:
+        return _Solved(gains, lora_B, total)
+    whole, few = halves_loss(left, right, known.weighted), lora_B[:, :RANK_STEP]
+    corrected = few.T @ delta
+    left, right = (
+        half - first @ corrected for half, first in zip((left, right), halves(known.output, few), strict=True)
     )
-    return _Solved(lora_A, lora_B, gains, total, (losses[0], losses[1]))
+    return _Solved(gains, lora_B, total, whole, halves_loss(left, right, known.weighted))
+
+
+def _most(delta: torch.Tensor, known: ModuleMoments, rank: int) -> int:
+    """Components that there are at most: of few rows no more than rows."""
+    rows = [len(known.inputs.rows)] if isinstance(known.inputs, RowMoment) else []
+    return min(rank, *delta.shape, *rows)
+
+
+def _gram(image: torch.Tensor) -> torch.Tensor:
+    return image.T @ image
 
 
 def unreached(rank: int) -> Forecast:

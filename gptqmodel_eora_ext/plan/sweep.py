@@ -32,6 +32,9 @@ from .sensitivity import Sensitivity
 log = logging.getLogger(__name__)
 
 TINY = 1e-30
+# Modules of more weights are worked on one after the other: each keeps all processors busy, and takes memory of its
+# own, some ten times its weights in float32.
+LARGE = 1 << 22
 # A module that fewer tokens than this reach is named in the log: 4 of them a component allow rank 64 at most.
 FEW_TOKENS = 256
 
@@ -178,14 +181,16 @@ def sweep(
             replacement = None
             for bits, approximation in zip(how.bits, rounded, strict=True):
                 rank = question.rank(name, bits)
-                found[bits], lora_A, lora_B = with_components(wide - approximation, known, rank)
+                few = min(rank, question.uniform)
+                found[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
                 if kinds is not None and replacement is None:
-                    few = lora_B[:, : question.uniform].float(), lora_A[: question.uniform].float()
-                    replacement = torch.addmm(approximation, *few).to(weight.dtype)
+                    replacement = torch.addmm(approximation, lora_B, lora_A).to(weight.dtype)
             return name, found, replacement, known.output if sensitivity is None else None
 
         replaced: dict[str, torch.Tensor] = {}
-        for name, found, replacement, output_moment in side_by_side(compensated, reached, model.device):
+        largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
+        done = side_by_side(compensated, reached, model.device) if largest <= LARGE else map(compensated, reached)
+        for name, found, replacement, output_moment in done:
             forecasts[name] = found
             if replacement is not None:
                 replaced[name] = replacement

@@ -5,15 +5,17 @@ from .allocate import (
     Curve,
     allocate,
     component_gains,
+    directions,
     error_loss,
-    error_losses,
+    halves,
+    halves_loss,
     output_error,
     output_gains,
     output_loss,
     price,
     rank_curve,
 )
-from .error import energy_left, multiplies_bfloat16, weighted_energy
+from .error import energy_left, multiplies_bfloat16, square_root, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .moments import Moment, RowMoment, diagonal_of
@@ -33,12 +35,14 @@ __all__ = [
     "component_gains",
     "diagonal",
     "diagonal_of",
+    "directions",
     "energy_left",
     "eora",
     "eora_from_outputs",
     "error_loss",
-    "error_losses",
     "gptq",
+    "halves",
+    "halves_loss",
     "multiplies_bfloat16",
     "output",
     "output_error",
@@ -51,6 +55,7 @@ __all__ = [
     "refit_A",
     "refit_B",
     "round_to",
+    "square_root",
     "svd",
     "weighted_energy",
 ]

@@ -85,10 +85,13 @@ def column_order(second_moment: Moment, group_size: int, damping: float = DAMPIN
     steps = damped.diagonal()
     steps.masked_fill_(dead.flip(0), 1.0)
     steps += damping * steps.mean()
-    upper = torch.linalg.cholesky(damped).flip(0, 1)
-    # The inverse takes as much again.
+    lower = torch.linalg.cholesky(damped)
+    # Each takes as much as C; no more than three of them are there at a time.
     del damped, steps
+    upper = lower.flip(0, 1)
+    del lower
     factor = _inverse(upper)
+    del upper
     return ColumnOrder(order, factor.div_(factor.diagonal().clone()[:, None]), dead)
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
 EXPERTS, ROUTED = 4, 2
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "num_experts_per_tok": ROUTED,
+    "num_key_value_heads": 1, "num_experts_per_tok": ROUTED, "initializer_range": 0.2,
 }  # fmt: skip
 
 

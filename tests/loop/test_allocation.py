@@ -77,8 +77,8 @@ def swept(
         [rounded] = gptq(weight, column_order(inputs, how.grid.group_size), how.bits, how.grid)
         delta = weight - rounded
         known = ModuleMoments(inputs, output_moment)
-        found, lora_A, lora_B = with_components(delta, known, question.rank(name, 2))
-        left = delta - lora_B[:, : question.uniform] @ lora_A[: question.uniform]
+        found, lora_A, lora_B = with_components(delta, known, question.rank(name, 2), question.uniform)
+        left = delta - lora_B @ lora_A
         forecasts[name] = {2: found}
         divergences[kind_of(name)] += error_loss(left, inputs, output_moment) * costs.get(kind_of(name), 1.0)
     return Swept(forecasts, divergences, sensitivity.output_moments)

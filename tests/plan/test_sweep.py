@@ -59,12 +59,12 @@ def test_forecasts_and_divergences_are_those_of_the_whole(
             moment_of(rows * squares.sqrt(), module, float(squares.sum())),
         )
         [rounded] = gptq(weight, column_order(known.inputs, GRID.group_size), [3], GRID)
-        expected, lora_A, lora_B = with_components(weight - rounded, known, RANK)
+        expected, lora_A, lora_B = with_components(weight - rounded, known, RANK, UNIFORM)
         forecast = found.forecasts[module][3]
         assert forecast.total == pytest.approx(expected.total, rel=1e-2)
         assert float(forecast.gains.sum()) == pytest.approx(float(expected.gains.sum()), rel=1e-2)
         assert forecast.correction.head == pytest.approx(expected.correction.head, rel=1e-2)
-        compensated = rounded + lora_B[:, :UNIFORM].float() @ lora_A[:UNIFORM].float()
+        compensated = rounded + lora_B @ lora_A
         replaced.setdefault(kind_of(module), {})[module] = compensated
     with torch.no_grad():
         plain = whole(**kind_batches[0]).logits.log_softmax(-1)

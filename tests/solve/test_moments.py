@@ -12,8 +12,10 @@ from gptqmodel_eora_ext.solve import (
     component_gains,
     eora,
     error_loss,
-    error_losses,
     gptq,
+    output_error,
+    output_gains,
+    output_loss,
 )
 
 SIZES = st.integers(2, 24)
@@ -34,7 +36,7 @@ def dense(moment: RowMoment) -> torch.Tensor:
 def test_losses_and_gains_are_those_of_the_matrices(out: int, inner: int, seen: int, pulled: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn(out, inner, generator=generator, dtype=torch.float64)
-    C, weighted, G = rows_of(seen, inner, seed), rows_of(seen, inner, seed + 1), rows_of(pulled, out, seed + 2)
+    C, G = rows_of(seen, inner, seed), rows_of(pulled, out, seed + 2)
     lora_A, lora_B = eora(delta, C, min(3, out, inner), exact=True)
     for first in (C, dense(C)):
         for second in (G, dense(G)):
@@ -42,11 +44,12 @@ def test_losses_and_gains_are_those_of_the_matrices(out: int, inner: int, seen: 
                 component_gains(lora_A, lora_B, first, second), component_gains(lora_A, lora_B, dense(C), dense(G))
             )
             assert error_loss(delta, first, second) == pytest.approx(error_loss(delta, dense(C), dense(G)), rel=1e-9)
-            found = error_losses(delta, first, weighted, second, lora_A, lora_B)
-            left = delta - lora_B @ lora_A
-            expected = [error_loss(*one, dense(G)) for one in ((delta, dense(C)), (delta, dense(weighted)),
-                                                                 (left, dense(weighted)))]  # fmt: skip
-            assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            error = output_error(delta, first)
+            torch.testing.assert_close(error, delta @ dense(C) @ delta.T)
+            assert output_loss(error, second) == pytest.approx(error_loss(delta, dense(C), dense(G)), rel=1e-6)
+            torch.testing.assert_close(
+                output_gains(lora_B, error, second), component_gains(lora_A, lora_B, dense(C), dense(G))
+            )
 
 
 @pytest.mark.parametrize(("out", "inner", "seen", "rank"), [(40, 60, 30, 8), (300, 400, 120, 8), (60, 30, 20, 20)])
