@@ -192,7 +192,7 @@ def _rounded_times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def square_root(second_moment: Moment) -> torch.Tensor:
-    """Any L with L Lᵀ = C, float64: of the rows, by Cholesky where C is definite, or by eigenvectors, ten times slower."""
+    """Any L with L Lᵀ = C, float64: of the rows; by Cholesky where C is definite; or by eigenvectors, which is slow."""
     if isinstance(second_moment, RowMoment):
         return second_moment.root()
     moment = second_moment.to(torch.float64)
