@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .perplexity import TextLoss, text_loss
+from .perplexity import TextLoss, text_loss, text_tokens
 from .size import weight_bytes
 
 
@@ -19,6 +17,7 @@ def measure_checkpoint(
     *,
     window: int,
     max_windows: int | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str], Callable[[int, int], None]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row for the quantised model and, where there is an adapter, one for it with its adapter.
@@ -26,9 +25,10 @@ def measure_checkpoint(
     Args:
         checkpoint: quantised checkpoint.
         adapter: adapter folder; None for a checkpoint without.
-        text: held-out text, UTF-8.
+        text: file of held-out text, as `calibration.read_texts` takes it.
         window: tokens per window.
         max_windows: stop after so many.
+        trust_remote_code: whether code in the checkpoint's folder may run, the model's and the tokenizer's.
         progress: makes a `report(done, total)` callback for a named step.
     """
     from ..hosts.registry import loader
@@ -37,9 +37,9 @@ def measure_checkpoint(
     with quiet():
         from transformers import AutoTokenizer
 
-        tokens = AutoTokenizer.from_pretrained(checkpoint)(text.read_text(encoding="utf-8", errors="replace")).input_ids
-        ids = torch.tensor(tokens)
-        loaded = loader(checkpoint)(checkpoint, adapter)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        ids = text_tokens(text, tokenizer, window=window, max_windows=max_windows)
+        loaded = loader(checkpoint)(checkpoint, adapter, trust_remote_code=trust_remote_code)
 
         def measure(name: str) -> TextLoss:
             report = progress(name) if progress is not None else None

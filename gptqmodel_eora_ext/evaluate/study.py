@@ -212,12 +212,10 @@ class Study:
         self._free()
 
     def _loss(self, model: Any, tokenizer: Any, text: str, report: Callable[[int, int], None]) -> dict[str, Any]:
-        import torch
+        from .perplexity import text_loss, text_tokens
 
-        from .perplexity import text_loss
-
-        ids = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8")).input_ids)
         options = self.options
+        ids = text_tokens(text, tokenizer, window=options.window, max_windows=options.max_windows)
         found = text_loss(model, ids, window=options.window, max_windows=options.max_windows, progress=report)
         return {"nats": found.nats, "perplexity": found.perplexity, "tokens": found.tokens}
 
