@@ -1,7 +1,7 @@
 """Calibration text, from files or data sets, cut into token windows."""
 
 from .files import TextError
-from .rows import read_texts
+from .rows import read_file, read_texts
 from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, file_tokens, mixed_windows, windows
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "TextError",
     "file_tokens",
     "mixed_windows",
+    "read_file",
     "read_texts",
     "windows",
 ]

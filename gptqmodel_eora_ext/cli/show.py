@@ -6,9 +6,7 @@ from rich.table import Table
 
 from ..adapter.summary import AdapterSummary
 from ..evaluate.size import readable, weight_bytes
-from .options import (
-    out,
-)
+from .printing import out
 
 
 def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:
