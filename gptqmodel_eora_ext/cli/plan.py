@@ -50,6 +50,7 @@ from .options import (
     tokenized,
 )
 from .printing import counted, errors, fail, out, progress_bars, say
+from .show import listing
 
 QUANTIZER = "gptq"
 # With the search, 2 bits in groups of 64 leave SmolLM2 a third less predicted loss, and 4 bits no more.
@@ -228,7 +229,7 @@ def _table(points: Sequence[Point]) -> Table:
 
 
 def _described(chosen: Plan) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = listing()
     weights = sum(one.out_features * one.in_features for one in chosen.modules.values())
     counts: Counter[Any] = Counter(one.bits for one in chosen.modules.values())
     ranks = [one.rank for one in chosen.modules.values() if one.rank]
