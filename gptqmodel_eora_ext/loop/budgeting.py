@@ -11,9 +11,11 @@ import torch
 
 from ..adapter.budget import budget_bytes, largest_uniform_rank
 from ..adapter.options import AdapterOptions
+from ..adapter.vocabulary import FACTOR_BITS
 from ..formats.sizes import ModuleShape, factor_bytes
 from ..plan.divergence import Divergence
 from ..plan.forecast import Rounder
+from ..plan.ranks import least_budget
 from ..plan.survey import cached_sensitivity, unseen_tokens
 from ..solve import Grid
 from .allocation import RankAllocation
@@ -61,10 +63,11 @@ def allocate_budget(
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
-        ValueError: for a budget in no known form.
+        ValueError: for a budget in no known form, or too small for any component.
     """
     shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
     budget = budget_bytes(options.budget, shapes)
+    check_budget(budget, shapes, options, fixed_rank)
     sensitivity = cached_sensitivity(
         model, linears, batches, kind=options.sensitivity, progress=bar("EoRA: measuring sensitivities")
     )
@@ -88,6 +91,31 @@ def allocate_budget(
         fixed_rank=fixed_rank,
         progress=bar("EoRA: forecasting modules"),
     )
+
+
+def check_budget(
+    budget: int, shapes: Sequence[ModuleShape], options: AdapterOptions, fixed_rank: Callable[[str], int | None]
+) -> None:
+    """Refuse a budget that buys no component at all, with the least that buys one.
+
+    Args:
+        budget: bytes.
+        shapes: the modules that share it.
+        options: what was asked.
+        fixed_rank: of a module that does not choose.
+
+    Raises:
+        ValueError: naming both.
+    """
+    least = least_budget(shapes, options.factor_bits, fixed_rank)
+    if budget < least:
+        zeros = "" if options.factor_bits != FACTOR_BITS[0] else (
+            " A 16-bit adapter holds rank 1 of zeros for a module that gets nothing; factors of 8 or 4 bits do not."
+        )  # fmt: skip
+        raise ValueError(
+            f"EoRA: the budget {options.budget!r} is {budget} bytes, which buys nothing: the smallest adapter of these "
+            f"{len(shapes)} modules takes {least} bytes.{zeros} Allow at least that."
+        )
 
 
 def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapter.validate import validate_choice, validate_rank
 from ..adapter.vocabulary import FACTOR_BITS
-from ..formats.sizes import ModuleShape
+from ..formats.sizes import WHOLE_ROW, ModuleShape
 from ..system.files import write_json
 
 FORMAT = "eora-plan-1"
@@ -89,6 +89,7 @@ class Plan:
             "group_size": self.group_size,
             "sym": self.sym,
             "mse": self.mse,
+            **without_groups(self.group_size),
             "dynamic": self.dynamic(),
         }
 
@@ -158,6 +159,14 @@ class Plan:
                     f"{name}: the plan for `{self.model}` expects {one.out_features} × {one.in_features}, found "
                     f"{shape.out_features} × {shape.in_features}. Make a plan of this model with `eora plan`."
                 )
+
+
+def without_groups(group_size: int) -> dict[str, Any]:
+    """What GPTQModel's `QuantizeConfig` has to be told where a scale serves a whole row.
+
+    By default it orders columns by their groups (`act_group_aware`), and refuses to where there are none.
+    """
+    return {"act_group_aware": False} if group_size == WHOLE_ROW else {}
 
 
 def _require_keys(content: Mapping[str, Any], cls: Any, where: str) -> None:

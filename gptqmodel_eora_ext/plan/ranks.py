@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,23 @@ def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | N
     # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add.
     stored = [max(rank, 1) if factor_bits == 16 else rank for rank in ranks]
     return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits) for rank in stored))
+
+
+def least_budget(
+    shapes: Iterable[ModuleShape], factor_bits: int, fixed_rank: Callable[[str], int | None] = lambda name: None
+) -> int:
+    """Bytes of the smallest adapter that does anything: the fewest components in one module, none in the others.
+
+    Args:
+        shapes: the modules that share a budget.
+        factor_bits: of the factors.
+        fixed_rank: of a module that does not choose.
+    """
+    options = [rank_options(shape, RANK_STEP, factor_bits, fixed_rank(shape.name)) for shape in shapes]
+    least = sum(one.nbytes[0] for one in options)
+    if any(one.ranks[0] for one in options):
+        return least
+    return least + min((one.nbytes[1] - one.nbytes[0] for one in options if len(one.ranks) > 1), default=0)
 
 
 def most_rank(shapes: Iterable[ModuleShape], budget: int, factor_bits: int, of_uniform: int = MOST_OF_UNIFORM) -> int:

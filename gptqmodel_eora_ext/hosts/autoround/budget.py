@@ -11,6 +11,7 @@ from auto_round.utils import check_to_quantized, get_block_names
 from ...adapter.options import AdapterOptions
 from ...loop.allocation import RankAllocation
 from ...loop.budgeting import Rounding, allocate_budget
+from ...loop.place import is_linear, use_linear_layers
 from ...solve import Grid
 from ...system.memory import on_one_device
 from .moments import IGNORED_TOKEN
@@ -34,12 +35,12 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
     model = orchestrator.model_context.model
     groups = orchestrator.quant_block_list or get_block_names(model)
     blocks = tuple(f"{name}." for group in groups for name in group)
-    linears: dict[str, Any] = {
+    quantized: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(blocks) and isinstance(module, torch.nn.Linear) and check_to_quantized(module)
+        if name.startswith(blocks) and is_linear(module) and check_to_quantized(module)
     }
-    if not linears or not token_ids:
+    if not quantized or not token_ids:
         missing = "linear layers to compensate" if token_ids else "calibration tokens"
         raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
@@ -50,12 +51,17 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
         )
 
     def rounding(name: str) -> Rounding:
-        linear = linears[name]
+        linear = quantized[name]
         return Rounding(linear.bits, Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
 
-    # The first block is on the GPU by now, the rest of the model is not.
-    with on_one_device(model):
-        return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
+    put_back = use_linear_layers(model)
+    try:
+        linears: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
+        # The first block is on the GPU by now, the rest of the model is not.
+        with on_one_device(model):
+            return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
+    finally:
+        put_back()
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,7 +26,8 @@ from auto_round.utils import check_to_quantized
 from ...adapter.compensate import Recipe, compensate
 from ...capture import OutputErrorMoment, SecondMoment
 from ...loop.place import is_linear, oriented, put_in_place
-from .checks import check_composition, check_formats
+from ...loop.weights import check_weights
+from .checks import check_composition, check_dataset, check_formats
 from .config import EoRAConfig
 from .moments import BlockInputs, Moment
 from .run import LoopRun
@@ -54,12 +55,14 @@ class EoRATransform(BasePreprocessor):
         """Called when AutoRound has resolved scheme, layers and formats, before it looks at any data.
 
         Raises:
-            ValueError: for options that do not hold together.
+            ValueError: for options that do not hold together, calibration of another tokenizer, or weights with NaN.
             NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with.
         """
         super().bind(orchestrator)
         self.config.validate()
         check_composition(orchestrator)
+        check_dataset(orchestrator)
+        check_weights(orchestrator.model_context.model.named_parameters())
         if orchestrator.formats is not None:
             check_formats(orchestrator.formats)
         self.run = LoopRun(self.config, orchestrator)
@@ -147,7 +150,9 @@ class EoRATransform(BasePreprocessor):
                 moments = held.moments(stage, functools.partial(self._error_moment, modules))
                 self.run.begin_stage(stage)
                 for name in stage:
-                    self._compensate(name, modules[name], moments.get(name))
+                    with self.run.guarded(name):
+                        self._compensate(name, modules[name], moments.get(name))
+                    self.run.raise_failure()
                 held.compensated(stage)
             held.expect_outputs()
         self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)

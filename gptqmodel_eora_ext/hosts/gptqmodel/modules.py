@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from ...formats.sizes import ModuleShape
+from ...loop.place import is_linear, shape_of, use_linear_layers
 from ...system.memory import roomy_device
 
 
 def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.Module, dict[str, torch.nn.Linear]]:
     """The whole model in memory, and its linear layers; GPTQModel keeps its own on disk and brings in layer by layer.
+
+    GPT-2's `Conv1D` is a `Linear` in it.
 
     Raises:
         NotImplementedError: for a module that is no linear layer in transformers' own model.
@@ -23,6 +26,8 @@ def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.
         model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
     )
     device = roomy_device(dense, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    # For good: nobody else has this model.
+    use_linear_layers(dense)
     known = dict(dense.to(device).named_modules())
     strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
     if strange:
@@ -57,6 +62,6 @@ def linear_shapes(model: Any) -> list[ModuleShape]:
             for name in names:
                 full = f"{layers}.{index}.{name}"
                 linear = known.get(full)
-                if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
-                    shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
+                if linear is not None and is_linear(linear) and config.dynamic_get(full) is not False:
+                    shapes.append(shape_of(full, linear))
     return shapes
