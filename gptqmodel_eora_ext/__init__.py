@@ -11,7 +11,7 @@ from ._version import __version__
 from .system.moved import find_under_former_names
 
 if TYPE_CHECKING:
-    from .adapter.folder import AdapterError
+    from .adapter.errors import AdapterError
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft"]
 
 _HOMES = {
-    "AdapterError": "adapter.folder",
+    "AdapterError": "adapter.errors",
     "EoRA": "hosts.gptqmodel.adapter",
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",

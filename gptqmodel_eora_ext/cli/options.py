@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..adapter.folder import AdapterError
+from ..adapter.errors import AdapterError
 from ..adapter.options import AdapterOptions, as_flag
 from ..adapter.presets import DEFAULT_BUDGET, DEFAULT_PRESET
 from ..adapter.vocabulary import OBJECTIVES
