@@ -115,7 +115,9 @@ def _is_cached(link: Path, root: Path) -> bool:
     return known and not blobs.is_symlink() and not target.is_symlink() and target.is_file()
 
 
-def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFactors]) -> None:
+def name_adapter(
+    checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFactors], *, known_as: Path | None = None
+) -> None:
     """Write the adapter's place into the checkpoint's `quantize_config.json`, if it is inside the checkpoint.
 
     A checkpoint in 16 bits (AutoRound's format `fake`) has no place for a name.
@@ -124,19 +126,21 @@ def name_adapter(checkpoint: Path, folder: Path, factors: Mapping[str, ModuleFac
         checkpoint: its folder.
         folder: the adapter's.
         factors: full module name → factors.
+        known_as: where the checkpoint will be, when it is written elsewhere first.
     """
+    place = str(known_as or checkpoint)
     inside, outside = folder.resolve(), checkpoint.resolve()
     if not inside.is_relative_to(outside):
         log.warning("EoRA: the adapter is in `%s`, outside the checkpoint `%s`, which therefore cannot name it. "
                     "Load it with GPTQModel.load(%r, adapter=EoRA(path=%r)).",
-                    folder, checkpoint, str(checkpoint), str(folder))  # fmt: skip
+                    folder, place, place, str(folder))  # fmt: skip
         return
     path = checkpoint / QUANTIZE_CONFIG
     if path.is_file():
         content = read_json(path)
     elif autoround.read_config(checkpoint) is None:
         log.warning("EoRA: `%s` has no %s to name the adapter in. Load it with adapter=EoRA(path=%r).",
-                    checkpoint, QUANTIZE_CONFIG, str(folder))  # fmt: skip
+                    place, QUANTIZE_CONFIG, str(folder))  # fmt: skip
         return
     elif autoround.holds_packed_weights(checkpoint):
         content = autoround.quantize_config(checkpoint)

@@ -180,7 +180,7 @@ write(Path({str(tmp_path / "a")!r}), ranks=(1, 1, 1))
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(NotADirectoryError, match="is a file; an adapter is a folder"):
+    with pytest.raises(NotADirectoryError, match="is a file; what is saved is a folder"):
         write(tmp_path / "a")
 
 
