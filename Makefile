@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # gptqmodel is built from source against the torch that is there, so torch comes first.
-$(STAMP): pyproject.toml setup.cfg
+$(STAMP): pyproject.toml setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet "torch>=2.8"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..adapter.folder import AdapterError
+from ..adapter.errors import AdapterError
 from ..loop.run import ModuleError
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.

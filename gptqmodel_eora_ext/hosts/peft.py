@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.folder import AdapterError, AdapterFolder
+from ..adapter.errors import AdapterError
+from ..adapter.folder import AdapterFolder
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."

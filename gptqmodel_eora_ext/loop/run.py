@@ -163,6 +163,8 @@ def write_adapter(
     factors: Mapping[str, ModuleFactors],
     module_names: Collection[str],
     details: Mapping[str, Any],
+    *,
+    base_model: Path | None = None,
 ) -> None:
     """Write an adapter's folder, and name it in its checkpoint where it lies inside.
 
@@ -172,9 +174,11 @@ def write_adapter(
         factors: full module name → factors.
         module_names: every module of the model.
         details: of `Run.describe`.
+        base_model: where ``checkpoint`` will be, when it is written elsewhere first.
     """
-    save_adapter(folder, factors, base_model=str(checkpoint), module_names=module_names, details=details)
-    name_adapter(checkpoint, folder, factors)
+    place = base_model or checkpoint
+    save_adapter(folder, factors, base_model=str(place), module_names=module_names, details=details)
+    name_adapter(checkpoint, folder, factors, known_as=place)
 
 
 def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch.Tensor, int]]:

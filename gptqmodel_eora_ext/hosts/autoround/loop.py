@@ -16,7 +16,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,15 +85,14 @@ class EoRATransform(BasePreprocessor):
             self._composer.__dict__.pop("compress_block", None)
             self._composer = None
 
-    def _save_quantized(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _save_quantized(
+        self, save: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         wants_folders = kwargs.pop("return_folders", False)
-        saved = save(*args, return_folders=True, **kwargs)
+        saved = self.run.save(lambda folder: save(folder, *args, return_folders=True, **kwargs), output_dir)
         if saved is None:
             return None
-        model, folders = saved
-        for folder in [folders] if isinstance(folders, str) else folders:
-            self.run.save(Path(folder))
-        return (model, folders) if wants_folders else model
+        return saved if wants_folders else saved[0]
 
     # A block ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ from typing import Any
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-from ....adapter.folder import AdapterError, AdapterFolder
+from ....adapter.errors import AdapterError
+from ....adapter.folder import AdapterFolder
+from ....adapter.naming import AdapterEntry, named_folder, read_entry
 from ....formats import autoround
 from ....formats.names import ADAPTER_DETAILS, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
@@ -45,13 +47,23 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
         from gptqmodel import QuantizeConfig
 
         return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
+    # GPTQModel tells of an entry of a wrong form by the exception that it happens to cause.
+    entry = read_entry(place)
     config = original(*args, **kwargs)
     stock = config.adapter
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)
-    if type(stock) is Lora and source is not None and Path(source[0], source[1], ADAPTER_DETAILS).is_file():
+    if entry is not None and type(stock) is Lora and source is not None and _is_ours(place, entry):
         config.adapter = EoRA(rank=stock.rank, path=stock.path)
         config.adapter._gptqmodel_checkpoint_source = source
     return config
+
+
+def _is_ours(checkpoint: Path, entry: AdapterEntry) -> bool:
+    """Whether a checkpoint's adapter is one of this package; a folder that GPTQModel will refuse is not looked into."""
+    try:
+        return (named_folder(checkpoint, entry) / ADAPTER_DETAILS).is_file()
+    except AdapterError:
+        return False
 
 
 @contextlib.contextmanager
@@ -93,7 +105,7 @@ def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> No
             raise AdapterError(
                 f"Adapter: {module} in `{folder.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
                 f"checkpoint's is {expected[0]} × {expected[1]}. The adapter was made for "
-                f"{folder.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+                f"{folder.settings.base_model or 'another model'}; use it with that checkpoint."
             )
         kernel.adapter.attach(factors, kernel.runtime_device())
     without = len(kernels) - len(matched)
