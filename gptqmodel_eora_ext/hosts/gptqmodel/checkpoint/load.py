@@ -12,16 +12,19 @@ from typing import Any
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-from ....adapter.errors import AdapterError
+from ....adapter.errors import AdapterError, read_json
 from ....adapter.folder import AdapterFolder
 from ....adapter.naming import AdapterEntry, named_folder, read_entry
 from ....formats import autoround
-from ....formats.names import ADAPTER_DETAILS, QUANTIZE_CONFIG
+from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
 from ..adapter import EoRA
 from .save import adapted_kernels
 
 log = logging.getLogger(__name__)
+
+# Layers that are several in one, in some models: their halves or thirds read the same input.
+JOINED_LAYERS = frozenset({"gate_up_proj", "qkv_proj"})
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
@@ -43,6 +46,7 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
     A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
     """
     place = Path(args[0] if args else kwargs["save_dir"])
+    _refuse_joined_layers(place)
     if not (place / QUANTIZE_CONFIG).is_file() and autoround.read_config(place) is not None:
         from gptqmodel import QuantizeConfig
 
@@ -56,6 +60,32 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
         config.adapter = EoRA(rank=stock.rank, path=stock.path)
         config.adapter._gptqmodel_checkpoint_source = source
     return config
+
+
+def _refuse_joined_layers(checkpoint: Path) -> None:
+    """Refuse a checkpoint of AutoRound with layers that GPTQModel looks for apart.
+
+    It splits Phi-3's `gate_up_proj` in two before it quantises, and would tell that the weights of both are missing.
+
+    Raises:
+        NotImplementedError: naming the layers, and what opens the checkpoint.
+    """
+    if autoround.read_config(checkpoint) is None or not any(checkpoint.glob("*.safetensors")):
+        return
+    from gptqmodel.models import auto
+
+    model_type = read_json(checkpoint / MODEL_CONFIG).get("model_type")
+    definition = getattr(auto, "MODEL_MAP", {}).get(model_type)
+    tree = repr(getattr(definition, "module_tree", None))
+    packed = (key.removesuffix(".qweight") for key in autoround.tensor_shapes(checkpoint) if key.endswith(".qweight"))
+    leaves = {name.rsplit(".", 1)[-1] for name in packed}
+    joined = sorted(leaf for leaf in leaves & JOINED_LAYERS if definition is not None and leaf not in tree)
+    if joined:
+        raise NotImplementedError(
+            f"EoRA: `{checkpoint}` has packed layers {', '.join(joined)}, which GPTQModel splits in models of type "
+            f"{model_type} and cannot open as AutoRound writes them. Open it by transformers, with the adapter by "
+            f"gptqmodel_eora_ext.load_peft, or quantise with GPTQModel."
+        )
 
 
 def _is_ours(checkpoint: Path, entry: AdapterEntry) -> bool:
