@@ -82,14 +82,18 @@ def save_adapter(
 
 
 def export_peft(source: AdapterFolder, folder: Path) -> None:
-    """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
+    """Write a plain PEFT copy of an adapter: A rank × in, B out × rank, scale 1, of the modules that its config adapts.
 
     Args:
         source: any adapter folder.
-        folder: where to; an older one in its place stays whole until the copy is complete.
+        folder: where to; an older one in its place stays whole until the copy is complete. Factors are float16 where
+            they were packed, else in the dtype that they are read in.
 
     Raises:
         AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
+
+    Example:
+        >>> export_peft(AdapterFolder.open("out/eora"), Path("plain"))
     """
     if folder.resolve() == source.path.resolve():
         raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")

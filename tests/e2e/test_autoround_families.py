@@ -31,8 +31,9 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
 }
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
-# Of the logits' norm; without their adapter the same models are four times as far away.
-TOLERANCE = 0.03
+# GPTQModel's logits are nearer to PEFT's than this share of what the adapter changes in them. GPTQModel multiplies
+# factors in 16 bits, PEFT in float32.
+NEAR = 0.5
 
 
 def told() -> dict[str, dict[str, str]]:
@@ -60,14 +61,15 @@ def found(base: Path, tokenizer: Any, calibration: Batches, form: str, out: Path
         adapted = load_peft(plain, folder / "eora")
         theirs = adapted(data[0]).logits.float()
         assert sum(isinstance(module, LoraLayer) for module in adapted.modules()) >= 4
-        assert float((without - theirs).norm() / theirs.norm()) > TOLERANCE
+        changed = float((without - theirs).norm())
+        assert changed > 0
         try:
             model = load(folder, backend=BACKEND.AWQ_TORCH if form == "auto_awq" else BACKEND.GPTQ_TORCH)
         except NotImplementedError as error:
             assert "gate_up_proj, which GPTQModel splits in models of type phi3" in str(error)
             return "transformers"
         assert all(kernel.adapter.lora_A is not None for kernel in kernels(model).values())
-        assert float((model(data[0]).logits.float() - theirs).norm() / theirs.norm()) < TOLERANCE
+        assert float((model(data[0]).logits.float() - theirs).norm()) < NEAR * changed
     return "both"
 
 

@@ -21,6 +21,9 @@ from ..adapter import EoRA
 from ..quantize import RUN_ATTRIBUTE
 from ..run import CompensationRun
 
+# GPTQModel's names of a checkpoint's weights: one file, or the list of several.
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Save by GPTQModel's writer into a new folder, the adapter beside it and its name in `quantize_config.json`; then
@@ -35,6 +38,7 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     asked = call.arguments["eora_path"]
     factors, details, path = _to_save(model)
     call.arguments["eora_path"] = None
+    loaded = model.model
     with replaced_checkpoint(checkpoint, needed=_bytes_to_write(model, factors)) as fresh:
         call.arguments["save_dir"] = str(fresh)
         config.adapter = None
@@ -42,11 +46,23 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
             result = original(*call.args, **call.kwargs)
         finally:
             config.adapter = adapter
+            if model.load_quantized_model:
+                # GPTQModel reads the checkpoint anew to write it, and leaves that model, without adapters, in place.
+                model.model = loaded
         if factors:
             folder = _folder(asked or path, checkpoint, fresh)
             names = [name for name, _ in model.model.named_modules()]
             write_adapter(fresh, folder, factors, names, details, base_model=checkpoint)
+    _remember_weights(loaded, checkpoint.resolve())
     return result
+
+
+def _remember_weights(loaded: Any, checkpoint: Path) -> None:
+    """Where a model was saved over the folder that it was loaded from, tell it which file is read by its next save."""
+    read = getattr(loaded, "checkpoint_file_name", None)
+    if isinstance(read, str) and Path(read).resolve().parent == checkpoint:
+        index = checkpoint / WEIGHTS_INDEX
+        loaded.checkpoint_file_name = str(index if index.is_file() else checkpoint / WEIGHTS)
 
 
 def _folder(path: str | os.PathLike[str] | None, checkpoint: Path, fresh: Path) -> Path:
