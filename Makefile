@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# A path may hold spaces: quoted in recipes, escaped where make reads it as a file it keeps track of.
+EMPTY :=
+STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
 .PHONY: setup demo test lint bench clean
 
@@ -10,35 +12,35 @@ setup: $(STAMP)
 
 # gptqmodel is built from source against the torch that is there, so torch comes first.
 $(STAMP): pyproject.toml setup.cfg setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet "torch>=2.8"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $(STAMP)
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --upgrade pip setuptools
+	"$(BIN)/python" -m pip install --quiet "torch>=2.8"
+	"$(BIN)/python" -m pip install --quiet -e ".[dev]"
+	touch "$(VENV)/.installed"
 
 demo: $(STAMP)
-	$(BIN)/eora demo --out demo
+	"$(BIN)/eora" demo --out demo
 
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	"$(BIN)/ruff" check .
+	"$(BIN)/mypy"
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/recovery.py
-	$(BIN)/python benchmarks/presets.py
-	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/autoround.py
-	$(BIN)/python benchmarks/forecast.py
-	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python benchmarks/kernels_cpu.py
-	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/stability.py
-	$(BIN)/python benchmarks/autoload.py
-	$(BIN)/python benchmarks/picture.py
+	"$(BIN)/python" benchmarks/recovery.py
+	"$(BIN)/python" benchmarks/presets.py
+	"$(BIN)/python" benchmarks/plan.py
+	"$(BIN)/python" benchmarks/autoround.py
+	"$(BIN)/python" benchmarks/forecast.py
+	"$(BIN)/python" benchmarks/cost.py
+	"$(BIN)/python" benchmarks/kernels_cpu.py
+	"$(BIN)/python" benchmarks/loading.py
+	"$(BIN)/python" benchmarks/stability.py
+	"$(BIN)/python" benchmarks/autoload.py
+	"$(BIN)/python" benchmarks/picture.py
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf "$(VENV)" demo

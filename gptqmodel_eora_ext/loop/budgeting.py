@@ -11,7 +11,7 @@ import torch
 
 from ..adapter.budget import budget_bytes, largest_uniform_rank
 from ..adapter.options import AdapterOptions
-from ..adapter.vocabulary import FACTOR_BITS
+from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
 from ..formats.sizes import ModuleShape, factor_bytes
 from ..plan.divergence import Divergence
 from ..plan.forecast import Rounder
@@ -128,9 +128,10 @@ def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int
     rank = largest_uniform_rank(budget, shapes, options.factor_bits)
     if rank == 0:
         one = sum(factor_bytes(1, shape, options.factor_bits) for shape in shapes)
+        differing = least_budget(shapes, options.factor_bits) <= budget
         raise ValueError(
             f"EoRA: the budget {options.budget!r} is {budget} bytes; rank 1 for all {len(shapes)} modules takes {one}. "
-            f'Allow more, or let ranks differ: sensitivity="fisher".'
+            f"Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
     return rank
