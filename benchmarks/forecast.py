@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import common
@@ -28,15 +27,23 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import AdapterCache
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.hosts.gptqmodel.modules import module_shapes
-from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey
+from gptqmodel_eora_ext.hosts.gptqmodel.modules import layered, module_shapes
+from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey_model
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.plan import forecast_modules
-from gptqmodel_eora_ext.plan.divergence import Divergence
-from gptqmodel_eora_ext.plan.forecast import Rounder
-from gptqmodel_eora_ext.plan.forecast import forecast as forecast_module
-from gptqmodel_eora_ext.plan.survey import KIND_TOKENS, first_tokens, unseen_tokens
-from gptqmodel_eora_ext.solve import Grid, eora, weighted_energy
+from gptqmodel_eora_ext.plan import PlannedModule, plan_question, planned_modules
+from gptqmodel_eora_ext.plan.forecast import Forecast, with_components
+from gptqmodel_eora_ext.plan.layered import LayeredModel
+from gptqmodel_eora_ext.plan.ranks import RANK_STEP, kind_of
+from gptqmodel_eora_ext.plan.rows import moment_of
+from gptqmodel_eora_ext.plan.survey import (
+    KIND_TOKENS,
+    SENSITIVITY_TOKENS,
+    cached_sensitivity,
+    first_tokens,
+    unseen_tokens,
+)
+from gptqmodel_eora_ext.plan.sweep import layer_inputs, module_moments
+from gptqmodel_eora_ext.solve import Grid, column_order, diagonal_of, error_loss, gptq
 
 SAMPLES, SEQLEN = 32, 256
 GRID = Grid(group_size=64, sym=True, scale_search=2.4)
@@ -62,21 +69,38 @@ def found(model: common.Subject, bits: int) -> dict[str, float]:
 
 def forecast(model: common.Subject, bits: tuple[int, ...]) -> dict[str, dict[str, dict[int, float]]]:
     """The same, forecast: by method, module and width."""
+    errors: dict[str, dict[str, dict[int, float]]] = {"GPTQ": {}, "nearest": {}}
     with quiet():
-        host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=bits[0], group_size=GRID.group_size))
-        shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, common.calibration(model, SAMPLES, SEQLEN), kind="relative")
-    errors: dict[str, dict[str, dict[int, float]]] = {}
-    for method, spread in (("GPTQ", True), ("nearest", False)):
-        rounded = Rounder(sensitivity, GRID, spread=spread)
-        for name, linear in linears.items():
-            weight, moment = linear.weight.data.float(), sensitivity.second_moments[name].to(linear.weight.device)
-            signal = weighted_energy(weight, moment)
-            errors.setdefault(method, {})[name] = {
-                width: weighted_energy(weight - one, moment) / signal
-                for width, one in zip(bits, rounded(name, weight, bits), strict=True)
-            }
+        dense, names = opened(model)
+    windows = dense.begin(first_tokens(common.calibration(model, SAMPLES, SEQLEN), SENSITIVITY_TOKENS))
+    for layer in layer_inputs(dense, names, windows):
+        moments = {leader: moment_of(rows, leader) for leader, rows in layer.rows.items()}
+        for name, linear in layer.linears.items():
+            weight, moment = linear.weight.detach().float(), moments[layer.leaders[name]]
+            ones = torch.ones(len(weight), device=weight.device)
+            signal = error_loss(weight, moment, ones)
+            for method, known in (("GPTQ", moment), ("nearest", diagonal_of(moment))):
+                rounded = gptq(weight, column_order(known, GRID.group_size), bits, GRID)
+                errors[method][name] = {
+                    width: error_loss(weight - one, moment, ones) / signal
+                    for width, one in zip(bits, rounded, strict=True)
+                }
     return errors
+
+
+def opened(model: common.Subject) -> tuple[LayeredModel, list[str]]:
+    """The model, to be run layer by layer, and the names of what GPTQModel would quantise."""
+    host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=2, group_size=GRID.group_size))
+    shapes = module_shapes(host)
+    return layered(host, shapes), [shape.name for shape in shapes]
+
+
+def independent(known: Forecast) -> Forecast:
+    """A forecast with gradients and inputs taken to be independent: what it is without its correction."""
+    correction = known.correction
+    first = float(known.gains[:RANK_STEP].sum())
+    gains = torch.cat([known.gains[:RANK_STEP] / correction.head, known.gains[RANK_STEP:] / correction.tail])
+    return Forecast(first / correction.head + (known.total - first) / correction.tail, gains)
 
 
 def predicted_losses(model: common.Subject) -> dict[str, Any]:
@@ -89,24 +113,25 @@ def predicted_losses(model: common.Subject) -> dict[str, Any]:
     with quiet():
         host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=2, group_size=GRID.group_size))
         shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, common.calibration(model, SAMPLES, SEQLEN), kind="fisher")
-    weights = {name: linear.weight.data for name, linear in linears.items()}
-    known = {"predicted": sensitivity, "independent": replace(sensitivity, weighted_moments={})}
     rows = [{"bits": run["bits"], "rank": run["rank"], "factor_bits": run.get("factor_bits", 16)} for run in cells]
     for bits, mse in recovery["setup"]["mse"].items():
         grid, width = Grid(recovery["setup"]["group_size"], True, mse), int(bits)
-        for name, one in known.items():
-            modules = forecast_modules(shapes, weights, one, grid, most=most, swept=width, bits=(width,))
-            for row in rows:
-                if row["bits"] == width:
-                    row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in modules)
+        question = plan_question(shapes, grid, most=most, swept=width, bits=(width,))
+        with quiet():
+            found = survey_model(host, shapes, common.calibration(model, SAMPLES, SEQLEN), question, kind="fisher")
+        modules = planned_modules(shapes, found)
+        bare = [PlannedModule(one.shape, {width: independent(one.forecasts[width])}) for one in modules]
+        for row in rows:
+            if row["bits"] == width:
+                for name, known in (("predicted", modules), ("independent", bare)):
+                    row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in known)
     texts = common.common_texts(recovery["full"], *(run["loss"] for run in cells))
     for row, run in zip(rows, cells, strict=True):
         row |= {text: run["loss"][text] - recovery["full"][text] for text in texts}
     correlations = {
         name: {text: common.rank_correlation([row[name] for row in rows], [row[text] for row in rows])
                for text in texts}
-        for name in known
+        for name in ("predicted", "independent")
     }  # fmt: skip
     return {"rank correlations": correlations, "cells": rows}
 
@@ -118,36 +143,34 @@ def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
     """
     calibration = common.calibration(model, SAMPLES, SEQLEN)
     with quiet():
-        host = GPTQModel.load(str(model.folder), QuantizeConfig(bits=KIND_BITS, group_size=GRID.group_size))
-        shapes = module_shapes(host)
-        linears, sensitivity = survey(host, shapes, calibration, kind="fisher")
-    independent = replace(sensitivity, weighted_moments={})
-    rounded = Rounder(sensitivity, GRID)
+        opened_model, names = opened(model)
+        sensitivity = cached_sensitivity(opened_model, names, calibration, kind="fisher")
     dense, texts = common.base_model(model), common.held_out(model)
     full = common.losses(dense, texts, KIND_WINDOWS)
-    known_linears = {name: dense.get_submodule(name) for name in linears}
     divergences = {
-        "on tokens seen": Divergence(dense, known_linears, first_tokens(calibration, KIND_TOKENS)),
-        "on others": Divergence(dense, known_linears, unseen_tokens(calibration)),
+        "on tokens seen": divergence_from(dense, first_tokens(calibration, KIND_TOKENS)),
+        "on others": divergence_from(dense, unseen_tokens(calibration)),
     }
     compensated: dict[str, dict[str, torch.Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, linear in linears.items():
-        weight = linear.weight.data.float()
-        [quantized] = rounded(name, weight, [KIND_BITS])
-        delta = weight - quantized
-        lora_A, lora_B = eora(delta, sensitivity.second_moments[name], KIND_RANK)
-        kind = name.rsplit(".", 1)[-1]
-        compensated.setdefault(kind, {})[name] = (quantized + lora_B @ lora_A).to(torch.bfloat16)
-        row = rows.setdefault(kind, {"kind": kind, "independent": 0.0, "corrected": 0.0})
-        for column, known in (("independent", independent), ("corrected", sensitivity)):
-            predicted = forecast_module(name, delta, known, KIND_RANK)
-            row[column] += predicted.total - float(predicted.gains.sum())
+    windows = opened_model.begin(first_tokens(calibration, SENSITIVITY_TOKENS))
+    tokens = sum(int(window.keep.sum()) for window in windows)
+    for layer in layer_inputs(opened_model, names, windows):
+        for name, linear in layer.linears.items():
+            weight, read = linear.weight.detach().float(), layer.rows[layer.leaders[name]]
+            known = module_moments(name, weight, moment_of(read, name), read, tokens, sensitivity)
+            [quantized] = gptq(weight, column_order(known.inputs, GRID.group_size), [KIND_BITS], GRID)
+            corrected, lora_A, lora_B = with_components(weight - quantized, known, KIND_RANK, KIND_RANK)
+            kind = kind_of(name)
+            compensated.setdefault(kind, {})[name] = (quantized + lora_B.float() @ lora_A.float()).to(torch.bfloat16)
+            row = rows.setdefault(kind, {"kind": kind, "independent": 0.0, "corrected": 0.0})
+            for column, one in (("independent", independent(corrected)), ("corrected", corrected)):
+                row[column] += one.left(KIND_RANK)
     for kind, weights in compensated.items():
-        rows[kind] |= {column: divergence(weights) for column, divergence in divergences.items()}
         kept = {name: dense.get_submodule(name).weight.data for name in weights}
         for name, weight in weights.items():
             dense.get_submodule(name).weight.data = weight
+        rows[kind] |= {column: divergence() for column, divergence in divergences.items()}
         measured = common.losses(dense, texts, KIND_WINDOWS)
         for name, weight in kept.items():
             dense.get_submodule(name).weight.data = weight
@@ -156,6 +179,22 @@ def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
         for column in ("independent", "corrected", "on others"):
             rows[kind][f"measured / {column}"] = mean / rows[kind][column]
     return list(rows.values())
+
+
+@torch.no_grad()
+def divergence_from(model: Any, batches: list[dict[str, torch.Tensor]]) -> Callable[[], float]:
+    """What tells how far the model's scores have gone from what they are now, in nats a token."""
+
+    def scores() -> torch.Tensor:
+        return torch.cat([model(**one).logits[one["attention_mask"].bool()] for one in batches]).float().log_softmax(-1)
+
+    before = scores()
+
+    @torch.no_grad()
+    def divergence() -> float:
+        return float((before.exp() * (before - scores())).sum(-1).mean())
+
+    return divergence
 
 
 def measured_errors(whole: common.Subject, layers: int) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.adapter.compensate import Recipe, compensate
 from gptqmodel_eora_ext.capture import OutputErrorMoment, SecondMoment
-from gptqmodel_eora_ext.hosts.gptqmodel import compensation, survey
+from gptqmodel_eora_ext.hosts.gptqmodel import compensation
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.loop import budgeting
+from gptqmodel_eora_ext.plan import survey
 from gptqmodel_eora_ext.solve import eora
 
 # Hidden width, MLP width, heads × head_dim, key-value heads × head_dim, layers.
@@ -83,9 +83,8 @@ def watched(part: Part) -> Stopwatch:
     watch.watch(SecondMoment, "add", "capture: sums")
     watch.watch(OutputErrorMoment, "add", "capture: sums")
     watch.watch(compensation, "compensate", "solve")
-    watch.watch(survey, "full_precision", "before: the whole model in memory")
-    watch.watch(budgeting, "cached_sensitivity", "before: sensitivities")
-    watch.watch(budgeting, "forecast_allocation", "before: forecasts")
+    watch.watch(survey, "cached_sensitivity", "before: sensitivities")
+    watch.watch(survey, "sweep", "before: forecasts")
     watch.watch(GPTQ, "quantize", "host: GPTQ")
     watch.watch(GPTQ, "add_batch", "host: Hessians")
     return watch

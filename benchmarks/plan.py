@@ -36,9 +36,17 @@ from gptqmodel_eora_ext import EoRA, Plan
 from gptqmodel_eora_ext.adapter.budget import budget_bytes, largest_uniform_rank
 from gptqmodel_eora_ext.formats.sizes import ModuleShape, weight_bytes
 from gptqmodel_eora_ext.hosts.gptqmodel.modules import module_shapes
-from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey
+from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey_model
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, largest_rank, plan_points, planned, sweep_rank
+from gptqmodel_eora_ext.plan import (
+    PlannedModule,
+    largest_rank,
+    plan_points,
+    plan_question,
+    planned,
+    planned_modules,
+    sweep_rank,
+)
 from gptqmodel_eora_ext.plan.modules import plain_bytes
 from gptqmodel_eora_ext.solve import Grid
 
@@ -82,16 +90,16 @@ def loaded(base: common.Subject) -> tuple[Any, list[ModuleShape]]:
 def forecasts(base: common.Subject) -> list[PlannedModule]:
     """As `eora plan` makes them, once a process; sensitivities come from the cache where they are there."""
     host, shapes = loaded(base)
-    with quiet():
-        linears, sensitivity = survey(host, shapes, common.calibration(base, SAMPLES, SEQLEN), kind="fisher")
     budgets = [f"{size}b" for total in (*TOTALS, *LARGER_TOTALS) if (size := room(base, total, 2)) > 0]
     total = budget_bytes(LARGER_TOTALS[-1], shapes)
     most = max(
         sweep_rank(shapes, budgets, FACTOR_BITS),
         largest_rank(shapes, total, PLAIN_BITS[0], GRID.group_size, CHOSEN_FACTOR_BITS),
     )
-    weights = {name: linear.weight.data for name, linear in linears.items()}
-    return forecast_modules(shapes, weights, sensitivity, GRID, most=most)
+    question = plan_question(shapes, GRID, most=most)
+    with quiet():
+        found = survey_model(host, shapes, common.calibration(base, SAMPLES, SEQLEN), question, kind="fisher")
+    return planned_modules(shapes, found)
 
 
 def room(base: common.Subject, total: str, bits: int) -> int:

@@ -18,6 +18,7 @@ from ..adapter.vocabulary import FACTOR_BITS, OBJECTIVES, SENSITIVITIES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from ..evaluate.size import readable
 from ..formats.sizes import ModuleShape
+from ..hosts.registry import Planned, Windows, planner
 from ..plan import (
     PLAIN_TITLE,
     PLANNED_BITS,
@@ -26,11 +27,12 @@ from ..plan import (
     PlannedModule,
     Point,
     affordable,
-    forecast_modules,
     largest_rank,
     least_budget,
     plan_points,
+    plan_question,
     planned,
+    planned_modules,
     sweep_rank,
 )
 from ..solve import Grid
@@ -99,7 +101,6 @@ def plan(
     check_model(model)
     texts = read_calibration(calibration)
 
-    from ..hosts.registry import planner
     from ..hosts.terminal import quiet
 
     with errors(), progress_bars() as bar, quiet():
@@ -107,7 +108,7 @@ def plan(
         settings = {"bits": bits, "group_size": group_size, "sym": sym}
         opened = planner(QUANTIZER)(model, settings, trust_remote_code)
         sweep = asked.sweep(opened.shapes)
-        modules = asked.forecast(opened, data, sweep, counted(bar("forecasting modules")))
+        modules = asked.forecast(opened, data, sweep, lambda title: counted(bar(title)))
         points = plan_points(modules, asked.grid, bits=bits, factor_bits=asked.widths, budgets=sweep)
         chosen = None
         if total:
@@ -190,7 +191,11 @@ class _Asked:
         return found
 
     def forecast(
-        self, opened: Any, data: Any, sweep: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]]
+        self,
+        opened: Planned,
+        data: Windows,
+        sweep: Sequence[str],
+        bar: Callable[[str], Callable[[Sequence[Any]], Iterable[Any]]],
     ) -> list[PlannedModule]:
         """Forecasts of all modules, of as many components as anything that was asked can have."""
         shapes = opened.shapes
@@ -199,9 +204,8 @@ class _Asked:
             sweep_rank(shapes, sweep, self.widths),
             largest_rank(shapes, size, PLANNED_BITS[0], self.group_size, min(self.widths)),
         )
-        linears, measured = opened.survey(data, self.sensitivity)
-        weights = {name: linear.weight.data for name, linear in linears.items()}
-        return forecast_modules(shapes, weights, measured, self.grid, most=most, swept=self.bits, progress=progress)
+        question = plan_question(shapes, self.grid, most=most, swept=self.bits)
+        return planned_modules(shapes, opened.survey(data, question, self.sensitivity, bar))
 
 
 def _require_matplotlib() -> None:

@@ -13,11 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from ..formats.sizes import ModuleShape
 from ..plan import Plan
-from ..plan.sensitivity import Sensitivity
+from ..plan.survey import Bar
+from ..plan.sweep import Question, Swept
 
 # In the order in which they are asked.
 HOSTS = ("gptqmodel", "autoround")
@@ -98,8 +97,8 @@ class Planned(Protocol):
 
     shapes: list[ModuleShape]
 
-    def survey(self, windows: Windows, kind: str) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
-        """Its linear layers at full precision, and their sensitivities."""
+    def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
+        """Forecasts of its modules on windows, by a kind of sensitivity; ``bar`` makes a progress bar of a title."""
         ...
 
 

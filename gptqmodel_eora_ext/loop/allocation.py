@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..plan.ranks import RankOptions, TokenCorrection, kind_of
-from ..solve import Curve, component_gains, error_loss, price, rank_curve
+from ..solve import Curve, Moment, component_gains, error_loss, price, rank_curve
 
 
 class RankAllocation:
@@ -25,7 +25,8 @@ class RankAllocation:
     Args:
         options: by module, in the order in which the loop meets them.
         forecasts: losses of the options, by module.
-        output_moments: G by module (out × out, its diagonal), what makes losses comparable.
+        output_moments: G by module in any form, what makes losses comparable. Asked for one at a time, as modules
+            choose, so that a mapping may read them from files.
         corrections: of losses, by module.
         budget: bytes for all.
     """
@@ -34,7 +35,7 @@ class RankAllocation:
         self,
         options: Mapping[str, RankOptions],
         forecasts: Mapping[str, Curve],
-        output_moments: Mapping[str, torch.Tensor],
+        output_moments: Mapping[str, Moment],
         corrections: Mapping[str, TokenCorrection],
         budget: int,
     ) -> None:

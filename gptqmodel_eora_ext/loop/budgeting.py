@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,48 +12,32 @@ from ..adapter.budget import budget_bytes, largest_uniform_rank
 from ..adapter.options import AdapterOptions
 from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
 from ..formats.sizes import ModuleShape, factor_bytes
-from ..plan.divergence import Divergence
-from ..plan.forecast import Rounder
+from ..plan.layered import LayeredModel
 from ..plan.ranks import least_budget
-from ..plan.survey import cached_sensitivity, unseen_tokens
-from ..solve import Grid
+from ..plan.survey import Bar, survey
+from ..plan.sweep import Rounding
 from .allocation import RankAllocation
-from .forecasts import forecast_allocation
+from .forecasts import budget_question, forecast_allocation
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How a host will round one module's weights.
-
-    Attributes:
-        bits: of a code.
-        grid: groups, symmetry, and the search for scales.
-        spreads: whether rounding errors are spread over later columns, as GPTQ does.
-    """
-
-    bits: int
-    grid: Grid
-    spreads: bool = True
-
-
 def allocate_budget(
-    model: torch.nn.Module,
-    linears: Mapping[str, torch.nn.Linear],
+    model: LayeredModel,
+    shapes: Sequence[ModuleShape],
     batches: Sequence[Mapping[str, Any]],
     options: AdapterOptions,
     rounding: Callable[[str], Rounding],
     *,
     quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
-    bar: Callable[[str], Callable[[Sequence[Any]], Iterable[Any]]] = lambda title: iter,
+    bar: Bar = lambda title: iter,
 ) -> RankAllocation:
-    """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
+    """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
     Args:
-        model: the whole model, at full precision.
-        linears: what will be quantised, by full name, in the order in which the loop meets it.
+        model: at full precision, run layer by layer.
+        shapes: of what will be quantised, in the order in which the loop meets it.
         batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
         options: with a budget.
         rounding: of a module.
@@ -63,34 +46,23 @@ def allocate_budget(
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
-        ValueError: for a budget in no known form, or too small for any component.
+        ValueError: for a budget in no known form, or too small for any component; for NaN or infinity in inputs or
+            gradients.
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
-    shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
     budget = budget_bytes(options.budget, shapes)
     check_budget(budget, shapes, options, fixed_rank)
-    sensitivity = cached_sensitivity(
-        model, linears, batches, kind=options.sensitivity, progress=bar("EoRA: measuring sensitivities")
-    )
     log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
-    rounders: dict[Grid, Rounder] = {}
-
-    def quickly(name: str, weight: torch.Tensor) -> torch.Tensor:
-        how = rounding(name)
-        rounder = rounders.setdefault(how.grid, Rounder(sensitivity, how.grid, spread=how.spreads))
-        [approximation] = rounder(name, weight, [how.bits])
-        return approximation
-
-    return forecast_allocation(
-        shapes,
-        budget,
-        options.factor_bits,
-        sensitivity,
-        {name: linear.weight.detach() for name, linear in linears.items()},
-        quantized or quickly,
-        Divergence(model, linears, unseen_tokens(batches)),
-        fixed_rank=fixed_rank,
-        progress=bar("EoRA: forecasting modules"),
+    found = survey(
+        model,
+        [shape.name for shape in shapes],
+        batches,
+        budget_question(shapes, budget, options.factor_bits, rounding, quantized, fixed_rank),
+        kind=options.sensitivity,
+        with_kinds=True,
+        bar=bar,
     )
+    return forecast_allocation(shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank)
 
 
 def check_budget(

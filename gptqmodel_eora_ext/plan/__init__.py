@@ -2,7 +2,7 @@
 
 from .file import ModulePlan, Plan, PlanError, without_groups
 from .mix import Mix, largest_rank, mixed, planned
-from .modules import PLANNED_BITS, PlannedModule, forecast_modules
+from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
 from .ranks import least_budget
 
@@ -17,12 +17,13 @@ __all__ = [
     "PlannedModule",
     "Point",
     "affordable",
-    "forecast_modules",
     "largest_rank",
     "least_budget",
     "mixed",
     "plan_points",
+    "plan_question",
     "planned",
+    "planned_modules",
     "sweep_rank",
     "without_groups",
 ]

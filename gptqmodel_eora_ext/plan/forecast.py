@@ -1,30 +1,26 @@
-"""What widths and ranks will buy in a module, told before it is quantised: from GPTQ done quickly, and its error."""
+"""What widths and ranks will buy in a module, told before it is quantised: from the error that it will have."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..solve import (
-    ColumnOrder,
     Curve,
-    Grid,
-    column_order,
-    component_gains,
-    diagonal,
-    eora,
-    error_loss,
-    error_losses,
-    gptq,
+    Moment,
+    RowMoment,
+    directions,
+    halves,
+    halves_loss,
+    output_error,
+    output_gains,
+    output_loss,
     rank_curve,
+    square_root,
 )
 from .ranks import RANK_STEP, RankOptions, TokenCorrection
-from .sensitivity import Sensitivity
 
-log = logging.getLogger(__name__)
 UNCORRECTED = TokenCorrection()
 # Share by which the weighted error of a forecast's components may exceed the least; the loop solves its own.
 TOLERANCE = 0.01
@@ -58,81 +54,119 @@ class Forecast:
         return Forecast(self.total * factor, self.gains * factor, self.correction.scaled(factor))
 
 
-class Rounder:
-    """Ŵ as the host's quantiser will find it, by `solve.gptq` on the full-precision model's inputs.
+@dataclass(frozen=True)
+class ModuleMoments:
+    """What a module's forecast stands on. Each moment is features × features, or the rows that it is of.
 
-    Args:
-        sensitivity: of the model. Where only diagonals are known, weights are rounded to nearest.
-        grid: how weights are rounded.
-        spread: whether the quantiser spreads errors over later columns, as GPTQ does.
+    Attributes:
+        inputs: C of the full-precision model's inputs.
+        output: G: of the loss's gradient at the output, or a diagonal that compares modules.
+        weighted: E[‖g‖² x xᵀ] / E‖g‖²; None where there are no gradients.
     """
 
-    def __init__(self, sensitivity: Sensitivity, grid: Grid, *, spread: bool = True) -> None:
-        self.sensitivity = sensitivity
-        self.grid = grid
-        self.spread = spread
-        self._last: tuple[torch.Tensor, ColumnOrder] | None = None
-
-    def __call__(self, name: str, weight: torch.Tensor, bits: Sequence[int]) -> list[torch.Tensor]:
-        """Ŵ at each of some widths, float32.
-
-        Args:
-            name: full module name.
-            weight: W, out × in.
-            bits: widths.
-        """
-        return gptq(weight, self._columns(name, weight), bits, self.grid)
-
-    def _columns(self, name: str, weight: torch.Tensor) -> ColumnOrder:
-        moment = self.sensitivity.second_moments.get(name)
-        if moment is None:
-            # No token reached it; every channel counts the same.
-            return column_order(torch.ones(weight.shape[1], device=weight.device), self.grid.group_size)
-        # In a plan modules that share an input follow one another. Others may ask at the same time.
-        last = self._last
-        if last is None or last[0] is not moment:
-            energies = moment if self.spread or moment.ndim == 1 else moment.diagonal()
-            self._last = last = (moment, column_order(energies.to(weight.device), self.grid.group_size))
-        return last[1]
+    inputs: Moment
+    output: Moment
+    weighted: Moment | None = None
 
 
-def forecast(name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int) -> Forecast:
+def forecast(delta: torch.Tensor, known: ModuleMoments, rank: int) -> Forecast:
     """Predicted loss of a module without an adapter, and what each of ``rank`` components takes off.
 
     Args:
-        name: full module name.
-        delta: ΔW, out × in, float32: known, or by `Rounder`.
-        sensitivity: of the model.
+        delta: ΔW, out × in, float32: known, or by a quick GPTQ.
+        known: of the module.
         rank: 0 for no components.
     """
-    return with_components(name, delta, sensitivity, rank)[0]
+    return with_components(delta, known, rank, 0)[0]
 
 
 def with_components(
-    name: str, delta: torch.Tensor, sensitivity: Sensitivity, rank: int
+    delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int
 ) -> tuple[Forecast, torch.Tensor, torch.Tensor]:
-    """`forecast`, and A and B."""
-    if name not in sensitivity.output_moments:
-        # No calibration token reached it: nothing is known to be lost.
-        nothing = Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
-        return nothing, delta.new_zeros(0, delta.shape[1]), delta.new_zeros(delta.shape[0], 0)
-    second_moment = sensitivity.second_moments[name].to(delta.device)
-    output_moment = sensitivity.output_moments[name].to(delta.device)
-    solver = diagonal if second_moment.ndim == 1 else eora
-    most = min(max(rank, RANK_STEP), *delta.shape)
-    lora_A, lora_B = solver(delta, second_moment, most, tolerance=TOLERANCE)
-    gains = component_gains(lora_A, lora_B, second_moment, output_moment)
-    weighted = sensitivity.weighted_moments.get(name)
-    if weighted is None:
-        total, correction = error_loss(delta, second_moment, output_moment), UNCORRECTED
-    else:
-        total, whole, left = error_losses(
-            delta, second_moment, weighted.to(delta.device), output_moment, lora_A[:RANK_STEP], lora_B[:, :RANK_STEP]
-        )
-        first = float(gains[:RANK_STEP].sum())
-        correction = TokenCorrection(ratio(whole - left, first), ratio(left, total - first))
-    gains, total = correction(gains, total)
-    return Forecast(total, gains[:rank].cpu(), correction), lora_A[:rank], lora_B[:, :rank]
+    """`forecast`, and A and B of the first ``factors`` components; of fewer where few tokens reached the module."""
+    solve = _by_outputs if len(delta) <= delta.shape[1] else _by_inputs
+    found = solve(delta, known, max(rank, RANK_STEP), max(factors, RANK_STEP))
+    total, correction = found.total, UNCORRECTED
+    if known.weighted is not None:
+        first = float(found.gains[:RANK_STEP].sum())
+        correction = TokenCorrection(ratio(found.whole - found.left, first), ratio(found.left, total - first))
+    gains, total = correction(found.gains, total)
+    lora_B = found.lora_B[:, :factors]
+    return Forecast(total, _padded(gains[:rank].cpu(), rank), correction), lora_B.T @ delta, lora_B
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Components and losses of a module.
+
+    Attributes:
+        gains: of each component, by C and G.
+        lora_B: of the first, orthonormal.
+        total: loss without any, by C and G.
+        whole: by C_g in place of C; nothing without it.
+        left: the same of what the first `RANK_STEP` components leave.
+    """
+
+    gains: torch.Tensor
+    lora_B: torch.Tensor
+    total: float
+    whole: float = 0.0
+    left: float = 0.0
+
+
+def _by_outputs(delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int) -> _Solved:
+    """From second moments of the output's error, out × out, of a module that does not widen."""
+    error = output_error(delta, known.inputs)
+    lora_B = directions(error, _most(delta, known, rank), tolerance=TOLERANCE)
+    gains, total = output_gains(lora_B, error, known.output), output_loss(error, known.output)
+    lora_B = lora_B[:, :factors]
+    if known.weighted is None:
+        return _Solved(gains, lora_B, total)
+    weighted = output_error(delta, known.weighted)
+    whole, few = output_loss(weighted, known.output), lora_B[:, :RANK_STEP]
+    # P S P, P = I − B Bᵀ, since A = Bᵀ ΔW.
+    weighted -= few @ (few.T @ weighted)
+    weighted -= (weighted @ few) @ few.T
+    return _Solved(gains, lora_B, total, whole, output_loss(weighted, known.output))
+
+
+def _by_inputs(delta: torch.Tensor, known: ModuleMoments, rank: int, factors: int) -> _Solved:
+    """From those of the other side of ΔW, of a module that widens."""
+    root = square_root(known.inputs).to(delta.dtype)
+    inner = root.T @ (delta.T @ delta) @ root if len(root) == root.shape[1] else _gram(delta @ root)
+    vectors = root @ directions(inner, _most(delta, known, rank), tolerance=TOLERANCE)
+    # √λ u of the first; QR has them orthonormal where λ is next to nothing.
+    lora_B = torch.linalg.qr(delta @ vectors[:, :factors]).Q
+    left, right = halves(known.output, delta)
+    gains = ((left @ vectors) * (right @ vectors)).sum(0, dtype=torch.float64) / 2
+    total = halves_loss(left, right, known.inputs)
+    if known.weighted is None:
+        return _Solved(gains, lora_B, total)
+    whole, few = halves_loss(left, right, known.weighted), lora_B[:, :RANK_STEP]
+    corrected = few.T @ delta
+    left, right = (
+        half - first @ corrected for half, first in zip((left, right), halves(known.output, few), strict=True)
+    )
+    return _Solved(gains, lora_B, total, whole, halves_loss(left, right, known.weighted))
+
+
+def _most(delta: torch.Tensor, known: ModuleMoments, rank: int) -> int:
+    """Components that there are at most: of few rows no more than rows."""
+    rows = [len(known.inputs.rows)] if isinstance(known.inputs, RowMoment) else []
+    return min(rank, *delta.shape, *rows)
+
+
+def _gram(image: torch.Tensor) -> torch.Tensor:
+    return image.T @ image
+
+
+def unreached(rank: int) -> Forecast:
+    """Of a module that no calibration token reached: nothing is known to be lost."""
+    return Forecast(0.0, torch.zeros(rank, dtype=torch.float64))
+
+
+def _padded(gains: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.cat([gains, gains.new_zeros(rank - len(gains))]) if len(gains) < rank else gains
 
 
 def ratio(found: float, expected: float) -> float:

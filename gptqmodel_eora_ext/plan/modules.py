@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from ..adapter.vocabulary import FACTOR_BITS
 from ..formats.sizes import ModuleShape, factor_bytes, weight_bytes
 from ..solve import Curve, Grid, rank_curve
-from ..system.side_by_side import side_by_side
-from .forecast import Forecast, Rounder, forecast
+from .forecast import Forecast
 from .ranks import rank_options
-from .sensitivity import Sensitivity
+from .sweep import Question, Rounding, Swept
 
 # Widths of weights that are planned with; all have kernels.
 PLANNED_BITS = (2, 3, 4)
@@ -60,45 +57,37 @@ class PlannedModule:
         )
 
 
-def forecast_modules(
+def plan_question(
     shapes: Sequence[ModuleShape],
-    weights: Mapping[str, torch.Tensor],
-    sensitivity: Sensitivity,
     grid: Grid,
     *,
     most: int,
     swept: int = PLANNED_BITS[0],
     bits: Sequence[int] = PLANNED_BITS,
-    progress: Callable[[Iterable[ModuleShape]], Iterable[ModuleShape]] = iter,
-) -> list[PlannedModule]:
-    """Round every module at every width as GPTQ will, and forecast losses.
+) -> Question:
+    """What a plan asks of a sweep through the model: every module rounded at every width as GPTQ will.
 
     Args:
-        shapes: the modules to quantise, those that share an input beside one another.
-        weights: W of each, out × in.
-        sensitivity: of the model.
+        shapes: the modules to quantise.
         grid: how weights are rounded.
-        most: components to forecast at the width that a sweep is over; at others no more than could ever pay.
+        most: components to forecast at the width that a sweep of budgets is over; at others no more than could ever
+            pay.
         swept: that width.
         bits: widths.
-        progress: wraps the modules, to show how far the forecasts are.
     """
-    rounded = Rounder(sensitivity, grid)
+    by_name = {shape.name: shape for shape in shapes}
 
-    def forecasts(shape: ModuleShape) -> PlannedModule:
-        weight = weights[shape.name].to(torch.float32)
-        rank = min(most, *weight.shape)
-        found = {
-            width: forecast(
-                shape.name, weight - approximation, sensitivity, rank if width == swept else min(rank, _worth(shape))
-            )
-            for width, approximation in zip(bits, rounded(shape.name, weight, bits), strict=True)
-        }
-        return PlannedModule(shape, found)
+    def rank(name: str, width: int) -> int:
+        shape = by_name[name]
+        rank = min(most, shape.out_features, shape.in_features)
+        return rank if width == swept else min(rank, _worth(shape))
 
-    device = weights[shapes[0].name].device
-    found = side_by_side(forecasts, shapes, device)
-    return [next(found) for _ in progress(shapes)]
+    return Question(lambda name: Rounding(tuple(bits), grid), rank)
+
+
+def planned_modules(shapes: Sequence[ModuleShape], found: Swept) -> list[PlannedModule]:
+    """Modules with their forecasts, in the order of ``shapes``."""
+    return [PlannedModule(shape, found.forecasts[shape.name]) for shape in shapes]
 
 
 def _worth(shape: ModuleShape) -> int:

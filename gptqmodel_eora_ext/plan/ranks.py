@@ -14,8 +14,6 @@ RANK_STEP = 8
 # No module gets more than this many times the rank that the budget gives to all alike. SmolLM2 at 2 bits and 0.25, 0.5
 # and 1 bpw: with 4 times 9, 2 and 5 % more loss is predicted, with 16 times no less.
 MOST_OF_UNIFORM = 8
-# Few modules come near that, and solving for so many components costs: a module is offered this many times at first.
-FIRST_OF_UNIFORM = 4
 
 
 @dataclass(frozen=True)

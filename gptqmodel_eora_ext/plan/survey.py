@@ -1,46 +1,146 @@
-"""Sensitivities of a model on some of the calibration data, measured once and kept in the user's cache."""
+"""What is known of a model before anything of it is quantised: sensitivities from the user's cache, and a sweep."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..system.files import cache_folder
-from .sensitivity import Sensitivity, fingerprint, measure_sensitivity
+from ..adapter.budget import parse_budget
+from ..adapter.validate import validate_choice
+from ..adapter.vocabulary import SENSITIVITIES
+from ..system.files import cache_folder, replaced_folder
+from ..system.spill import spilling
+from .gradients import Progress, measure_gradients
+from .layered import LayeredModel
+from .sensitivity import CONTENTS, Sensitivity, SensitivityWriter, fingerprint
+from .sweep import Question, Swept, sweep
 
 log = logging.getLogger(__name__)
 
-# Tokens of the calibration data that sensitivities stand on: some 25 s for SmolLM2 on two cores. More: not tried.
+# Tokens of the calibration data that C stands on. More: not tried.
 SENSITIVITY_TOKENS = 4096
-# Those of them that gradients are taken of, which cost twice as much: what errors fit themselves to is C.
+# Those of them that gradients are taken of, which cost three times as much: what errors fit themselves to is C.
 GRADIENT_TOKENS = 2048
 # Tokens that each kind of modules is measured on, others than those where there are more.
 KIND_TOKENS = 512
-# Tokens of a forward and backward pass; a longer window goes alone. The vocabulary's scores are what takes memory.
+# Tokens of a forward and backward pass; a longer window goes alone. A layer's activations are what takes memory.
 PASS_TOKENS = 1024
+# Inputs of layers that stay in memory between the sweep forward and the one back; beyond, they lie on disk.
+MEMORY_VARIABLE = "EORA_SURVEY_MEMORY"
+DEFAULT_MEMORY = "1GiB"
+# The kind that needs no gradients.
+RELATIVE = "relative"
+
+Bar = Callable[[str], Progress]
+
+
+def survey(
+    model: LayeredModel,
+    modules: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    question: Question,
+    *,
+    kind: str,
+    with_kinds: bool,
+    bar: Bar = lambda title: iter,
+) -> Swept:
+    """Measure sensitivities (or find them in the cache), and forecast every module.
+
+    Args:
+        model: run layer by layer, at full precision.
+        modules: full names of linear layers.
+        batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
+        question: what to forecast.
+        kind: of sensitivity.
+        with_kinds: whether to measure what the modules of a kind lose together.
+        bar: makes a progress bar of that title, which wraps a sequence.
+
+    Raises:
+        ValueError: for an unknown kind, NaN or infinity in inputs or gradients, or a limit of memory in no known form.
+        NotImplementedError: for a model that cannot be run layer by layer.
+    """
+    validate_choice(kind, SENSITIVITIES, what="kind")
+    # A host's loop may have gradients switched off for good.
+    with torch.inference_mode(False):
+        return _survey(model, modules, batches, question, kind=kind, with_kinds=with_kinds, bar=bar)
+
+
+def _survey(
+    model: LayeredModel,
+    modules: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    question: Question,
+    *,
+    kind: str,
+    with_kinds: bool,
+    bar: Bar,
+) -> Swept:
+    sensitivity = None if kind == RELATIVE else cached_sensitivity(model, modules, batches, kind=kind, bar=bar)
+    some = first_tokens(batches, SENSITIVITY_TOKENS)
+    log.info(
+        "EoRA: forecasting %d modules on %d tokens, layer by layer%s.", len(modules), _count(some),
+        f", and each kind of them on {_count(unseen_tokens(batches))} others" if with_kinds else "",
+    )  # fmt: skip
+    return sweep(
+        model,
+        modules,
+        some,
+        sensitivity,
+        question,
+        kind_batches=unseen_tokens(batches) if with_kinds else (),
+        progress=bar("EoRA: forecasting, layer by layer"),
+    )
 
 
 def cached_sensitivity(
-    model: torch.nn.Module,
-    linears: Mapping[str, torch.nn.Linear],
+    model: LayeredModel,
+    modules: Sequence[str],
     batches: Sequence[Mapping[str, Any]],
     *,
     kind: str,
-    progress: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, Any]]] = iter,
+    bar: Bar = lambda title: iter,
 ) -> Sensitivity:
     """Sensitivities from the cache of the user, or measured and put there."""
-    some = first_tokens(batches, SENSITIVITY_TOKENS)
-    named = fingerprint(model, linears, some, kind, gradient_tokens=GRADIENT_TOKENS)
-    path = cache_folder() / "sensitivity" / f"{named}.safetensors"
-    if path.is_file():
-        log.info("EoRA: sensitivities from `%s`.", path)
-        return Sensitivity.load(path)
-    found = measure_sensitivity(model, linears, some, kind=kind, gradient_tokens=GRADIENT_TOKENS, progress=progress)
-    found.save(path)
-    return found
+    some = first_tokens(batches, GRADIENT_TOKENS)
+    limit = memory_limit()
+    named = fingerprint(model, modules, some, kind)
+    folder = cache_folder() / "sensitivity" / named
+    if (folder / CONTENTS).is_file():
+        log.info("EoRA: sensitivities from `%s`.", folder)
+        return Sensitivity.load(folder)
+    log.info("EoRA: measuring gradients (%s) of %d modules on %d tokens, layer by layer.", kind, len(modules),
+             _count(some))  # fmt: skip
+    with replaced_folder(folder) as fresh, spilling(limit, fresh) as spill:
+        writer = SensitivityWriter(fresh, _count(some))
+        progress = bar("EoRA: measuring sensitivities")
+        measure_gradients(model, modules, some, writer.add, spill=spill, kind=kind, progress=progress)
+        if spill.on_disk:
+            log.info("EoRA: %.1f MB of layer inputs were on disk (%s=%d).", spill.on_disk / 1e6, MEMORY_VARIABLE, limit)
+        writer.finish(kind, named)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    log.info("EoRA: sensitivities kept in `%s`, %.1f MB.", folder, size / 1e6)
+    return Sensitivity.load(folder)
+
+
+def memory_limit() -> int:
+    """Bytes of layer inputs that may stay in memory, by `MEMORY_VARIABLE`.
+
+    Raises:
+        ValueError: for a value that is no number of bytes.
+    """
+    asked = os.environ.get(MEMORY_VARIABLE) or DEFAULT_MEMORY
+    value, unit = parse_budget(int(asked) if asked.isdigit() and int(asked) else asked, what=MEMORY_VARIABLE)
+    if unit != "b":
+        raise ValueError(f"{MEMORY_VARIABLE} must be a number of bytes, for instance {DEFAULT_MEMORY}, got {asked!r}.")
+    return int(value)
+
+
+def _count(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
 def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

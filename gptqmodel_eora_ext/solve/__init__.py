@@ -1,9 +1,24 @@
 """Linear algebra that turns (error, second moment, rank) into low-rank factors. Knows torch and `formats` alone."""
 
-from .allocate import MOST_STEPS, Curve, allocate, component_gains, error_loss, error_losses, price, rank_curve
-from .error import energy_left, multiplies_bfloat16, weighted_energy
+from .allocate import (
+    MOST_STEPS,
+    Curve,
+    allocate,
+    component_gains,
+    directions,
+    error_loss,
+    halves,
+    halves_loss,
+    output_error,
+    output_gains,
+    output_loss,
+    price,
+    rank_curve,
+)
+from .error import energy_left, multiplies_bfloat16, square_root, weighted_energy
 from .factors import balance, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
+from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
 from .quantized import quantize_factors
 
@@ -12,19 +27,27 @@ __all__ = [
     "ColumnOrder",
     "Curve",
     "Grid",
+    "Moment",
+    "RowMoment",
     "allocate",
     "balance",
     "column_order",
     "component_gains",
     "diagonal",
+    "diagonal_of",
+    "directions",
     "energy_left",
     "eora",
     "eora_from_outputs",
     "error_loss",
-    "error_losses",
     "gptq",
+    "halves",
+    "halves_loss",
     "multiplies_bfloat16",
     "output",
+    "output_error",
+    "output_gains",
+    "output_loss",
     "output_target",
     "price",
     "quantize_factors",
@@ -32,6 +55,7 @@ __all__ = [
     "refit_A",
     "refit_B",
     "round_to",
+    "square_root",
     "svd",
     "weighted_energy",
 ]

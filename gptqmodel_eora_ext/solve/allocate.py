@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .error import WeightedError
+from .error import OutputError, WeightedError
+from .moments import Moment, RowMoment
+from .subspace import dominant_subspace
 
 # A budget is divided into at most so many steps: the table of 210 modules and 64 options then takes seconds. Costs that
 # are no whole number of steps are rounded up, so that the budget is never exceeded.
@@ -70,7 +72,7 @@ def rank_curve(gains: torch.Tensor, total: float, ranks: Sequence[int], nbytes: 
 
 
 def component_gains(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor
+    lora_A: torch.Tensor, lora_B: torch.Tensor, second_moment: Moment, output_moment: Moment
 ) -> torch.Tensor:
     """What each component of an `eora` solution takes off ½ tr(G E), E the second moment of the output's error.
 
@@ -80,63 +82,105 @@ def component_gains(
     Args:
         lora_A: rank × in, as `eora` returns it.
         lora_B: out × rank, orthonormal.
-        second_moment: C, in × in, or its diagonal where the factors are those of `diagonal`.
-        output_moment: G, out × out, or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal where the factors are those of `diagonal`.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
 
     Returns:
         Of length rank, float64.
     """
     error = WeightedError(lora_A, second_moment)
     energies = (error.weigh(lora_A) * lora_A).sum(1, dtype=torch.float64)
-    columns = lora_B.to(output_moment.dtype)
-    return energies * (_weigh(output_moment, columns) * columns).sum(0, dtype=torch.float64) / 2
+    left, right = halves(output_moment, lora_B)
+    return energies * (left * right).sum(0, dtype=torch.float64) / 2
 
 
-def error_loss(delta: torch.Tensor, second_moment: torch.Tensor, output_moment: torch.Tensor) -> float:
+def error_loss(delta: torch.Tensor, second_moment: Moment, output_moment: Moment) -> float:
     """½ tr(G ΔW C ΔWᵀ): what the error costs in loss, in nats a token where G is of the loss's gradient.
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C, in × in or its diagonal.
-        output_moment: G, out × out or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
     """
-    return _inner(_weigh(output_moment, delta), WeightedError(delta, second_moment).weigh(delta)) / 2
+    return halves_loss(*halves(output_moment, delta), second_moment)
 
 
-def error_losses(
-    delta: torch.Tensor,
-    second_moment: torch.Tensor,
-    weighted_moment: torch.Tensor,
-    output_moment: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-) -> tuple[float, float, float]:
-    """`error_loss` by C, by another C_g, and by C_g of what is left, ΔW − B A: three large products in place of six.
+def output_error(delta: torch.Tensor, second_moment: Moment) -> torch.Tensor:
+    """S = ΔW C ΔWᵀ, the second moment of the output's error, out × out, in ΔW's dtype.
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C, in × in or its diagonal.
-        weighted_moment: C_g, the same.
-        output_moment: G, out × out or its diagonal.
-        lora_A: rank × in.
-        lora_B: out × rank.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
     """
-    lora_A, lora_B = lora_A.to(delta.dtype), lora_B.to(delta.dtype)
-    pulled = _weigh(output_moment, delta)
-    by_weighted = WeightedError(delta, weighted_moment)
-    weighed = by_weighted.weigh(delta)
-    whole = _inner(pulled, weighed)
-    pulled_B = _weigh(output_moment, lora_B)
-    cross = _inner(pulled_B, weighed @ lora_A.T)
-    square = _inner(lora_B.T @ pulled_B, by_weighted.weigh(lora_A) @ lora_A.T)
-    bare = _inner(pulled, WeightedError(delta, second_moment).weigh(delta))
-    return bare / 2, whole / 2, (whole - 2 * cross + square) / 2
+    if isinstance(second_moment, RowMoment):
+        image = second_moment.image(delta.T)
+        return image.T @ image
+    return WeightedError(delta, second_moment).weigh(delta) @ delta.T
 
 
-def _weigh(output_moment: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """G times columns; G may be its diagonal."""
+def output_loss(error_moment: torch.Tensor, output_moment: Moment) -> float:
+    """½ tr(G S): `error_loss` from `output_error`.
+
+    Args:
+        error_moment: S, out × out.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
+    """
+    if isinstance(output_moment, RowMoment):
+        rows = output_moment.rows.to(error_moment.dtype)
+        return _inner(rows @ error_moment, rows) / output_moment.count / 2
+    weighed = error_moment.diagonal() if output_moment.ndim == 1 else error_moment
+    return _inner(output_moment.to(weighed.dtype), weighed) / 2
+
+
+def directions(error_moment: torch.Tensor, rank: int, *, tolerance: float) -> torch.Tensor:
+    """The leading eigenvectors of a second moment of errors, features × rank, orthonormal.
+
+    Args:
+        error_moment: S, features × features.
+        rank: at most features.
+        tolerance: share by which the energy outside them may exceed the least.
+    """
+    found, _ = dominant_subspace(OutputError(error_moment), rank, tolerance=tolerance, seed=0, exact=False)
+    return found.T.to(error_moment.dtype)
+
+
+def output_gains(lora_B: torch.Tensor, error_moment: torch.Tensor, output_moment: Moment) -> torch.Tensor:
+    """`component_gains` from `output_error`.
+
+    Args:
+        lora_B: out × rank, orthonormal eigenvectors of S.
+        error_moment: S, out × out.
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
+
+    Returns:
+        Of length rank, float64.
+    """
+    energies = (error_moment @ lora_B * lora_B).sum(0, dtype=torch.float64).clamp_min(0)
+    left, right = halves(output_moment, lora_B)
+    return energies * (left * right).sum(0, dtype=torch.float64) / 2
+
+
+def halves(output_moment: Moment, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and R with Lᵀ R = Mᵀ G M for M of out × k: G M and M, or X M / √n twice where G is of the rows X.
+
+    Both are linear in M, so that halves of several M may be mixed. They tell from the input side, too, what a component
+    takes off: with H Hᵀ = C, Hᵀ ΔWᵀ ΔW H has the eigenvalues of S = ΔW C ΔWᵀ, and its eigenvectors vᵢ are those of S by
+    √λᵢ uᵢ = ΔW H vᵢ; so λᵢ uᵢᵀ G uᵢ = (L H vᵢ)ᵀ (R H vᵢ) for the halves of ΔW, without a division.
+
+    Args:
+        output_moment: G, out × out, or the rows that it is of, or its diagonal.
+        columns: M, out × k.
+    """
+    if isinstance(output_moment, RowMoment):
+        image = output_moment.image(columns)
+        return image, image
     moment = output_moment.to(columns.dtype)
-    return moment[:, None] * columns if moment.ndim == 1 else moment @ columns
+    return moment[:, None] * columns if moment.ndim == 1 else moment @ columns, columns
+
+
+def halves_loss(left: torch.Tensor, right: torch.Tensor, second_moment: Moment) -> float:
+    """`error_loss` from the halves of ΔW."""
+    return _inner(left, WeightedError(right, second_moment).weigh(right)) / 2
 
 
 def _inner(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -7,9 +7,8 @@ from functools import cache, cached_property
 
 import torch
 
-# Rows of the second moment that are widened at a time. A float64 copy of a whole 27648-wide moment would take 6 GB;
-# a chunk of 4096 rows takes 0.9 GB and costs nothing measurable in speed.
-CHUNK_ROWS = 4096
+from .moments import Moment, RowMoment, diagonal_of, times
+
 # A symmetric moment is multiplied in so many block columns, each from the diagonal down: with 8 of them that takes 9/16
 # of the products of the whole.
 ENERGY_BLOCKS = 8
@@ -25,11 +24,11 @@ class WeightedError:
 
     Attributes:
         delta: ΔW, out × in, float32 or float64.
-        second_moment: C: in × in; or its diagonal, of length in; or None for the identity.
+        second_moment: C: in × in; or its diagonal, of length in; or the rows that it is of; or None for the identity.
     """
 
     delta: torch.Tensor
-    second_moment: torch.Tensor | None
+    second_moment: Moment | None
 
     @cached_property
     def largest(self) -> float:
@@ -43,7 +42,10 @@ class WeightedError:
         NaN or infinite where ΔW or C is.
         """
         moment = self.second_moment
-        return self.largest**2 * (1.0 if moment is None else _largest(moment))
+        if moment is None:
+            return self.largest**2
+        # No entry of a semidefinite matrix is larger than the largest of its diagonal.
+        return self.largest**2 * _largest(moment.diagonal() if isinstance(moment, RowMoment) else moment)
 
     @property
     def shape(self) -> torch.Size:
@@ -70,6 +72,8 @@ class WeightedError:
         moment = self.second_moment
         if moment is None:
             return rows
+        if isinstance(moment, RowMoment):
+            return moment.weigh(rows)
         if moment.ndim == 1:
             return rows * moment.to(rows.dtype)
         return times(rows, moment)
@@ -79,7 +83,7 @@ class WeightedError:
         moment = self.second_moment
         if moment is None:
             return torch.ones(self.delta.shape[1], device=self.device)
-        return moment if moment.ndim == 1 else moment.diagonal()
+        return diagonal_of(moment)
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """Y ΔW for Y of k × out."""
@@ -99,7 +103,7 @@ class WeightedError:
         moment = self.second_moment
         if moment is None:
             return delta
-        if moment.ndim == 1:
+        if moment.ndim == 1 and isinstance(moment, torch.Tensor):
             return delta * moment.to(torch.float64).clamp_min(0).sqrt()
         return delta @ square_root(moment)
 
@@ -176,20 +180,6 @@ def _largest(tensor: torch.Tensor) -> float:
     return max(-float(low), float(high)) or 1.0
 
 
-def times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """``rows @ matrix`` in the dtype of ``rows``, widening the matrix a chunk of its rows at a time.
-
-    A thin block from the left is the faster way round on a CPU, by a sixth.
-    """
-    if matrix.dtype == rows.dtype:
-        return rows @ matrix
-    product = rows.new_zeros(rows.shape[0], matrix.shape[1])
-    for start in range(0, matrix.shape[0], CHUNK_ROWS):
-        chunk = slice(start, start + CHUNK_ROWS)
-        product.addmm_(rows[:, chunk], matrix[chunk].to(rows.dtype))
-    return product
-
-
 def _rounded_times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """``rows @ matrix.T`` of float32, rounded to bfloat16 before and after, with sums in float32."""
     narrow = rows.to(torch.bfloat16)
@@ -201,8 +191,10 @@ def _rounded_times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def square_root(second_moment: torch.Tensor) -> torch.Tensor:
-    """Any L with L Lᵀ = C, float64: Cholesky's where C is definite, in a tenth of the time, else the eigenvectors'."""
+def square_root(second_moment: Moment) -> torch.Tensor:
+    """Any L with L Lᵀ = C, float64: of the rows; by Cholesky where C is definite; or by eigenvectors, which is slow."""
+    if isinstance(second_moment, RowMoment):
+        return second_moment.root()
     moment = second_moment.to(torch.float64)
     lower, failed = torch.linalg.cholesky_ex(moment)
     if not failed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .error import WeightedError, times
+from .error import WeightedError
+from .moments import Moment, times
 
 # Below this share of the largest eigenvalue a direction counts as one that the other factor does not reach: float64
 # rounding makes eigenvalues of 1e-16 of the largest where there is nothing.
@@ -41,12 +42,12 @@ def refit_A(delta: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     return _solve_symmetric(wide.T @ wide, times(wide.T, delta))
 
 
-def refit_B(delta: torch.Tensor, second_moment: torch.Tensor | None, lora_A: torch.Tensor) -> torch.Tensor:
+def refit_B(delta: torch.Tensor, second_moment: Moment | None, lora_A: torch.Tensor) -> torch.Tensor:
     """The B that is best beside a given A under C: ΔW C Aᵀ (A C Aᵀ)⁺.
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C, in × in, its diagonal, or None for the identity.
+        second_moment: C, in × in, its diagonal, the rows that it is of, or None for the identity.
         lora_A: rank × in, for instance as rounded for storage.
 
     Returns:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .moments import Moment, RowMoment, diagonal_of
+
 # Share of C's mean diagonal that is added to it; GPTQModel's default.
 DAMPING = 0.05
 # Columns after which scales are found anew from weights that carry all earlier errors; GPTQModel's block.
@@ -59,26 +61,37 @@ class ColumnOrder:
     dead: torch.Tensor
 
 
-def column_order(second_moment: torch.Tensor, group_size: int, damping: float = DAMPING) -> ColumnOrder:
+def column_order(second_moment: Moment, group_size: int, damping: float = DAMPING) -> ColumnOrder:
     """Prepare to round weights of modules that share an input.
 
+    Takes some four matrices of in × in beside C, whatever form C has: its damped inverse is of full rank.
+
     Args:
-        second_moment: C, in × in, or its diagonal.
+        second_moment: C, in × in, or the rows that it is of, or its diagonal.
         group_size: weights per scale; -1 for whole rows.
         damping: share of the mean diagonal that is added to it.
     """
-    diagonal = (second_moment if second_moment.ndim == 1 else second_moment.diagonal()).to(torch.float32)
+    diagonal = diagonal_of(second_moment).to(torch.float32)
     order = _by_energy(diagonal, group_size)
     dead = diagonal[order] == 0
     if second_moment.ndim == 1:
         return ColumnOrder(order, None, dead)
-    damped = second_moment.to(torch.float32)[order][:, order]
+    # Read backwards: C = U Uᵀ with U upper comes from the Cholesky factor of the reversed C, and R = U⁻¹.
+    backwards = order.flip(0)
+    if isinstance(second_moment, RowMoment):
+        damped = RowMoment(second_moment.rows[:, backwards], second_moment.count).dense()
+    else:
+        damped = second_moment.to(torch.float32)[backwards][:, backwards]
     steps = damped.diagonal()
-    steps.masked_fill_(dead, 1.0)
+    steps.masked_fill_(dead.flip(0), 1.0)
     steps += damping * steps.mean()
-    # C = U Uᵀ with U upper, from the Cholesky factor of C read backwards; then R = U⁻¹.
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    lower = torch.linalg.cholesky(damped)
+    # Each takes as much as C; no more than three of them are there at a time.
+    del damped, steps
+    upper = lower.flip(0, 1)
+    del lower
     factor = _inverse(upper)
+    del upper
     return ColumnOrder(order, factor.div_(factor.diagonal().clone()[:, None]), dead)
 
 

@@ -20,8 +20,9 @@ from typing import TypedDict, Unpack
 
 import torch
 
-from .error import OutputError, WeightedError, square_root, times
+from .error import OutputError, WeightedError, square_root
 from .factors import refit_B
+from .moments import Moment, RowMoment, times
 from .subspace import dominant_subspace
 
 # The iteration stops when the weighted error is predicted to be within this share of the least. The prediction
@@ -80,7 +81,7 @@ def diagonal(delta: torch.Tensor, second_moment: torch.Tensor, rank: int, **opti
 
 def eora(
     delta: torch.Tensor,
-    second_moment: torch.Tensor,
+    second_moment: Moment,
     rank: int,
     *,
     output_moment: torch.Tensor | None = None,
@@ -90,7 +91,7 @@ def eora(
 
     Args:
         delta: ΔW, out × in.
-        second_moment: C = E[x xᵀ], in × in, symmetric; indefinite by rounding is accepted.
+        second_moment: C = E[x xᵀ], in × in, symmetric, indefinite by rounding is accepted; or the rows that it is of.
         rank: as in `svd`.
         output_moment: G, out × out: the second moment of the loss's gradient at the module's output, which weighs
             output directions by what an error there costs. None weighs them alike.
@@ -192,7 +193,7 @@ def output_target(
 def _solve(
     objective: str,
     delta: torch.Tensor,
-    second_moment: torch.Tensor | None,
+    second_moment: Moment | None,
     rank: int,
     **options: Unpack[SolverOptions],
 ) -> Factors:
@@ -204,7 +205,8 @@ def _solve(
     # other pass over the large matrices is needed. It can also be infinite when all entries are finite but very large;
     # the full check then finds nothing to refuse.
     if not math.isfinite(error.unit):
-        _require_finite(objective, delta=delta, second_moment=second_moment)
+        known = second_moment.rows if isinstance(second_moment, RowMoment) else second_moment
+        _require_finite(objective, delta=delta, second_moment=known)
     return _project(error, delta, rank, **options)
 
 
@@ -217,14 +219,17 @@ def _project(
     exact: bool = False,
     tolerance: float = TOLERANCE,
 ) -> Factors:
-    rank = min(rank, *delta.shape)
+    moment = error.second_moment if isinstance(error, WeightedError) else None
+    # Of few rows there are no more components than rows.
+    rows = [len(moment.rows)] if isinstance(moment, RowMoment) else []
+    rank = min(rank, *delta.shape, *rows)
     vectors, projected = dominant_subspace(error, rank, tolerance=tolerance, seed=seed, exact=exact)
     if isinstance(error, OutputError):
         projected = times(vectors, delta)
     return projected, vectors.T
 
 
-def _check(objective: str, delta: torch.Tensor, second_moment: torch.Tensor | None, rank: int) -> None:
+def _check(objective: str, delta: torch.Tensor, second_moment: Moment | None, rank: int) -> None:
     if delta.ndim != 2 or 0 in delta.shape:
         raise ValueError(f"{objective}: `delta` must be out_features × in_features, got {tuple(delta.shape)}.")
     width = delta.shape[1]

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ..formats.factors import GROUP_SIZE, QuantizedFactor, pack
-from .error import WeightedError, times
+from .error import WeightedError
 from .factors import refit_A, refit_B
+from .moments import times
 
 # Clipping thresholds tried per group, as shares of its largest value. At 8 bits rounding is negligible.
 CLIPPING = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}

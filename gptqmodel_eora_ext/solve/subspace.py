@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from .error import OutputError, WeightedError
+from .moments import RowMoment
 
 # If a product gains this share, or more, of what the one before it gained, then the iteration has hardly begun: the
 # geometric series of what is still to come would not be bounded. Larger ratios count as this one.
@@ -104,10 +105,15 @@ def _dense(error: WeightedError | OutputError, rank: int) -> torch.Tensor:
     if isinstance(error, OutputError):
         return _top_eigenvectors(error.moment.to(torch.float64), rank)
     out_features, in_features = error.shape
-    if out_features <= in_features:
+    if isinstance(error.second_moment, RowMoment):
+        image = error.root()
+        if out_features <= image.shape[1]:
+            return _top_eigenvectors(image @ image.T, rank)
+    elif out_features <= in_features:
         delta = error.delta.to(torch.float64)
         return _top_eigenvectors(error.weigh(delta) @ delta.T, rank)
-    image = error.root()
+    else:
+        image = error.root()
     # The Gram matrix squares the condition number; QR of the image restores orthonormal columns, and fills
     # directions of no energy (C of lower rank than asked) with arbitrary ones that A then weighs by Uᵀ ΔW.
     return torch.linalg.qr(image @ _top_eigenvectors(image.T @ image, rank).T).Q.T

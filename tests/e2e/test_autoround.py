@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import EoRA, EoRAConfig, cli, load_peft
 from gptqmodel_eora_ext.formats.autoround import quantize_config
+from gptqmodel_eora_ext.hosts.autoround import budget
 from gptqmodel_eora_ext.hosts.gptqmodel.generate import generate_adapter
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
@@ -158,6 +159,31 @@ def test_packed_factors_under_a_budget(tiny: Path, tokenizer: Any, calibration: 
     assert 0.8 * budget < spent <= budget and spent == sum(one["bytes"] for one in details["modules"].values())
     assert json.loads((Path(folder) / "quantize_config.json").read_text())["adapter"]["name"] == "eora"
     assert any(kernel.adapter.packed for kernel in kernels(load(Path(folder))).values())
+
+
+def test_a_budget_where_the_model_is_on_disk(
+    tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoRound streams blocks from the checkpoint; the survey reads the same files, and chooses the same ranks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ranks, absent, layered = [], list[bool](), budget._layered
+
+    def noted(model: Any, names: list[str]) -> Any:
+        absent.append(any(one.is_meta for one in model.parameters()))
+        return layered(model, names)
+
+    monkeypatch.setattr(budget, "_layered", noted)
+    for streamed in (False, True):
+        monkeypatch.setenv("AR_DISK_STREAM_MODEL", str(int(streamed)))
+        folder = tmp_path / str(streamed)
+        algorithms = ["signround", EoRAConfig(budget="1bpw", factor_bits=4)]
+        quantizer = autoround(tiny, tokenizer, calibration, algorithms, low_cpu_mem_usage=streamed)
+        absent.clear()
+        _, saved = quantizer.quantize_and_save(str(folder), format="auto_round")
+        assert absent == [streamed]
+        modules = json.loads((Path(saved) / "eora" / "eora.json").read_text())["modules"]
+        ranks.append({name: one["rank"] for name, one in modules.items()})
+    assert ranks[0] == ranks[1] and len(ranks[0]) == 14
 
 
 def test_widths_that_autoscheme_chose(tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path) -> None:

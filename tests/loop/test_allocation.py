@@ -3,16 +3,17 @@
 import random
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.loop.allocation import RankAllocation
-from gptqmodel_eora_ext.loop.forecasts import forecast_allocation
-from gptqmodel_eora_ext.plan.forecast import Rounder, forecast
-from gptqmodel_eora_ext.plan.ranks import FIRST_OF_UNIFORM, MOST_OF_UNIFORM, RANK_STEP, kind_of, most_rank, rank_options
-from gptqmodel_eora_ext.plan.sensitivity import Sensitivity
+from gptqmodel_eora_ext.loop.forecasts import HEADROOM, budget_question, forecast_allocation
+from gptqmodel_eora_ext.plan.forecast import ModuleMoments, unreached, with_components
+from gptqmodel_eora_ext.plan.ranks import MOST_OF_UNIFORM, RANK_STEP, kind_of, most_rank, rank_options
+from gptqmodel_eora_ext.plan.sweep import Question, Rounding, Swept
 from gptqmodel_eora_ext.solve import Grid, allocate, column_order, component_gains, eora, error_loss, gptq, rank_curve
 
 LAYERS, FACTOR_BITS = 6, 4
@@ -37,8 +38,16 @@ def weights(shapes: list[ModuleShape]) -> dict[str, torch.Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class Known:
+    """Moments by module: of the gradient at the output, and of the inputs."""
+
+    output_moments: Mapping[str, torch.Tensor]
+    second_moments: Mapping[str, torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
+def sensitivity(shapes: list[ModuleShape]) -> Known:
     generator = torch.Generator().manual_seed(1)
 
     def moment(features: int, scale: float) -> torch.Tensor:
@@ -46,44 +55,46 @@ def sensitivity(shapes: list[ModuleShape]) -> Sensitivity:
         return rows.T @ rows / 300
 
     # Later layers matter less: all modules alike would be wrong.
-    return Sensitivity(
+    return Known(
         {shape.name: moment(shape.out_features, 0.5 ** int(shape.name[0])) for shape in shapes},
         {shape.name: moment(shape.in_features, 1.0) for shape in shapes},
-        {},
-        300,
-        "fisher",
-        "",
     )
+
+
+def swept(
+    shapes: list[ModuleShape],
+    weights: dict[str, torch.Tensor],
+    sensitivity: Known,
+    question: Question,
+    costs: Mapping[str, float],
+) -> Swept:
+    """Forecasts, and divergences as if second orders held."""
+    forecasts, divergences = {}, dict.fromkeys((kind_of(shape.name) for shape in shapes), 0.0)
+    for shape in shapes:
+        name, weight = shape.name, weights[shape.name]
+        inputs, output_moment = sensitivity.second_moments[name], sensitivity.output_moments[name]
+        how = question.rounding(name)
+        [rounded] = gptq(weight, column_order(inputs, how.grid.group_size), how.bits, how.grid)
+        delta = weight - rounded
+        known = ModuleMoments(inputs, output_moment)
+        found, lora_A, lora_B = with_components(delta, known, question.rank(name, 2), question.uniform)
+        left = delta - lora_B @ lora_A
+        forecasts[name] = {2: found}
+        divergences[kind_of(name)] += error_loss(left, inputs, output_moment) * costs.get(kind_of(name), 1.0)
+    return Swept(forecasts, divergences, sensitivity.output_moments)
 
 
 def allocation(
     shapes: list[ModuleShape],
     weights: dict[str, torch.Tensor],
-    sensitivity: Sensitivity,
+    sensitivity: Known,
     budget: int,
     costs: Mapping[str, float] = types.MappingProxyType({}),
 ) -> RankAllocation:
     """Forecast, kinds of modules costing so many times what second orders tell."""
-    rounded = Rounder(sensitivity, Grid(32))
-
-    def divergence(replaced: Mapping[str, torch.Tensor]) -> float:
-        """As if second orders held."""
-        losses = (
-            error_loss(weights[name] - weight, sensitivity.second_moments[name], sensitivity.output_moments[name])
-            * costs.get(kind_of(name), 1.0)
-            for name, weight in replaced.items()
-        )
-        return sum(losses)
-
-    return forecast_allocation(
-        shapes,
-        budget,
-        FACTOR_BITS,
-        sensitivity,
-        weights,
-        lambda name, weight: rounded(name, weight, [2])[0],
-        divergence,
-    )
+    question = budget_question(shapes, budget, FACTOR_BITS, lambda name: Rounding((2,), Grid(32)))
+    found = swept(shapes, weights, sensitivity, question, costs)
+    return forecast_allocation(shapes, budget, FACTOR_BITS, found)
 
 
 def nearest(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -98,9 +109,7 @@ def deltas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def run(
-    chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Sensitivity, shuffle: bool = False
-) -> None:
+def run(chosen: RankAllocation, errors: dict[str, torch.Tensor], sensitivity: Known, shuffle: bool = False) -> None:
     for layer in range(LAYERS):
         for subset in SUBSETS:
             names = [f"{layer}.{name}" for name in subset]
@@ -116,7 +125,7 @@ def run(
 
 @pytest.mark.parametrize("budget", [2_000, 8_000, 20_000])
 def test_within_budget_and_near_the_optimum(
-    budget: int, shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    budget: int, shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     chosen = allocation(shapes, weights, sensitivity, budget)
     errors = deltas(weights)
@@ -138,7 +147,7 @@ def test_within_budget_and_near_the_optimum(
 
 
 def test_the_order_within_a_subset_does_not_matter(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     ranks = []
     for shuffle in (False, True):
@@ -149,7 +158,7 @@ def test_the_order_within_a_subset_does_not_matter(
 
 
 def test_sensitive_layers_get_more(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     chosen = allocation(shapes, weights, sensitivity, 8_000)
     run(chosen, deltas(weights), sensitivity)
@@ -158,20 +167,20 @@ def test_sensitive_layers_get_more(
 
 
 def test_modules_are_offered_what_they_may_take(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     budget = 8_000
-    first, most = (most_rank(shapes, budget, FACTOR_BITS, times) for times in (FIRST_OF_UNIFORM, MOST_OF_UNIFORM))
+    most = most_rank(shapes, budget, FACTOR_BITS, MOST_OF_UNIFORM)
     chosen = allocation(shapes, weights, sensitivity, budget)
     offered = {name: options.ranks[-1] for name, options in chosen.options.items()}
     assert list(offered) == [shape.name for shape in shapes]
-    assert offered["0.q_proj"] == most > first and offered[f"{LAYERS - 1}.q_proj"] < first
+    assert offered["0.q_proj"] == most > HEADROOM * RANK_STEP and offered[f"{LAYERS - 1}.q_proj"] < most
     run(chosen, deltas(weights), sensitivity)
     assert budget - max(options.nbytes[1] for options in chosen.options.values()) <= chosen.spent
 
 
 def test_a_kind_that_costs_more_than_second_orders_tell_gets_more(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     ranks = []
     for cost in (1.0, 5.0):
@@ -191,7 +200,7 @@ def test_options_are_multiples_within_the_shape() -> None:
 
 
 def test_modules_that_cannot_take_what_is_on_offer(
-    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Sensitivity
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
 ) -> None:
     """One that few tokens reach is solved at a lower rank; one that none reach is not asked and reserves nothing."""
     chosen = allocation(shapes, weights, sensitivity, 20_000)
@@ -204,9 +213,15 @@ def test_modules_that_cannot_take_what_is_on_offer(
     assert chosen.ranks[unreached] == 0
 
 
-def test_what_no_token_reached_is_forecast_to_lose_nothing(shapes: list[ModuleShape]) -> None:
-    nothing = Sensitivity({}, {}, {}, 0, "fisher", "")
-    shape = shapes[0]
-    options = rank_options(shape, 16, 4)
-    curve = forecast(shape.name, torch.ones(64, 96), nothing, options.ranks[-1]).curve(options)
-    assert set(curve.losses) == {0.0}
+def test_what_no_token_reached_gets_nothing(
+    shapes: list[ModuleShape], weights: dict[str, torch.Tensor], sensitivity: Known
+) -> None:
+    question = budget_question(shapes, 8_000, FACTOR_BITS, lambda name: Rounding((2,), Grid(32)))
+    found = swept(shapes, weights, sensitivity, question, {})
+    name = "0.q_proj"
+    missing = {2: unreached(question.rank(name, 2))}
+    reached = {one: moment for one, moment in found.output_moments.items() if one != name}
+    chosen = forecast_allocation(
+        shapes, 8_000, FACTOR_BITS, Swept({**found.forecasts, name: missing}, found.divergences, reached)
+    )
+    assert chosen.options[name].ranks == (0,) and chosen.options["1.q_proj"].ranks[-1] > 0

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gptqmodel_eora_ext.formats.sizes import ModuleShape
-from gptqmodel_eora_ext.plan import PlannedModule, forecast_modules, sweep_rank
-from gptqmodel_eora_ext.plan.sensitivity import Sensitivity
-from gptqmodel_eora_ext.solve import Grid
+from gptqmodel_eora_ext.plan import PlannedModule, plan_question, planned_modules, sweep_rank
+from gptqmodel_eora_ext.plan.forecast import Forecast, ModuleMoments, forecast
+from gptqmodel_eora_ext.plan.sweep import Swept
+from gptqmodel_eora_ext.solve import Grid, column_order, gptq
 
 BUDGETS = ("2bpw", "4bpw", "8bpw")
 
@@ -31,14 +32,16 @@ def modules(shapes: list[ModuleShape], grid: Grid) -> list[PlannedModule]:
         rows = torch.randn(300, features, generator=generator) * torch.logspace(0, -2, features)
         return scale * rows.T @ rows / 300
 
+    found: dict[str, dict[int, Forecast]] = {}
+    question = plan_question(shapes, grid, most=sweep_rank(shapes, BUDGETS, (16, 4)))
     weights = {one.name: torch.randn(one.out_features, one.in_features, generator=generator) for one in shapes}
-    sensitivity = Sensitivity(
-        {one.name: moment(one.out_features, 1e-3) for one in shapes},
-        {one.name: moment(one.in_features) for one in shapes},
-        {},
-        300,
-        "fisher",
-        "",
-    )
-    most = sweep_rank(shapes, BUDGETS, (16, 4))
-    return forecast_modules(shapes, weights, sensitivity, grid, most=most)
+    outputs = {one.name: moment(one.out_features, 1e-3) for one in shapes}
+    for one in shapes:
+        inputs, how = moment(one.in_features), question.rounding(one.name)
+        rounded = gptq(weights[one.name], column_order(inputs, grid.group_size), how.bits, grid)
+        found[one.name] = {
+            bits: forecast(weights[one.name] - approximation, ModuleMoments(inputs, outputs[one.name]),
+                           question.rank(one.name, bits))
+            for bits, approximation in zip(how.bits, rounded, strict=True)
+        }  # fmt: skip
+    return planned_modules(shapes, Swept(found, {}, outputs))

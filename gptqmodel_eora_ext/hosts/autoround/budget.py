@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from auto_round.utils import check_to_quantized, get_block_names
+from huggingface_hub import snapshot_download
 
+from ...adapter.layers import is_linear, shape_of
 from ...adapter.options import AdapterOptions
 from ...loop.allocation import RankAllocation
-from ...loop.budgeting import Rounding, allocate_budget
-from ...loop.place import is_linear, use_linear_layers
+from ...loop.budgeting import allocate_budget
+from ...plan.checkpoint import CheckpointWeights, skeleton
+from ...plan.layered import LayeredModel
+from ...plan.sweep import Rounding
 from ...solve import Grid
-from ...system.memory import on_one_device
 from .moments import IGNORED_TOKEN
 
 # AutoRound tunes rounding and clipping by gradients; forecasts stand in for that by a quick GPTQ that searches scales.
@@ -21,15 +25,15 @@ SCALE_SEARCH = 2.4
 
 
 def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequence[torch.Tensor]) -> RankAllocation:
-    """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
+    """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
     Args:
-        orchestrator: AutoRound's object for the run, its model at full precision.
+        orchestrator: AutoRound's object for the run, its model at full precision, in memory or on disk.
         options: with a budget.
         token_ids: calibration, 1 × tokens each.
 
     Raises:
-        NotImplementedError: when the model is not in memory as a whole.
+        NotImplementedError: for a model that cannot be run layer by layer.
         ValueError: for a model without linear layers to compensate, or without calibration tokens.
     """
     model = orchestrator.model_context.model
@@ -43,25 +47,34 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
     if not quantized or not token_ids:
         missing = "linear layers to compensate" if token_ids else "calibration tokens"
         raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
-    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if absent is not None:
-        raise NotImplementedError(
-            f"EoRA: a budget needs gradients of the whole model, but AutoRound keeps {absent} on disk. "
-            f"Pass low_cpu_mem_usage=False, or name a rank."
-        )
 
     def rounding(name: str) -> Rounding:
         linear = quantized[name]
-        return Rounding(linear.bits, Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
+        return Rounding((linear.bits,), Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
 
-    put_back = use_linear_layers(model)
+    shapes = [shape_of(name, one) for name, one in quantized.items()]
+    batches = [_batch(ids) for ids in token_ids]
+    return allocate_budget(_layered(model, list(quantized)), shapes, batches, options, rounding)
+
+
+def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
+    """The model as AutoRound holds it; where that keeps weights on disk, its checkpoint's, layer by layer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # AutoRound leaves empty tensors, or some on the meta device, in the place of what is on disk.
+    absent = [name for name, one in model.named_parameters() if one.is_meta or not one.numel()]
+    if not absent:
+        return LayeredModel(model, None, names, device)
+    named = str(getattr(model, "name_or_path", ""))
     try:
-        linears: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
-        # The first block is on the GPU by now, the rest of the model is not.
-        with on_one_device(model):
-            return allocate_budget(model, linears, [_batch(ids) for ids in token_ids], options, rounding)
-    finally:
-        put_back()
+        folder = Path(named) if Path(named).is_dir() else Path(snapshot_download(named, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise NotImplementedError(
+            f"EoRA: AutoRound keeps {absent[0]} on disk, and neither a folder nor the hub's cache holds `{named}`, "
+            f"which the model names as its source. Pass low_cpu_mem_usage=False, or name a rank."
+        ) from error
+    # Model code beside the weights has run already, if there is any: AutoRound holds an instance of it.
+    remote = type(model).__module__.startswith("transformers_modules")
+    return LayeredModel(skeleton(folder, trust_remote_code=remote), CheckpointWeights(folder), names, device)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -23,8 +23,9 @@ from auto_round.algorithms.transforms.base import BasePreprocessor
 from auto_round.utils import check_to_quantized
 
 from ...adapter.compensate import Recipe, compensate
+from ...adapter.layers import is_linear, oriented
 from ...capture import OutputErrorMoment, SecondMoment
-from ...loop.place import is_linear, oriented, put_in_place
+from ...loop.place import put_in_place
 from ...loop.weights import check_weights
 from .checks import check_composition, check_dataset, check_formats
 from .config import EoRAConfig

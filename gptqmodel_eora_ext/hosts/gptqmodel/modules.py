@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...adapter.layers import is_linear, shape_of
 from ...formats.sizes import ModuleShape
-from ...loop.place import is_linear, shape_of, use_linear_layers
-from ...system.memory import roomy_device
+from ...plan.checkpoint import CheckpointWeights
+from ...plan.layered import LayeredModel
 
 
-def full_precision(model: Any, shapes: Sequence[ModuleShape]) -> tuple[torch.nn.Module, dict[str, torch.nn.Linear]]:
-    """The whole model in memory, and its linear layers; GPTQModel keeps its own on disk and brings in layer by layer.
+def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
+    """The full-precision model, to be run layer by layer: a copy of GPTQModel's shell, or its model in memory.
 
-    GPT-2's `Conv1D` is a `Linear` in it.
+    In a shell, experts are linear layers of their own. GPTQModel's object is not touched.
+
+    Args:
+        model: GPTQModel's model object, before its loop.
+        shapes: what it quantises.
 
     Raises:
-        NotImplementedError: for a module that is no linear layer in transformers' own model.
+        NotImplementedError: for modules that are not in one list of layers.
     """
-    from transformers import AutoModelForCausalLM
+    names = [shape.name for shape in shapes]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model.turtle_model is None:
+        return LayeredModel(model.model, None, names, device)
+    shell = copy.deepcopy(model.model).eval()
+    shell.tie_weights()
+    return LayeredModel(shell, ShellWeights(model.turtle_model), names, device)
 
-    dense: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        model.model_local_path, dtype="auto", trust_remote_code=bool(model.trust_remote_code)
-    )
-    device = roomy_device(dense, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    # For good: nobody else has this model.
-    use_linear_layers(dense)
-    known = dict(dense.to(device).named_modules())
-    strange = [shape.name for shape in shapes if not isinstance(known.get(shape.name), torch.nn.Linear)]
-    if strange:
-        raise NotImplementedError(
-            f"EoRA: {strange[0]} is no linear layer of its own in transformers' model (experts may share a tensor), so "
-            f"its sensitivity cannot be measured. Name a rank in place of the budget."
+
+class ShellWeights:
+    """Weights of GPTQModel's shell, by its own reader, which knows how checkpoints name and lay out what a model has.
+
+    Args:
+        source: GPTQModel's `LazyTurtle`.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._checkpoint = CheckpointWeights(Path(source.model_local_path))
+
+    def fill(self, model: torch.nn.Module, name: str) -> None:
+        """See `Weights`."""
+        self._source.materialize_submodule(
+            target_model=model,
+            target_submodule=model.get_submodule(name),
+            device=torch.device("cpu"),
+            module_path=name,
+            tie_weights=False,
+            show_progress=False,
         )
-    linears: dict[str, Any] = {shape.name: known[shape.name] for shape in shapes}
-    return dense, linears
+        # It leaves out a head that is tied to the embeddings.
+        self._checkpoint.fill(model, name)
+
+    def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+        """See `Weights`."""
+        return self._checkpoint.samples(rows)
 
 
 def module_shapes(model: Any) -> list[ModuleShape]:

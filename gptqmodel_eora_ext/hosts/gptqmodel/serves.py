@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from ...plan import without_groups
-from ...plan.sensitivity import Sensitivity
+from ...plan.survey import Bar
+from ...plan.sweep import Question, Swept
 from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
@@ -21,7 +21,7 @@ from .generate import generate_adapter
 from .modules import module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
-from .survey import survey
+from .survey import survey_model
 
 QUANTIZER = "gptq"
 
@@ -98,5 +98,5 @@ class _Planned:
         self._host = GPTQModel.load(model, _config(settings), trust_remote_code=trust_remote_code)
         self.shapes = module_shapes(self._host)
 
-    def survey(self, windows: Windows, kind: str) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
-        return survey(self._host, self.shapes, windows, kind=kind)
+    def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
+        return survey_model(self._host, self.shapes, windows, question, kind=kind, bar=bar)

@@ -10,11 +10,11 @@ import torch
 from ...adapter.options import AdapterOptions
 from ...formats.sizes import ModuleShape
 from ...loop.allocation import RankAllocation
-from ...loop.budgeting import Rounding, allocate_budget
-from ...plan.sensitivity import Sensitivity
-from ...plan.survey import cached_sensitivity
+from ...loop.budgeting import allocate_budget
+from ...plan.survey import Bar, survey
+from ...plan.sweep import Question, Rounding, Swept
 from .grids import module_grid, spreads_errors
-from .modules import full_precision, module_shapes
+from .modules import layered, module_shapes
 
 
 def allocate_ranks(
@@ -24,7 +24,7 @@ def allocate_ranks(
     fixed_rank: Callable[[str], int | None],
     quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> RankAllocation:
-    """Measure sensitivities (or read them from the cache), forecast every module, and give out the budget.
+    """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
     Args:
         model: GPTQModel's model object, full precision, before its loop.
@@ -35,37 +35,44 @@ def allocate_ranks(
 
     Raises:
         ValueError: for a budget in no known form, or a model without modules to compensate.
-        NotImplementedError: for a module that is no linear layer in transformers' own model.
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
-    dense, linears = full_precision(model, module_shapes(model))
+    shapes = module_shapes(model)
     config = model.quantize_config
 
     def rounding(name: str) -> Rounding:
         bits = config.dynamic_get(name, "bits", config.bits)
-        return Rounding(bits, module_grid(config, name), spreads_errors(config))
+        return Rounding((bits,), module_grid(config, name), spreads_errors(config))
 
     return allocate_budget(
-        dense, linears, batches, options, rounding, quantized=quantized, fixed_rank=fixed_rank, bar=_bar
+        layered(model, shapes), shapes, batches, options, rounding, quantized=quantized, fixed_rank=fixed_rank, bar=_bar
     )
 
 
-def survey(
-    model: Any, shapes: Sequence[ModuleShape], batches: Sequence[Mapping[str, Any]], *, kind: str
-) -> tuple[dict[str, torch.nn.Linear], Sensitivity]:
-    """What the loop will quantise at full precision, and its sensitivities.
+def survey_model(
+    model: Any,
+    shapes: Sequence[ModuleShape],
+    batches: Sequence[Mapping[str, Any]],
+    question: Question,
+    *,
+    kind: str,
+    bar: Bar | None = None,
+) -> Swept:
+    """Forecasts of what the loop will quantise.
 
     Args:
         model: GPTQModel's model object, full precision, before its loop.
         shapes: its `module_shapes`.
         batches: prepared calibration batches.
+        question: what to forecast.
         kind: of sensitivity.
+        bar: makes a progress bar of a title; GPTQModel's own by default.
 
     Raises:
-        NotImplementedError: for a module that is no linear layer in transformers' own model.
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
-    dense, linears = full_precision(model, shapes)
-    progress = _bar("EoRA: measuring sensitivities")
-    return linears, cached_sensitivity(dense, linears, batches, kind=kind, progress=progress)
+    names = [shape.name for shape in shapes]
+    return survey(layered(model, shapes), names, batches, question, kind=kind, with_kinds=False, bar=bar or _bar)
 
 
 def _bar(title: str) -> Callable[[Sequence[Any]], Iterable[Any]]:

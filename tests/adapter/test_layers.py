@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import Conv1D, GPT2Config, GPT2LMHeadModel
 
+from gptqmodel_eora_ext.adapter.layers import shape_of, use_linear_layers
 from gptqmodel_eora_ext.formats.sizes import ModuleShape
-from gptqmodel_eora_ext.loop.place import shape_of, use_linear_layers
 
 
 def test_shapes_are_out_by_in() -> None:

@@ -1,0 +1,133 @@
+"""What the modules of a layer read, and the gradients at what they give, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..capture import SecondMoment, require_finite
+from ..solve import Moment, RowMoment, diagonal_of
+
+
+class InputRows:
+    """Keeps the inputs of modules while it is entered, tokens × in, in the dtype that they have.
+
+    Modules that read the same tensor share one copy, under the name of the first.
+
+    Args:
+        modules: linear layers by name.
+
+    Attributes:
+        keep: tokens of the windows under way that count, windows × tokens; set before each forward.
+        leaders: module → the one whose copy it shares. What no token reached is not there.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
+        self.keep = torch.empty(0)
+        self.leaders: dict[str, str] = {}
+        self._rows: dict[str, list[torch.Tensor]] = {}
+        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._modules = modules
+        self._handles = ExitStack()
+
+    def begin(self, keep: torch.Tensor) -> None:
+        """Called before a forward, with the tokens that count."""
+        self.keep = keep
+        self._seen = {}
+
+    def __enter__(self) -> InputRows:
+        for name, module in self._modules.items():
+            self._handles.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handles.close()
+        self._seen = {}
+
+    def rows(self, leader: str) -> torch.Tensor:
+        """All inputs of a module that leads, tokens × in."""
+        return torch.cat(self._rows[leader])
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+            # The tensor is kept beside its id, which another could have once it is gone.
+            leader = self._seen.setdefault(id(inputs[0]), (inputs[0], name))[1]
+            if self.leaders.setdefault(name, leader) == name:
+                self._rows.setdefault(name, []).append(kept(inputs[0].detach(), self.keep))
+
+        return hook
+
+
+class OutputGradients:
+    """Keeps the gradients at the outputs of modules while it is entered, tokens × out, in the dtype that they have.
+
+    Args:
+        modules: linear layers by name.
+
+    Attributes:
+        keep: as in `InputRows`.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
+        self.keep = torch.empty(0)
+        self.gradients: dict[str, list[torch.Tensor]] = {}
+        self._modules = modules
+        self._handles = ExitStack()
+
+    def __enter__(self) -> OutputGradients:
+        for name, module in self._modules.items():
+            self._handles.callback(module.register_forward_hook(self._hook(name)).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handles.close()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def add(gradient: torch.Tensor) -> None:
+            self.gradients.setdefault(name, []).append(kept(gradient.detach(), self.keep))
+
+        def hook(module: torch.nn.Linear, inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(add)
+
+        return hook
+
+
+def kept(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The rows of tokens that count, tokens × features.
+
+    Args:
+        tensor: (…, features), its leading dimensions those of ``keep``, or its tokens in one; of any other shape
+            (tokens that were routed) all rows count.
+        keep: windows × tokens, bool.
+    """
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat[keep.reshape(-1).to(flat.device)] if len(flat) == keep.numel() else flat
+
+
+def moment_of(rows: torch.Tensor, name: str, count: float | None = None) -> Moment:
+    """The second moment of rows in whichever form is smaller: features × features, or the rows themselves.
+
+    Args:
+        rows: n × features, any floating dtype.
+        name: the module, for messages.
+        count: what the sum is divided by; n if left out.
+
+    Returns:
+        float32, on the device of ``rows``.
+
+    Raises:
+        ValueError: when a row holds NaN or infinity.
+    """
+    tokens, features = rows.shape
+    divisor = float(max(tokens, 1) if count is None else count)
+    if tokens < features:
+        moment: Moment = RowMoment(rows.to(torch.float32), divisor)
+    else:
+        total = SecondMoment(features, name)
+        total.add(rows)
+        moment = total.mean(rows.device) * (tokens / divisor)
+    require_finite(diagonal_of(moment), name)
+    return moment
