@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.modules import layered, module_shapes
@@ -29,18 +31,26 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mixtral"])
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen3MoeConfig": {"moe_intermediate_size": 64, "num_experts": EXPERTS, "head_dim": 32},
+    "MixtralConfig": {"num_local_experts": EXPERTS},
+}
+# In a process of its own: where GPTQModel is imported, transformers saves experts in another layout than hubs hold.
+SAVING = """
+import json, sys, torch, transformers
+name, sizes, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+config = getattr(transformers, name)(**sizes)
+transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+"""
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def experts(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model whose experts lie in one tensor in transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    if request.param == "qwen3":
-        config: Any = Qwen3MoeConfig(
-            **SIZES, vocab_size=len(tokenizer), moe_intermediate_size=64, num_experts=EXPERTS, head_dim=32
-        )
-    else:
-        config = MixtralConfig(**SIZES, vocab_size=len(tokenizer), num_local_experts=EXPERTS)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    sizes = json.dumps({**SIZES, **MODELS[request.param], "vocab_size": len(tokenizer)})
+    subprocess.run([sys.executable, "-c", SAVING, request.param, sizes, str(folder)], check=True)
     tokenizer.save_pretrained(folder)
     return folder
 
