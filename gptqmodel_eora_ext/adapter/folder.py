@@ -7,6 +7,7 @@ eora.json                   objective, calibration, versions and per-module erro
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ..formats.factors import GROUP_SIZE, QuantizedFactor
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
 from ..formats.packed_factors import FEATURES, PACKED_TYPE, read_packed
+from ..formats.packed_weights import LayoutError, is_count
 from .vocabulary import FACTOR_BITS
 
 DETAILS_VERSION = 1
@@ -92,7 +94,7 @@ class AdapterFolder:
             )
         if self.config.get("use_dora"):
             raise AdapterError(f"{where} says use_dora; only plain LoRA adapters can be applied.")
-        if not isinstance(self.config.get("r"), int) or self.config["r"] < 1:
+        if not is_count(self.config.get("r")):
             raise AdapterError(f"{where} says r = {self.config.get('r')!r}; expected a positive integer.")
 
     @property
@@ -115,7 +117,10 @@ class AdapterFolder:
         with safe_open(self.weights, framework="pt") as handle:
             metadata = handle.metadata() or {}
         try:
-            return {name: (int(wide), int(tall)) for name, (wide, tall) in json.loads(metadata[FEATURES]).items()}
+            found = {name: (wide, tall) for name, (wide, tall) in json.loads(metadata[FEATURES]).items()}
+            if not all(map(is_count, itertools.chain.from_iterable(found.values()))):
+                raise ValueError(FEATURES)
+            return found
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise AdapterError(
                 f"Adapter: `{self.weights}` does not tell the widths of its packed factors (metadata `{FEATURES}`). "
@@ -203,16 +208,29 @@ class AdapterFolder:
         keys = self.keys[module]
         if not self.is_packed:
             scale = self._scale(module, self.rank(module))
-            lora_B = handle.get_tensor(keys["lora_B"])
-            return ReadFactors(handle.get_tensor(keys["lora_A"]), lora_B if scale == 1 else lora_B * scale)
+            lora_A, lora_B = (handle.get_tensor(keys[half]) for half in ("lora_A", "lora_B"))
+            for half, found in (("lora_A", lora_A), ("lora_B", lora_B)):
+                if found.ndim != 2 or not found.is_floating_point():
+                    raise AdapterError(
+                        f"Adapter: {half} of {module} in `{self.weights}` should be a matrix of floating numbers, "
+                        f"found {found.dtype} of shape {list(found.shape)}. Copy it again, or make the adapter again."
+                    )
+            return ReadFactors(lora_A, lora_B if scale == 1 else lora_B * scale)
         if module not in self.features:
             raise AdapterError(f"Adapter: `{self.weights}` does not tell the widths of {module}.")
-        packed = read_packed(handle, keys, self.features[module], self.factor_bits)
+        try:
+            packed = read_packed(handle, keys, self.features[module], self.factor_bits, f"{module} in `{self.weights}`")
+        except LayoutError as error:
+            raise AdapterError(f"Adapter: {error}") from error
         return ReadFactors(packed[0].dequantize(), packed[1].dequantize().T.contiguous(), packed)
 
     def rank(self, module: str) -> int:
         """Rank of a module by `r` and `rank_pattern`."""
-        return int(_from_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
+        rank = _from_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        if not is_count(rank):
+            raise AdapterError(f"Adapter: {ADAPTER_CONFIG} of `{self.path}` gives {module} rank {rank!r}; expected a "
+                               f"positive integer.")  # fmt: skip
+        return int(rank)
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = _from_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))

@@ -163,7 +163,8 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
             weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
             weight = weight or repack_weight(self.packed())
             factors = None if adapter is None else adapter.factors(weight.codes.device)
-            made = _Made(tensors, versions, weight, FusedLinear(weight, factors, buffers.get("bias"), self._off))
+            layer = FusedLinear(weight, factors, buffers.get("bias"), self._off, self.name)
+            made = _Made(tensors, versions, weight, layer)
             self._made = made
         return made.layer
 

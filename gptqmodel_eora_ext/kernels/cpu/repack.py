@@ -8,7 +8,7 @@ import torch
 
 from ...formats.factors import Factors, QuantizedFactor
 from ...formats.packed_weights import PackedWeight
-from .build import library
+from .build import library, require_fine
 
 # As in csrc/linear.h.
 LANES = 16
@@ -124,8 +124,11 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
     kernels = library()
     assert kernels is not None
     qweight = weight.qweight.contiguous()
-    kernels.eora_repack(qweight.data_ptr(), places.data_ptr(), weight.bits, weight.out_features, units,
-                        codes.data_ptr(), torch.get_num_threads())  # fmt: skip
+    fault = kernels.eora_repack(
+        qweight.data_ptr(), qweight.nbytes, places.data_ptr(), places.nbytes, weight.bits, weight.in_features,
+        weight.out_features, units, codes.data_ptr(), codes.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    require_fine(fault, weight.name)
     zeros = weight.zeros()
     zero = int(zeros[0, 0])
     uniform = bool((zeros == zero).all())
@@ -222,7 +225,9 @@ def _numbers(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torc
     """Values or codes, scales, and the kind."""
     if isinstance(factor, QuantizedFactor):
         return factor.integers(), factor.scales.contiguous(), INTEGER_KINDS[factor.bits]
-    return factor.detach(), None, KINDS[factor.dtype]
+    # The kernels have no float64; their sums are float32 in any case.
+    values = factor.detach() if factor.dtype in KINDS else factor.detach().to(torch.float32)
+    return values, None, KINDS[values.dtype]
 
 
 def _pack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
