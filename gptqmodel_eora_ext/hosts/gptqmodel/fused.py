@@ -20,9 +20,9 @@ from ...formats.packed_weights import WEIGHT_BITS, PackedWeight
 from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
-from ...kernels.fused import FusedLinear, FusedLinears
+from ...kernels.fused import FusedLinear, JointLinears
 from ...kernels.shared_input import Joint, SharedInput, SharesInput
-from ...kernels.versions import version
+from ...kernels.versions import counting_writes, version
 from .adapter import EoRA
 
 # The buffers that a weight consists of.
@@ -31,10 +31,10 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class _Made:
-    """A layer, and the tensors (`PACKED`, bias, A, B) and versions (A, B) that it was made from."""
+    """A layer, the tensors that it was made from (`PACKED`, bias, factors), and how often each was written to."""
 
-    tensors: tuple[torch.Tensor | None, ...]
-    versions: tuple[int, ...]
+    tensors: tuple[Any, ...]
+    versions: list[int]
     weight: RepackedWeight
     layer: FusedLinear
 
@@ -111,7 +111,13 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         trained = adapter is not None and adapter.trained and torch.is_grad_enabled()
         if not (trained or self.shared.alone or (x.requires_grad and torch.is_grad_enabled())):
             return self._with_others(x)
+        return self._alone(x, trained)
+
+    @torch.compiler.disable
+    def _alone(self, x: torch.Tensor, trained: bool) -> torch.Tensor:
+        """y of this module; an adapter that is ``trained`` is added by torch. Not traced: it ends in C++."""
         rows = x.reshape(-1, self.in_features)
+        adapter = self.adapter
         y = adapter.apply(x=rows, out=self._layer(None)(rows)) if trained else self._layer(adapter)(rows)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -133,7 +139,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
     def join(cls, modules: Sequence[EoRAFusedLinear]) -> Joint:
         """As `SharesInput.join`."""
         in_features = modules[0].in_features
-        joint = FusedLinears([module._layer(module.adapter) for module in modules])
+        joint = JointLinears([module._layer(module.adapter) for module in modules])
         return lambda x: joint(x.reshape(-1, in_features))
 
     def choice(self, x: torch.Tensor) -> Choice:
@@ -154,19 +160,37 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
     def _layer(self, adapter: EoRA | None) -> FusedLinear:
         """The layer ready to multiply, made again when the weight, the bias or the factors changed."""
-        buffers = self._buffers
-        lora_A, lora_B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
-        tensors = (*map(buffers.__getitem__, PACKED), buffers.get("bias"), lora_A, lora_B)
-        versions = tuple(0 if one is None else version(one) for one in (lora_A, lora_B))
+        tensors = self._made_from(adapter)
+        versions = [0 if one is None or one.is_inference() else one._version for one in tensors[:-1]]
         made = self._made
         if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
-            weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
-            weight = weight or repack_weight(self.packed())
-            factors = None if adapter is None else adapter.factors(weight.codes.device)
-            layer = FusedLinear(weight, factors, buffers.get("bias"), self._off, self.name)
-            made = _Made(tensors, versions, weight, layer)
-            self._made = made
+            made = self._made = self._make(adapter, made)
         return made.layer
+
+    def _made_from(self, adapter: EoRA | None) -> tuple[Any, ...]:
+        """What the layer is made from: `PACKED`, the bias, A and B, and the factors where they are packed."""
+        buffers = self._buffers
+        factors = (None, None, None) if adapter is None else adapter.stored()
+        return (*map(buffers.__getitem__, PACKED), buffers.get("bias"), *factors)
+
+    def _make(self, adapter: EoRA | None, made: _Made | None) -> _Made:
+        """The layer, made now; the weight of the one before is taken over if it is the same."""
+        for name in (*PACKED, "bias"):
+            if (buffer := self._buffers.get(name)) is not None:
+                self._buffers[name] = counting_writes(buffer)
+        tensors = self._made_from(adapter)
+        # Read first: who writes meanwhile has another layer made.
+        versions = [0 if one is None else version(one) for one in tensors[:-1]]
+        packed = len(PACKED)
+        same = (
+            made is not None
+            and versions[:packed] == made.versions[:packed]
+            and all(map(operator.is_, tensors[:packed], made.tensors))
+        )
+        weight = made.weight if made is not None and same else repack_weight(self.packed())
+        factors = None if adapter is None else adapter.factors(weight.codes.device)
+        layer = FusedLinear(weight, factors, self._buffers.get("bias"), self._off, self.name)
+        return _Made(tensors, versions, weight, layer)
 
     def packed(self) -> PackedWeight:
         """The buffers, checked: what a checkpoint says is not trusted.

@@ -92,20 +92,20 @@ class EoRATritonLinear(EoRAFusedLinear):
         if not runs_on(self.qweight.device):
             return super().state()
         tensors = [self.qweight, self.qzeros, self.scales, self.g_idx, self.bias]
-        tensors += [None, None] if self.adapter is None else [self.adapter.lora_A, self.adapter.lora_B]
-        return (*tensors, *(0 if one is None else version(one) for one in tensors))
+        adapter = () if self.adapter is None else self.adapter.state()
+        return (*tensors, *(0 if one is None else version(one) for one in tensors), *adapter)
 
     @classmethod
     def join(cls, modules: Sequence[EoRATritonLinear]) -> Joint:
         """As `SharesInput.join`: the launches, if the modules are on a GPU."""
         if not runs_on(modules[0].qweight.device):
             return super().join(modules)
-        from ...kernels.triton.ops import FusedLinears
+        from ...kernels.triton.ops import StackedLinears
 
         factors = [
             module.adapter.factors(module.qweight.device) if module.adapter is not None else None for module in modules
         ]
-        return FusedLinears.prepare(
+        return StackedLinears.prepare(
             [module.packed() for module in modules], factors, [module.bias for module in modules]
         )
 

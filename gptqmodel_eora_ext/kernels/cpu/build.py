@@ -107,8 +107,7 @@ def require_fine(fault: int, name: str = "CPU kernels") -> None:
         what = FAULTS[fault] if 0 < fault < len(FAULTS) else f"fault {fault}"
         raise LayoutError(
             f"{name}: the compiled kernels refuse {what}: what they were handed has other sizes than the layer. "
-            f"Nothing was computed. Load the checkpoint and its adapter again; if the message comes back, one of them is "
-            f"damaged."
+            f"Nothing was computed. Load the checkpoint and its adapter again; if that does not help, one is damaged."
         )
 
 

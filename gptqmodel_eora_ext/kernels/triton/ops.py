@@ -32,7 +32,7 @@ INTERPRETED_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
-class FusedLinears:
+class StackedLinears:
     """Weights that read the same input, as `fused_linears` takes them; tensors of a weight are its own, not copies.
 
     Attributes:
@@ -70,7 +70,7 @@ class FusedLinears:
         weights: Sequence[PackedWeight],
         factors: Sequence[Factors | None],
         biases: Sequence[torch.Tensor | None],
-    ) -> FusedLinears:
+    ) -> StackedLinears:
         """Bring weights into the form of the kernels: zeros to version 2, A stacked. Synchronises; meant for loading.
 
         Raises:
@@ -140,10 +140,10 @@ def fused_linears(
     group_size: int,
     factor_bits: int,
 ) -> list[torch.Tensor]:
-    """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `FusedLinears`."""
+    """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `StackedLinears`."""
     return _linears(
         x,
-        FusedLinears(
+        StackedLinears(
             list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
             list(up_scales), bits, group_size, factor_bits, x.shape[1],
         ),
@@ -155,12 +155,12 @@ def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.
     return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
 
 
-def _linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
+def _linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     with on(x.device):
         return _launched_linears(x, fused)
 
 
-def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
+def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     rows, in_features = x.shape
     outs = tuple(qweight.shape[1] for qweight in fused.qweights)
     bits, factor_bits = fused.bits, fused.factor_bits
@@ -223,7 +223,7 @@ def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor
     return ys
 
 
-def _dense_linears(x: torch.Tensor, fused: FusedLinears, block_k: int) -> list[torch.Tensor]:
+def _dense_linears(x: torch.Tensor, fused: StackedLinears, block_k: int) -> list[torch.Tensor]:
     """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
     in_features = x.shape[1]
     t, first = None, 0
@@ -264,7 +264,7 @@ def _dense_factor(
 
 
 def _shrink(
-    x: torch.Tensor, fused: FusedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
+    x: torch.Tensor, fused: StackedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
 ) -> tuple[torch.Tensor, int]:
     """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
     rows, in_features = x.shape
@@ -285,7 +285,7 @@ def _shrink(
 
 
 def _key(x: torch.Tensor, chosen: settings.Settings, part_count: int = 0) -> tuple[Any, ...] | None:
-    """What tells apart the launches of one `FusedLinears`, whose tensors are always the same."""
+    """What tells apart the launches of one `StackedLinears`, whose tensors are always the same."""
     return (x.dtype, x.shape[0], chosen, part_count) if aligned(x) else None
 
 
@@ -343,7 +343,7 @@ def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Ten
         )  # fmt: skip
 
 
-def _fields(fused: FusedLinears) -> tuple[Any, ...]:
+def _fields(fused: StackedLinears) -> tuple[Any, ...]:
     """What `fused_linears` takes after x."""
     return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in ("in_features", "launches"))
 
