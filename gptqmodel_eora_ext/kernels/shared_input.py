@@ -12,7 +12,8 @@ given out where all of this holds, and computed anew otherwise:
   (`SharesInput.state`). The others of the group need not be asked, since no result depends on them.
 - It asks from the same thread. Each thread keeps its own.
 
-While `torch.compile` traces, none of this can be asked, and each module goes alone.
+While `torch.compile` traces, none of this can be asked, and each module goes alone, by a GPU's launches as they were
+prepared before: an adapter that changes later asks for compiling again.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ class SharedInput:
         self._modules = tuple(modules)
         self._prepared: _Prepared | None = None
         self._mine = _OfThread()
-        self._alone = {id(module): SharedInput([module]) for module in modules} if len(modules) > 1 else {}
+        # Each by itself: what its `shared` was before, and has prepared.
+        self._alone: dict[int, SharedInput] = {}
+        if len(modules) > 1:
+            self._alone = {id(one): one.shared if one.shared.alone else SharedInput([one]) for one in modules}
 
     def __call__(self, module: SharesInput, x: torch.Tensor) -> torch.Tensor:
         """y of ``module``."""
