@@ -163,7 +163,7 @@ def _linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
 def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     rows, in_features = x.shape
     outs = tuple(qweight.shape[1] for qweight in fused.qweights)
-    bits, factor_bits = fused.bits, fused.factor_bits
+    bits = fused.bits
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
     if rows > settings.MOST_FUSED_ROWS:
@@ -179,11 +179,7 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tens
         chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
-    # One float and one lock stand for none where the inputs are not split: kernels take pointers.
-    partials = x.new_empty(chosen.splits * rows * sum(outs) if chosen.splits > 1 else 1, dtype=torch.float32)
-    lock_count = m_tiles * tiles if chosen.splits > 1 else 1
-    # The shrink kernel zeroes the locks; without it a memset does.
-    locks = (x.new_zeros if fused.down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
+    partials, locks = _meeting_place(x, fused, chosen, sum(outs), m_tiles * tiles)
     if fused.down is None:
         parts, part_count = partials, 1
     else:
@@ -193,34 +189,54 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tens
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
     )  # fmt: skip
     sizes = (in_features, sum(outs), sum(ranks), part_count)
-    codes = settings.unit_codes(bits)
-    adapter: dict[str, Any] = {
-        "FACTOR_BITS": factor_bits, "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
-    }  # fmt: skip
-    first: dict[str, Any] = {"MODULES": len(outs), "BITS": bits, "CODES": codes}
-    tiles_of: dict[str, Any]
+    constants = _constants(fused, chosen, rows, in_features, part_count)
     key = _key(x, chosen, part_count)
     if rows == 1:
-        windows = codes // settings.window_codes(bits)
-        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
-        groups = {"GROUP_UNITS": -(-fused.group_size // codes), "EVEN": in_features % codes == 0}
-        tiles_of = {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k, "BLOCK_R": chosen.block_r}
+        windows = settings.unit_codes(bits) // settings.window_codes(bits)
         launch(
             fused.launches, key, gemv_kernel, (tiles, chosen.splits, 1),
-            (*arguments, *sizes, windows, ONE, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
-            chosen.options(),
+            (*arguments, *sizes, windows, ONE, chosen.per_split), constants, chosen.options(),
         )  # fmt: skip
     else:
-        groups = {"GROUP_SIZE": fused.group_size}
-        tiles_of = {
-            "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r,
-        }  # fmt: skip
         launch(
             fused.launches, key, gemm_kernel, (m_tiles, tiles, chosen.splits),
-            (*arguments, rows, *sizes, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
-            chosen.options(),
+            (*arguments, rows, *sizes, chosen.per_split), constants, chosen.options(),
         )  # fmt: skip
     return ys
+
+
+def _meeting_place(
+    x: torch.Tensor, fused: StackedLinears, chosen: settings.Settings, columns: int, tiles: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the programs that share the inputs of a tile leave their sums, and a lock for each tile.
+
+    Where inputs are not split, one float and one lock stand for none, since kernels take pointers.
+    """
+    split = chosen.splits > 1
+    partials = x.new_empty(chosen.splits * x.shape[0] * columns if split else 1, dtype=torch.float32)
+    # The shrink kernel zeroes the locks; without it a memset does.
+    make = x.new_zeros if split and fused.down is None else x.new_empty
+    return partials, make(tiles if split else 1, dtype=torch.int32)
+
+
+def _constants(
+    fused: StackedLinears, chosen: settings.Settings, rows: int, in_features: int, part_count: int
+) -> dict[str, Any]:
+    """What is compiled into `gemv_kernel` (one row) or `gemm_kernel`, in their order."""
+    codes = settings.unit_codes(fused.bits)
+    first: dict[str, Any] = {"MODULES": len(fused.qweights), "BITS": fused.bits, "CODES": codes}
+    adapter: dict[str, Any] = {
+        "FACTOR_BITS": fused.factor_bits, "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
+    }  # fmt: skip
+    if rows == 1:
+        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
+        groups = {"GROUP_UNITS": -(-fused.group_size // codes), "EVEN": in_features % codes == 0}
+        tiles = {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k, "BLOCK_R": chosen.block_r}
+    else:
+        groups = {"GROUP_SIZE": fused.group_size}
+        tiles = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+                 "BLOCK_R": chosen.block_r}  # fmt: skip
+    return {**first, **groups, **adapter, **tiles}
 
 
 def _dense_linears(x: torch.Tensor, fused: StackedLinears, block_k: int) -> list[torch.Tensor]:
