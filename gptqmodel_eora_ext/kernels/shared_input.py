@@ -130,7 +130,7 @@ class SharedInput:
     def __call__(self, module: SharesInput, x: torch.Tensor) -> torch.Tensor:
         """y of ``module``."""
         if not self._alone:
-            return self.prepare(module)(x)[0]
+            return self.prepare()(x)[0]
         if torch.compiler.is_compiling():
             return self._by_itself(module, x)
         mine = self._mine
@@ -174,23 +174,19 @@ class SharedInput:
         """Whether there is one module only."""
         return not self._alone
 
-    def prepare(self, module: SharesInput | None = None) -> Joint:
+    def prepare(self) -> Joint:
         """What computes the modules together, prepared now unless it is.
-
-        Args:
-            module: the one whose state may have changed; all of them, if left out.
 
         Raises:
             LayoutError: as `SharesInput.join`.
         """
         prepared = self._prepared
-        asked = self._modules if module is None else (module,)
         if prepared is not None and torch.compiler.is_compiling() and prepared.joint is not None:
             return prepared.joint
         if (
             prepared is None
             or prepared.joint is None
-            or not all(unchanged(prepared.states[id(one)], one.state()) for one in asked)
+            or not all(unchanged(prepared.states[id(one)], one.state()) for one in self._modules)
         ):
             states = {id(one): one.state() for one in self._modules}
             self._prepared = _Prepared(states, None)
@@ -201,12 +197,15 @@ class SharedInput:
     def _ready(self, module: SharesInput) -> _Prepared | None:
         """The group as it was prepared; None where it cannot be computed together."""
         prepared = self._prepared
-        if prepared is not None and prepared.joint is None:
-            if all(unchanged(prepared.states[id(one)], one.state()) for one in self._modules):
+        if prepared is not None:
+            if prepared.joint is not None:
+                if unchanged(prepared.states[id(module)], module.state()):
+                    return prepared
+            elif all(unchanged(prepared.states[id(one)], one.state()) for one in self._modules):
                 return None
             self._prepared = None
         try:
-            self.prepare(module)
+            self.prepare()
         except LayoutError:
             return None
         return self._prepared

@@ -265,7 +265,8 @@ def test_the_torch_path_has_the_packed_tensors() -> None:
 @needs_kernels
 @torch.no_grad()
 def test_a_weight_that_cannot_be_had_back_is_kept() -> None:
-    weight = replace(packed_weight(3, 20, 64, 16, sym=False), g_idx=torch.tensor([3] * 37 + [0] * 27, dtype=torch.int32))
+    g_idx = torch.tensor([3] * 37 + [0] * 27, dtype=torch.int32)
+    weight = replace(packed_weight(3, 20, 64, 16, sym=False), g_idx=g_idx)
     kernel, x = module(weight), random_input(2, 64)
     assert close(kernel(x), expected(kernel, weight, x)) and not takes_its_bytes_once(kernel)
 

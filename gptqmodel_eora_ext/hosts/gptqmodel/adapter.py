@@ -30,7 +30,8 @@ class EoRA(Lora):
 
     Quantising: ``model.quantize(calibration, adapter=EoRA(rank=64))``, or ``QuantizeConfig(adapter=EoRA(rank=64))``.
     Loading: ``GPTQModel.load(path)`` finds the adapter that the checkpoint names;
-    ``GPTQModel.load(path, adapter=EoRA(path=folder))`` loads another one.
+    ``GPTQModel.load(path, adapter=EoRA(path=folder))`` loads another one, and
+    ``GPTQModel.load(path, adapter=EoRA())`` none: it has the plugin's kernels serve a checkpoint without an adapter.
 
     Args:
         rank: components per module, at least 1; when loading, the folder tells. A rank above min(out, in) of a module
@@ -305,7 +306,8 @@ class EoRA(Lora):
     @property
     def trained(self) -> bool:
         """Whether a factor wants a gradient."""
-        return any(one is not None and one.requires_grad for one in self._floats)
+        lora_A, lora_B = self._floats
+        return (lora_A is not None and lora_A.requires_grad) or (lora_B is not None and lora_B.requires_grad)
 
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
         """Take a module's factors; packed ones are kept as they were stored, and unpacked where somebody asks."""

@@ -144,9 +144,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
             raise ValueError(f"{self.name}: x should be … × {self.in_features}, found {found}.")
         if not self._fusable(x):
             return super().forward(x)
-        adapter = self.adapter
-        trained = adapter is not None and adapter.trained and torch.is_grad_enabled()
-        alone = trained or self.shared.alone or (x.requires_grad and torch.is_grad_enabled())
+        learning = torch.is_grad_enabled()
+        trained = learning and self.adapter is not None and self.adapter.trained
+        alone = self.shared.alone or trained or (learning and x.requires_grad)
         if torch.compiler.is_compiling():
             return self._untraced(x, alone, trained)
         return self._by_itself(x, trained) if alone else self._with_others(x)
