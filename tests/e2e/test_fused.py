@@ -112,9 +112,9 @@ def test_without_an_adapter_the_kernels_serve_whoever_asks(bare: Path, token_ids
         by_mark = GPTQModel.load(str(planned), dtype=torch.float32)
         by_mark.save(str(tmp_path / "again"))
         again = GPTQModel.load(str(tmp_path / "again"), dtype=torch.float32)
-        for host in (asked, by_mark, again):
-            kernels = helpers.kernels(host.model).values()
-            assert len(kernels) == 14 and all(isinstance(kernel, EoRAFusedLinear) for kernel in kernels)
+        for name, host in {"asked": asked, "by mark": by_mark, "again": again}.items():
+            served = [type(kernel) for kernel in helpers.kernels(host.model).values()]
+            assert served == [EoRAFusedLinear] * 14, name
             assert float((host.model(prompt).logits - wanted).norm()) < ROUNDING[torch.float32] * float(wanted.norm())
     assert not (tmp_path / "again" / "eora").exists()
 
@@ -126,4 +126,4 @@ def test_a_loaded_checkpoint_takes_its_packed_bytes_once(checkpoint: Path, token
     assert model.dtype and model.device.type == "cpu" and model.get_memory_footprint()
     kernels = helpers.kernels(model)
     assert kernels and all(kernel._buffers["qweight"] is None for kernel in kernels.values())
-    assert all(kernel.adapter.stored()[:2] == (None, None) for kernel in kernels.values())
+    assert [kernel.adapter.stored()[:2] for kernel in kernels.values()] == [(None, None)] * len(kernels)

@@ -308,12 +308,19 @@ def test_another_dtype_leaves_factors_as_they_are() -> None:
 def test_packed_factors_lie_in_memory_as_they_are_stored() -> None:
     weight, x = packed_weight(2, 40, 96, 32), random_input(3, 96)
     kernel, factors = module(weight), random_factors(weight, RANK, 4)
-    kernel.adapter.attach(ReadFactors(factors.down.dequantize(), factors.up.dequantize().T,
-                                      (factors.down, factors.up)), torch.device("cpu"))  # fmt: skip
+    read = ReadFactors(factors.down.dequantize(), factors.up.dequantize().T, (factors.down, factors.up))
+    kernel.adapter.attach(read, torch.device("cpu"))
     kernel(x)
     assert kernel.adapter.stored()[:2] == (None, None) and kernel.adapter.packed == (factors.down, factors.up)
     assert torch.equal(kernel.adapter.lora_A, factors.down.dequantize().T)
-    assert kernel.adapter.packed == (factors.down, factors.up)
+    assert kernel.adapter.stored()[:2] == (None, None)  # it was only looked at
+    for rows in (RANK, 2):
+        kernel.adapter.attach(read, torch.device("cpu"))
+        part = kernel.adapter.lora_B[:rows]
+        kernel(x)
+        part.mul_(2)
+        assert kernel.adapter.packed is None and close(kernel(x), expected(kernel, weight, x))
+    kernel.adapter.attach(read, torch.device("cpu"))
     kernel.adapter.lora_A = kernel.adapter.lora_A * 2
     assert kernel.adapter.packed is None and torch.equal(kernel.adapter.lora_B, factors.up.dequantize())
     assert close(kernel(x), expected(kernel, weight, x))

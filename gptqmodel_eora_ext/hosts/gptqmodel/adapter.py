@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,16 @@ from ...kernels.versions import counting_writes, unchanged, version
 from ...plan import Plan
 from .installed import require_installed
 
+# The path of an adapter that has no folder and no factors, and says only that the plugin's kernels are wanted. The host
+# takes an adapter without a path for one whose factors lie among the weights, and makes room for them.
+KERNELS_ALONE = "(none: the plugin's kernels alone)"
 # Tells adapters apart that captured graphs apply at the same time (`kernels.triton.ops.add_correction`).
 _slots = itertools.count()
+
+
+def _references(values: Sequence[Any]) -> list[int]:
+    """How many refer to each of the values in a list; as many as to new objects in one, if nobody else does."""
+    return [sys.getrefcount(value) for value in values]
 
 
 class EoRA(Lora):
@@ -133,6 +143,16 @@ class EoRA(Lora):
     def preset(self) -> str | None:
         """As asked, or the default of `EoRA()`."""
         return self.options.preset
+
+    @property
+    def kernels_alone(self) -> bool:
+        """Whether it has no folder and no factors, and says only that the plugin's kernels are wanted."""
+        return self.path == KERNELS_ALONE
+
+    def settle_for_loading(self) -> None:
+        """Where neither a folder nor a rank was given for a checkpoint, have it stand for the kernels alone."""
+        if self.path is None and self.rank is None and not self.has_factors:
+            self.path = KERNELS_ALONE
 
     def settle_for_making(self) -> None:
         """Where nothing was asked of an adapter that is to be made, take the default preset and say so."""
@@ -260,6 +280,8 @@ class EoRA(Lora):
 
     def stored(self) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
         """Aᵀ, Bᵀ and the packed factors as they lie here: nothing is unpacked."""
+        if self._unpacked_at is not None:
+            self._forget_unpacked()
         return self._floats[0], self._floats[1], self._packed
 
     def state(self) -> tuple[Any, ...]:
@@ -276,6 +298,15 @@ class EoRA(Lora):
             self._unpacked_at = self._versions()
         return self._floats[index]
 
+    def _forget_unpacked(self) -> None:
+        """Let go of what was unpacked for somebody who only looked, as the host's loader does at each module."""
+        if self._packed is None or self._versions() != self._unpacked_at:
+            return
+        # Nobody else can write to it where no other Python object refers to it, and no view does.
+        unseen = _references(self._floats) == _references([object(), object()])
+        if unseen and all(one is not None and one._use_count() == 1 for one in self._floats):
+            self._floats, self._unpacked_at = [None, None], None
+
     def _set_float(self, index: int, value: torch.Tensor | None) -> None:
         self._float(1 - index)  # the other one stays what it is, also where it is packed still
         self._floats[index] = None if value is None else counting_writes(value)
@@ -285,7 +316,8 @@ class EoRA(Lora):
         """Aᵀ and Bᵀ of packed factors, float32, in the layouts that stock `Lora` multiplies with."""
         assert self._packed is not None
         with torch.inference_mode(False), torch.no_grad():
-            return self._packed[0].dequantize().T, self._packed[1].dequantize()
+            # Not a view of something else, so that views of it are counted as its own (`_forget_unpacked`).
+            return self._packed[0].dequantize().T.clone(), self._packed[1].dequantize()
 
     def factors(self, device: torch.device) -> Factors | None:
         """The factors on ``device`` as kernels take them, packed if they are stored so; None without any."""
@@ -334,7 +366,7 @@ class EoRA(Lora):
         """
         if lora_A is not None and lora_B is not None:
             self.lora_A, self.lora_B = lora_A, lora_B
-        elif not self.has_factors and self.path:
+        elif not self.has_factors and self.path and not self.kernels_alone:
             folder = AdapterFolder.open(self.path)
             for _, factors in folder.factors([name for name in folder.keys if name == weight_key]):
                 self.attach(factors, device)

@@ -117,10 +117,13 @@ class EoRATritonLinear(EoRAFusedLinear):
 def candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The kernels that a model's modules are tried with: an explicit `BACKEND.GPTQ_TRITON` means this one, too.
 
+    An `EoRA()` with nothing to load is told here that it stands for the kernels alone, before modules are made with it.
     The automatic order has it already (`seams`). Modules that it cannot serve go to the host's.
     """
-    found = original(*args, **kwargs)
     asked = inspect.signature(original).bind(*args, **kwargs).arguments
+    if isinstance(asked.get("adapter"), EoRA) and not asked.get("pack"):
+        asked["adapter"].settle_for_loading()
+    found = original(*args, **kwargs)
     explicit = asked.get("backend") == BACKEND.GPTQ_TRITON and not asked.get("pack")
     if explicit and isinstance(asked.get("adapter"), EoRA) and isinstance(found, list) and TRITON not in switched_off():
         return [EoRATritonLinear, *found]

@@ -76,7 +76,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     kernels = adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
-        if adapter.path:
+        if adapter.path and not adapter.kernels_alone:
             _attach(AdapterFolder.open(adapter.path), kernels)
     if _uncompiled.get():
         for module in model.modules():

@@ -56,8 +56,9 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
         return run.factors, run.details(), adapter.path
     # A loaded adapter goes into the new checkpoint, never over the folder it came from.
     source = adapter._gptqmodel_checkpoint_source
-    # An `EoRA` may have no factors and no place: it stands for the plugin's kernels then.
-    details = _details(Path(*source) if source else Path(adapter.path)) if source or adapter.path else {}
+    if adapter.kernels_alone:
+        return {}, {}, None
+    details = _details(Path(*source) if source else Path(adapter.path))
     reports = details.pop("modules", {})
     factors = {}
     for name, kernel in adapted_kernels(model.model).items():
