@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test asan lint bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,14 @@ demo: $(STAMP)
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile
+
+# The kernels' tests once more over a library that looks at every read and write. Linux with gcc, whose libasan has to be
+# loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python
+# and torch keep memory until they end.
+asan: $(STAMP)
+	CXX=g++ GPTQMODEL_EORA_EXT_CXXFLAGS="-fsanitize=address -g" OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -m pytest tests/kernels/test_untrusted.py tests/kernels/test_cpu.py
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..formats.factors import GROUP_SIZE, QuantizedFactor
+from ..formats.factors import QuantizedFactor
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
 from ..formats.packed_factors import FEATURES, read_packed
+from ..formats.packed_weights import LayoutError
 from .errors import AdapterError, is_whole
 from .settings import AdapterSettings, read_details
 
@@ -245,25 +246,17 @@ class AdapterFolder:
     def _read_packed(self, handle: safe_open, module: str) -> ReadFactors:
         if module not in self.features:
             raise AdapterError(f"Adapter: `{self.weights}` does not tell the widths of {module}.")
-        rank, bits = self.rank(module), self.factor_bits
-        for half, width in zip(("lora_A", "lora_B"), self.features[module], strict=True):
-            expected = {
-                "qweight": (torch.uint8, (rank, -(-width * bits // 8))),
-                "scales": (torch.float16, (rank, -(-width // GROUP_SIZE))),
-            }
-            for part, (dtype, shape) in expected.items():
-                key = self.keys[module][f"{half}.{part}"]
-                tensor = handle.get_tensor(key)
-                if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                    raise AdapterError(
-                        f"Adapter: `{self.weights}` holds `{key}` as {tensor.dtype} {tuple(tensor.shape)}; expected "
-                        f"{dtype} {shape}, by rank {rank} of {ADAPTER_CONFIG} and {width} features. Copy the folder "
-                        f"again, or make the adapter again with `eora generate`."
-                    )
-                if part == "scales":
-                    self._finite(tensor, key)
-        packed = read_packed(handle, self.keys[module], self.features[module], bits)
-        return ReadFactors(packed[0].dequantize(), packed[1].dequantize().T.contiguous(), packed)
+        keys, where = self.keys[module], f"{module} in `{self.weights}`"
+        try:
+            packed = read_packed(handle, keys, self.features[module], self.factor_bits, where)
+        except LayoutError as error:
+            raise AdapterError(f"Adapter: {error}") from error
+        lora_A, lora_B = packed[0].dequantize(), packed[1].dequantize().T.contiguous()
+        if lora_A.shape[0] != self.rank(module):
+            raise self._wrong_rank(module, tuple(lora_A.shape), tuple(lora_B.shape))
+        for half, factor in zip(("lora_A", "lora_B"), packed, strict=True):
+            self._finite(factor.scales, keys[f"{half}.scales"])
+        return ReadFactors(lora_A, lora_B, packed)
 
     def _matrix(self, handle: safe_open, key: str) -> torch.Tensor:
         tensor = handle.get_tensor(key)

@@ -110,5 +110,5 @@ def test_ranks_of_a_packed_folder_are_checked(tmp_path: Path) -> None:
     content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert content["peft_type"] == "EORA" and content["rank_pattern"] == {NAMES[2]: 3}
     edit_config(tmp_path, rank_pattern={})
-    with pytest.raises(AdapterError, match=r"expected torch\.uint8 .*, by rank 4 of adapter_config"):
+    with pytest.raises(AdapterError, match="gives it rank 4"):
         list(AdapterFolder.open(tmp_path).factors(NAMES))

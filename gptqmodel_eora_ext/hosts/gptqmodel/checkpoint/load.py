@@ -16,7 +16,7 @@ from ....adapter.errors import AdapterError, read_json
 from ....adapter.folder import AdapterFolder
 from ....adapter.naming import AdapterEntry, named_folder, read_entry
 from ....formats import autoround
-from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, QUANTIZE_CONFIG
+from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
 from ..adapter import EoRA
 from .save import adapted_kernels
@@ -41,7 +41,8 @@ def is_supported(original: Callable[..., bool], config: Any) -> bool:
 
 
 def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`.
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`, and so does no adapter
+    where a plan made the checkpoint.
 
     A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
     """
@@ -55,6 +56,10 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
     entry = read_entry(place)
     config = original(*args, **kwargs)
     stock = config.adapter
+    if stock is None and config.meta_get(PLAN_MARK):
+        # Without any factors: it says that the plugin's kernels are wanted.
+        config.adapter = EoRA()
+        return config
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)
     if entry is not None and type(stock) is Lora and source is not None and _is_ours(place, entry):
         config.adapter = EoRA(rank=stock.rank, path=stock.path)
@@ -113,7 +118,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     kernels = adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
-        if adapter.path:
+        if adapter.path and not adapter.kernels_alone:
             _attach(AdapterFolder.open(adapter.path), kernels)
     if _uncompiled.get():
         for module in model.modules():
