@@ -16,6 +16,7 @@ from ....adapter.folder import AdapterError, AdapterFolder
 from ....formats import autoround
 from ....formats.names import ADAPTER_DETAILS, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
+from ....system.memory import give_back_freed
 from ..adapter import EoRA
 from .save import adapted_kernels
 
@@ -84,6 +85,8 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
                 module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
+    if kernels:
+        give_back_freed()  # the packed tensors that the kernels gave up
     return model
 
 
