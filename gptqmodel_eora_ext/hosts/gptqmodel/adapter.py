@@ -30,6 +30,12 @@ KERNELS_ALONE = "(none: the plugin's kernels alone)"
 _slots = itertools.count()
 
 
+def _uses(tensor: torch.Tensor) -> int:
+    """How many things refer to a tensor's storage, views included; 0 where this torch cannot tell."""
+    count = getattr(tensor, "_use_count", None)
+    return 0 if count is None else int(count())
+
+
 def _references(values: Sequence[Any]) -> list[int]:
     """How many refer to each of the values in a list; as many as to new objects in one, if nobody else does."""
     return [sys.getrefcount(value) for value in values]
@@ -152,7 +158,7 @@ class EoRA(Lora):
     def settle_for_loading(self) -> None:
         """Where neither a folder nor a rank was given for a checkpoint, have it stand for the kernels alone."""
         if self.path is None and self.rank is None and not self.has_factors:
-            self.path = KERNELS_ALONE
+            self.path: str | None = KERNELS_ALONE
 
     def settle_for_making(self) -> None:
         """Where nothing was asked of an adapter that is to be made, take the default preset and say so."""
@@ -304,7 +310,7 @@ class EoRA(Lora):
             return
         # Nobody else can write to it where no other Python object refers to it, and no view does.
         unseen = _references(self._floats) == _references([object(), object()])
-        if unseen and all(one is not None and one._use_count() == 1 for one in self._floats):
+        if unseen and all(one is not None and _uses(one) == 1 for one in self._floats):
             self._floats, self._unpacked_at = [None, None], None
 
     def _set_float(self, index: int, value: torch.Tensor | None) -> None:

@@ -18,6 +18,7 @@ from ....adapter.naming import AdapterEntry, named_folder, read_entry
 from ....formats import autoround
 from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
+from ....system.memory import release_free_memory
 from ..adapter import EoRA
 from .save import adapted_kernels
 
@@ -126,6 +127,9 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
                 module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
+    if kernels:
+        # The kernels have given up the packed tensors; glibc keeps a quarter of the model's size of it otherwise.
+        release_free_memory()
     return model
 
 
