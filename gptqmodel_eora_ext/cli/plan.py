@@ -114,12 +114,7 @@ def plan(
         if total:
             size, fewest = budget_bytes(total, opened.shapes), min(asked.widths)
             chosen = planned(modules, size, asked.grid, fewest, model=model, sensitivity=sensitivity)
-        if chosen and plan_file:
-            chosen.write(plan_file)
-        if picture:
-            from ..plan.picture import draw
-
-            draw(points, chosen, picture, title=Path(model).name)
+        asked.write(points, chosen, model)
     if as_json:
         out.print_json(json.dumps([point.as_json() for point in points]))
         return
@@ -206,6 +201,15 @@ class _Asked:
         )
         question = plan_question(shapes, self.grid, most=most, swept=self.bits)
         return planned_modules(shapes, opened.survey(data, question, self.sensitivity, bar))
+
+    def write(self, points: Sequence[Point], chosen: Plan | None, model: str) -> None:
+        """Write the files that were asked for."""
+        if chosen and self.plan_file:
+            chosen.write(self.plan_file)
+        if self.picture:
+            from ..plan.picture import draw
+
+            draw(points, chosen, self.picture, title=Path(model).name)
 
 
 def _require_matplotlib() -> None:

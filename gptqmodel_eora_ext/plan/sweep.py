@@ -11,6 +11,7 @@ cancel in the softmax, and others add up, which second orders do not see either.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,35 +162,13 @@ def sweep(
         reached = [name for name in inputs.leaders if sensitivity is None or name in sensitivity]
         counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
         _tell_routing(inputs, reached, tokens)
-
-        def compensated(
-            name: str,
-            inputs: LayerInputs = inputs,
-            moments: Mapping[str, Moment] = moments,
-            columns: Mapping[Any, ColumnOrder] = columns,
-        ) -> tuple[str, dict[int, Forecast], torch.Tensor | None, Moment | None]:
-            """Forecasts of a module, Ŵ + BA in its dtype at the first width, and its G where it is no gradient's."""
-            weight = inputs.linears[name].weight.detach()
-            wide = weight.to(torch.float32)
-            leader, how = inputs.leaders[name], question.rounding(name)
-            known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
-            if question.quantized is not None:
-                rounded = [question.quantized(name, weight).to(torch.float32)]
-            else:
-                rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
-            found: dict[int, Forecast] = {}
-            replacement = None
-            for bits, approximation in zip(how.bits, rounded, strict=True):
-                rank = question.rank(name, bits)
-                few = min(rank, question.uniform)
-                found[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
-                if kinds is not None and replacement is None:
-                    replacement = torch.addmm(approximation, lora_B, lora_A).to(weight.dtype)
-            return name, found, replacement, known.output if sensitivity is None else None
-
+        work = functools.partial(
+            _forecast_module, inputs=inputs, moments=moments, columns=columns, tokens=tokens, sensitivity=sensitivity,
+            question=question, replaces=kinds is not None,
+        )  # fmt: skip
         replaced: dict[str, torch.Tensor] = {}
         largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
-        done = side_by_side(compensated, reached, model.device) if largest <= LARGE else map(compensated, reached)
+        done = side_by_side(work, reached, model.device) if largest <= LARGE else map(work, reached)
         for name, found, replacement, output_moment in done:
             forecasts[name] = found
             if replacement is not None:
@@ -204,6 +183,37 @@ def sweep(
             kinds.step(inputs, replaced)
     output_moments = relative if sensitivity is None else sensitivity
     return Swept(forecasts, kinds.divergences() if kinds else {}, output_moments, tokens, counts)
+
+
+def _forecast_module(
+    name: str,
+    *,
+    inputs: LayerInputs,
+    moments: Mapping[str, Moment],
+    columns: Mapping[Any, ColumnOrder],
+    tokens: int,
+    sensitivity: Sensitivity | None,
+    question: Question,
+    replaces: bool,
+) -> tuple[str, dict[int, Forecast], torch.Tensor | None, Moment | None]:
+    """Forecasts of a module; Ŵ + BA in its dtype at the first width, if it is to be replaced; G where no gradient's."""
+    weight = inputs.linears[name].weight.detach()
+    wide = weight.to(torch.float32)
+    leader, how = inputs.leaders[name], question.rounding(name)
+    known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
+    if question.quantized is not None:
+        rounded = [question.quantized(name, weight).to(torch.float32)]
+    else:
+        rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
+    found: dict[int, Forecast] = {}
+    replacement = None
+    for bits, approximation in zip(how.bits, rounded, strict=True):
+        rank = question.rank(name, bits)
+        few = min(rank, question.uniform)
+        found[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
+        if replaces and replacement is None:
+            replacement = torch.addmm(approximation, lora_B, lora_A).to(weight.dtype)
+    return name, found, replacement, known.output if sensitivity is None else None
 
 
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:

@@ -99,9 +99,7 @@ def generate_adapter(
         raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
     adapter.settle_for_making()
     rounds = rounds_to_make(adapter, FINISHED)
-    folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
-    if not adapter.path and not os.access(checkpoint, os.W_OK):
-        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    folder = _folder_for(adapter, checkpoint)
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
@@ -127,6 +125,14 @@ def generate_adapter(
     write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     return folder
+
+
+def _folder_for(adapter: EoRA, checkpoint: Path) -> Path:
+    if adapter.path:
+        return Path(adapter.path)
+    if not os.access(checkpoint, os.W_OK):
+        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    return checkpoint / DEFAULT_FOLDER
 
 
 def _load_base(
