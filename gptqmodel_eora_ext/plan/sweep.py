@@ -11,7 +11,6 @@ cancel in the softmax, and others add up, which second orders do not see either.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -157,63 +156,70 @@ def sweep(
     tokens = sum(int(window.keep.sum()) for window in windows)
     counts: dict[str, int] = {}
     for inputs in layer_inputs(model, modules, windows, progress):
-        moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items()}
-        columns = _columns(inputs, moments, question)
         reached = [name for name in inputs.leaders if sensitivity is None or name in sensitivity]
         counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
         _tell_routing(inputs, reached, tokens)
-        work = functools.partial(
-            _forecast_module, inputs=inputs, moments=moments, columns=columns, tokens=tokens, sensitivity=sensitivity,
-            question=question, replaces=kinds is not None,
-        )  # fmt: skip
         replaced: dict[str, torch.Tensor] = {}
-        largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
-        done = side_by_side(work, reached, model.device) if largest <= LARGE else map(work, reached)
-        for name, found, replacement, output_moment in done:
-            forecasts[name] = found
-            if replacement is not None:
-                replaced[name] = replacement
-            if isinstance(output_moment, torch.Tensor):
-                relative[name] = output_moment
+        for one in _of_layer(inputs, reached, tokens, sensitivity, question, model.device):
+            forecasts[one.name] = one.forecasts
+            if kinds is not None:
+                replaced[one.name] = one.compensated
+            if sensitivity is None and isinstance(one.output_moment, torch.Tensor):
+                relative[one.name] = one.output_moment
         for name in inputs.linears:
             forecasts.setdefault(name, {bits: unreached(question.rank(name, bits))
                                         for bits in question.rounding(name).bits})  # fmt: skip
-        del moments, columns
         if kinds is not None:
             kinds.step(inputs, replaced)
+        # The next layer comes before the loop lets go of it.
+        del inputs, replaced
     output_moments = relative if sensitivity is None else sensitivity
     return Swept(forecasts, kinds.divergences() if kinds else {}, output_moments, tokens, counts)
 
 
-def _forecast_module(
-    name: str,
-    *,
+@dataclass(frozen=True)
+class _Found:
+    """Of a module: its forecasts, Ŵ + BA of the first width in its dtype, and G."""
+
+    name: str
+    forecasts: dict[int, Forecast]
+    compensated: torch.Tensor
+    output_moment: Moment
+
+
+def _of_layer(
     inputs: LayerInputs,
-    moments: Mapping[str, Moment],
-    columns: Mapping[Any, ColumnOrder],
+    reached: Sequence[str],
     tokens: int,
     sensitivity: Sensitivity | None,
     question: Question,
-    replaces: bool,
-) -> tuple[str, dict[int, Forecast], torch.Tensor | None, Moment | None]:
-    """Forecasts of a module; Ŵ + BA in its dtype at the first width, if it is to be replaced; G where no gradient's."""
-    weight = inputs.linears[name].weight.detach()
-    wide = weight.to(torch.float32)
-    leader, how = inputs.leaders[name], question.rounding(name)
-    known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
-    if question.quantized is not None:
-        rounded = [question.quantized(name, weight).to(torch.float32)]
-    else:
-        rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
-    found: dict[int, Forecast] = {}
-    replacement = None
-    for bits, approximation in zip(how.bits, rounded, strict=True):
-        rank = question.rank(name, bits)
-        few = min(rank, question.uniform)
-        found[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
-        if replaces and replacement is None:
-            replacement = torch.addmm(approximation, lora_B, lora_A).to(weight.dtype)
-    return name, found, replacement, known.output if sensitivity is None else None
+    device: torch.device,
+) -> list[_Found]:
+    """Forecasts of a layer's modules that tokens reached."""
+    moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items()}
+    columns = _columns(inputs, moments, question)
+
+    def found(name: str) -> _Found:
+        weight = inputs.linears[name].weight.detach()
+        wide = weight.to(torch.float32)
+        leader, how = inputs.leaders[name], question.rounding(name)
+        known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
+        if question.quantized is not None:
+            rounded = [question.quantized(name, weight).to(torch.float32)]
+        else:
+            rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
+        forecasts: dict[int, Forecast] = {}
+        compensated: list[torch.Tensor] = []
+        for bits, approximation in zip(how.bits, rounded, strict=True):
+            rank = question.rank(name, bits)
+            few = min(rank, question.uniform)
+            forecasts[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
+            if not compensated:
+                compensated.append(torch.addmm(approximation, lora_B, lora_A).to(weight.dtype))
+        return _Found(name, forecasts, compensated[0], known.output)
+
+    largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
+    return list(side_by_side(found, reached, device) if largest <= LARGE else map(found, reached))
 
 
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
