@@ -1,19 +1,17 @@
-"""Memory that was freed, given back to the system."""
+"""Giving memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
+import os
 
 
-def give_back_freed() -> None:
-    """Have the C library give freed memory back to the system, where it can be asked to (glibc).
+def release_free_memory() -> None:
+    """Have glibc return free pages to the system; nothing on other systems.
 
-    It keeps what is freed in pieces for the next who asks; after loading a model that is a quarter of the model's size,
-    and takes some milliseconds to give back.
+    Compensation keeps small factors between large temporaries. Left alone, glibc's heaps grow by a layer's weights for
+    every layer, all of it free but unreturned: 17 % of peak memory on SmolLM2.
     """
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -16,7 +16,7 @@ from ....adapter.folder import AdapterError, AdapterFolder
 from ....formats import autoround
 from ....formats.names import ADAPTER_DETAILS, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
-from ....system.memory import give_back_freed
+from ....system.memory import release_free_memory
 from ..adapter import EoRA
 from .save import adapted_kernels
 
@@ -86,7 +86,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
     if kernels:
-        give_back_freed()  # the packed tensors that the kernels gave up
+        release_free_memory()  # the packed tensors that the kernels gave up
     return model
 
 
