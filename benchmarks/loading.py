@@ -60,7 +60,7 @@ prompt = torch.tensor([[504, 2240, 282, 260, 6585, 4264]])
 generate(1)
 first = time.perf_counter() - start
 one, many = generate(1), generate(int(sys.argv[2]))
-storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
 tensors = {one.data_ptr(): one.nbytes() for one in storages}
 found = {"resident_bytes": resident() - before, "tensor_bytes": sum(tensors.values()), "first_token_seconds": first,
          "tokens_per_second": (int(sys.argv[2]) - 1) / (many - one)}
