@@ -73,6 +73,7 @@ class EoRA(Lora):
     """
 
     rank: int | str | None
+    path: str | None
 
     def __init__(
         self,
@@ -304,7 +305,8 @@ class EoRA(Lora):
             return
         # Nobody else can write to it where no other Python object refers to it, and no view does.
         unseen = _references(self._floats) == _references([object(), object()])
-        if unseen and all(one is not None and one._use_count() == 1 for one in self._floats):
+        views = [one._use_count() for one in self._floats if one is not None]  # type: ignore[attr-defined]
+        if unseen and views == [1, 1]:
             self._floats, self._unpacked_at = [None, None], None
 
     def _set_float(self, index: int, value: torch.Tensor | None) -> None:
