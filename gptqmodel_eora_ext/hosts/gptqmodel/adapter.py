@@ -79,6 +79,7 @@ class EoRA(Lora):
     """
 
     rank: int | str | None
+    path: str | None
 
     def __init__(
         self,
