@@ -89,7 +89,7 @@ class FusedLinear:
         return result.to(grad.dtype)
 
 
-class FusedLinears:
+class JointLinears:
     """Layers that read the same input, multiplied in one go; without gradients.
 
     Args:
