@@ -107,8 +107,7 @@ def require_fine(fault: int, name: str = "CPU kernels") -> None:
         what = FAULTS[fault] if 0 < fault < len(FAULTS) else f"fault {fault}"
         raise LayoutError(
             f"{name}: the compiled kernels refuse {what}: what they were handed has other sizes than the layer. "
-            f"Nothing was computed. Load the checkpoint and its adapter again; if the message comes back, one of them is "
-            f"damaged."
+            f"Nothing was computed. Load the checkpoint and its adapter again; if that does not help, one is damaged."
         )
 
 
@@ -125,6 +124,7 @@ def library() -> ctypes.CDLL | None:
     memory = (pointer, long)
     loaded.eora_check.argtypes = (pointer,)
     loaded.eora_repack.argtypes = (*memory, *memory, integer, integer, integer, integer, *memory, integer)
+    loaded.eora_unpack.argtypes = loaded.eora_repack.argtypes
     loaded.eora_linears.argtypes = (pointer, integer, *memory, integer, integer, *memory, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, *memory, long, integer, integer)
     loaded.eora_matmul.argtypes = (pointer, *memory, *memory, integer, *memory, integer)

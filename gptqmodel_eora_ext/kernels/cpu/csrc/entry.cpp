@@ -134,6 +134,45 @@ int eora_repack(const uint32_t* qweight, int64_t qweight_bytes, const int32_t* p
   return FINE;
 }
 
+// The inverse of `eora_repack`, into words that are zero. Bits of the last words that belong to no code stay zero.
+int eora_unpack(uint32_t* qweight, int64_t qweight_bytes, const int32_t* places, int64_t places_bytes, int bits, int in,
+                int out, int units, const uint8_t* codes, int64_t codes_bytes, int threads) {
+  if (const Fault fault = check_stream(qweight, qweight_bytes, places, places_bytes, bits, in, out, units, codes,
+                                       codes_bytes, threads))
+    return fault;
+  const int strips = (out + LANES - 1) / LANES;
+  const uint32_t mask = (1u << bits) - 1;
+#pragma omp parallel for num_threads(threads)
+  for (int strip = 0; strip < strips; ++strip) {
+    const uint32_t* from = (const uint32_t*)(codes + strip * strip_bytes(bits, units));
+    const int lanes = out - strip * LANES < LANES ? out - strip * LANES : LANES;
+    for (int64_t place = 0; place < int64_t(units) * LANES; ++place) {
+      if (places[place] < 0) continue;
+      const int64_t unit = place / LANES, bit = int64_t(places[place]) * bits;
+      const int i = place % LANES, j = i % 4, k = i / 4, shift = bit % 32;
+      uint32_t* to = qweight + bit / 32 * out + strip * LANES;
+      for (int lane = 0; lane < lanes; ++lane) {
+        uint32_t code;
+        if (bits == 2) {
+          code = from[unit * 16 + lane] >> (8 * j + 2 * k);
+        } else if (bits == 4) {
+          code = from[unit * 32 + k / 2 * 16 + lane] >> (8 * j + 4 * (k % 2));
+        } else if (bits == 8) {
+          code = from[unit * 64 + k * 16 + lane] >> (8 * j);
+        } else {
+          const uint32_t* pair = from + unit / 2 * 48;
+          const uint32_t low = pair[unit % 2 * 16 + lane] >> (8 * j + 2 * k);
+          code = (low & 3) | (pair[32 + lane] >> ((8 * j + 2 * (k + 1) + unit % 2) % 32) & 1) << 2;
+        }
+        code &= mask;
+        to[lane] |= code << shift;
+        if (shift + bits > 32) to[lane + out] |= code >> (32 - shift);
+      }
+    }
+  }
+  return FINE;
+}
+
 // y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
 // x becomes integers once, and the components of all their A are one row of work.
 // Each y is rows × its layer's out, `y_bytes` of them all together.
