@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapter.validate import validate_choice, validate_rank
 from ..adapter.vocabulary import FACTOR_BITS
+from ..formats.names import PLAN_MARK
 from ..formats.sizes import ModuleShape
 from ..system.files import write_json
 
@@ -90,6 +91,7 @@ class Plan:
             "sym": self.sym,
             "mse": self.mse,
             "dynamic": self.dynamic(),
+            "meta": {PLAN_MARK: FORMAT},
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:

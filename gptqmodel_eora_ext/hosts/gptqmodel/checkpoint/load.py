@@ -14,8 +14,9 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
 from ....adapter.folder import AdapterError, AdapterFolder
 from ....formats import autoround
-from ....formats.names import ADAPTER_DETAILS, QUANTIZE_CONFIG
+from ....formats.names import ADAPTER_DETAILS, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
+from ....system.memory import release_free_memory
 from ..adapter import EoRA
 from .save import adapted_kernels
 
@@ -36,7 +37,8 @@ def is_supported(original: Callable[..., bool], config: Any) -> bool:
 
 
 def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`.
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`, and so does no adapter
+    where a plan made the checkpoint.
 
     A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
     """
@@ -47,6 +49,10 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
         return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
     config = original(*args, **kwargs)
     stock = config.adapter
+    if stock is None and config.meta_get(PLAN_MARK):
+        # Without any factors: it says that the plugin's kernels are wanted.
+        config.adapter = EoRA()
+        return config
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)
     if type(stock) is Lora and source is not None and Path(source[0], source[1], ADAPTER_DETAILS).is_file():
         config.adapter = EoRA(rank=stock.rank, path=stock.path)
@@ -71,7 +77,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     kernels = adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
-        if adapter.path:
+        if adapter.path and not adapter.kernels_alone:
             _attach(AdapterFolder.open(adapter.path), kernels)
     if _uncompiled.get():
         for module in model.modules():
@@ -79,6 +85,8 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
                 module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
+    if kernels:
+        release_free_memory()  # the packed tensors that the kernels gave up
     return model
 
 

@@ -56,11 +56,13 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
         return run.factors, run.details(), adapter.path
     # A loaded adapter goes into the new checkpoint, never over the folder it came from.
     source = adapter._gptqmodel_checkpoint_source
+    if adapter.kernels_alone:
+        return {}, {}, None
     details = _details(Path(*source) if source else Path(adapter.path))
     reports = details.pop("modules", {})
     factors = {}
     for name, kernel in adapted_kernels(model.model).items():
-        if kernel.adapter.lora_A is None:
+        if not kernel.adapter.has_factors:
             continue
         report = reports.get(name, {})
         factors[name] = ModuleFactors(
