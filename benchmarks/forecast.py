@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import common
@@ -30,10 +31,10 @@ from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.modules import layered, module_shapes
 from gptqmodel_eora_ext.hosts.gptqmodel.survey import survey_model
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.plan import PlannedModule, plan_question, planned_modules
-from gptqmodel_eora_ext.plan.forecast import Forecast, with_components
+from gptqmodel_eora_ext.plan import plan_question, planned_modules
+from gptqmodel_eora_ext.plan.forecast import with_components
 from gptqmodel_eora_ext.plan.layered import LayeredModel
-from gptqmodel_eora_ext.plan.ranks import RANK_STEP, kind_of
+from gptqmodel_eora_ext.plan.ranks import kind_of
 from gptqmodel_eora_ext.plan.rows import moment_of
 from gptqmodel_eora_ext.plan.survey import (
     KIND_TOKENS,
@@ -95,14 +96,6 @@ def opened(model: common.Subject) -> tuple[LayeredModel, list[str]]:
     return layered(host, shapes), [shape.name for shape in shapes]
 
 
-def independent(known: Forecast) -> Forecast:
-    """A forecast with gradients and inputs taken to be independent: what it is without its correction."""
-    correction = known.correction
-    first = float(known.gains[:RANK_STEP].sum())
-    gains = torch.cat([known.gains[:RANK_STEP] / correction.head, known.gains[RANK_STEP:] / correction.tail])
-    return Forecast(first / correction.head + (known.total - first) / correction.tail, gains)
-
-
 def predicted_losses(model: common.Subject) -> dict[str, Any]:
     """Cells of `recovery.py` with equal settings: predicted and measured loss above the full-precision model's."""
     recovery = common.kept(model.results("recovery"))
@@ -117,14 +110,14 @@ def predicted_losses(model: common.Subject) -> dict[str, Any]:
     for bits, mse in recovery["setup"]["mse"].items():
         grid, width = Grid(recovery["setup"]["group_size"], True, mse), int(bits)
         question = plan_question(shapes, grid, most=most, swept=width, bits=(width,))
-        with quiet():
-            found = survey_model(host, shapes, common.calibration(model, SAMPLES, SEQLEN), question, kind="fisher")
-        modules = planned_modules(shapes, found)
-        bare = [PlannedModule(one.shape, {width: independent(one.forecasts[width])}) for one in modules]
-        for row in rows:
-            if row["bits"] == width:
-                for name, known in (("predicted", modules), ("independent", bare)):
-                    row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in known)
+        for name, weighed in (("predicted", True), ("independent", False)):
+            asked = replace(question, weighed=weighed)
+            with quiet():
+                found = survey_model(host, shapes, common.calibration(model, SAMPLES, SEQLEN), asked, kind="fisher")
+            modules = planned_modules(shapes, found)
+            for row in rows:
+                if row["bits"] == width:
+                    row[name] = sum(module.loss(width, row["rank"], row["factor_bits"]) for module in modules)
     texts = common.common_texts(recovery["full"], *(run["loss"] for run in cells))
     for row, run in zip(rows, cells, strict=True):
         row |= {text: run["loss"][text] - recovery["full"][text] for text in texts}
@@ -164,7 +157,8 @@ def losses_by_kind(model: common.Subject) -> list[dict[str, Any]]:
             kind = kind_of(name)
             compensated.setdefault(kind, {})[name] = (quantized + lora_B.float() @ lora_A.float()).to(torch.bfloat16)
             row = rows.setdefault(kind, {"kind": kind, "independent": 0.0, "corrected": 0.0})
-            for column, one in (("independent", independent(corrected)), ("corrected", corrected)):
+            independent = with_components(weight - quantized, replace(known, weighted=None), KIND_RANK, 0)[0]
+            for column, one in (("independent", independent), ("corrected", corrected)):
                 row[column] += one.left(KIND_RANK)
     for kind, weights in compensated.items():
         kept = {name: dense.get_submodule(name).weight.data for name in weights}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,12 +63,14 @@ class Question:
         rank: components to forecast, of a module and a width.
         quantized: Ŵ of a module from its name and W, where it is known; None to find it by a quick GPTQ.
         uniform: rank with which the kinds are measured.
+        weighed: whether inputs are weighed by their tokens' gradients; without, the two are taken to be independent.
     """
 
     rounding: Callable[[str], Rounding]
     rank: Callable[[str, int], int]
     quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     uniform: int = 0
+    weighed: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _of_layer(
         wide = weight.to(torch.float32)
         leader, how = inputs.leaders[name], question.rounding(name)
         known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
+        if not question.weighed:
+            known = replace(known, weighted=None)
         if question.quantized is not None:
             rounded = [question.quantized(name, weight).to(torch.float32)]
         else:

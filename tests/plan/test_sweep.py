@@ -1,5 +1,6 @@
 """One sweep, a layer at a time, against the whole model: second moments, forecasts, and divergences by kind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def test_forecasts_and_divergences_are_those_of_the_whole(
     ])  # fmt: skip
     model = in_files(whole, tmp_path / "model")
     found = survey(model, list(read), mixed_batches(), QUESTION, kind="empirical", with_kinds=True)
+    bare = survey(model, list(read), mixed_batches(), replace(QUESTION, weighed=False), kind="empirical",
+                  with_kinds=False)  # fmt: skip
+    assert all(one[3].correction.head == one[3].correction.tail == 1 for one in bare.forecasts.values())
     replaced: dict[str, dict[str, torch.Tensor]] = {}
     for module, rows in read.items():
         weight, gradient = linears(whole)[module].weight.detach(), pulled[module]
