@@ -196,8 +196,8 @@ def test_a_message_names_what_was_found_and_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora_A", "told"),
     [
-        (torch.zeros(RANK * IN), r"lora_A of model.*floating numbers, found torch.float32 of shape \[1200\]"),
-        (torch.zeros(RANK, IN, dtype=torch.int64), r"lora_A of model.*found torch.int64"),
+        (torch.zeros(RANK * IN), r"lora_A\.weight` as torch\.float32 \(1200,\); expected a matrix"),
+        (torch.zeros(RANK, IN, dtype=torch.int64), r"lora_A\.weight` as torch\.int64 .*; expected a matrix"),
     ],
 )
 def test_factors_that_are_no_matrices(tmp_path: Path, lora_A: torch.Tensor, told: str) -> None:
