@@ -58,12 +58,12 @@ def first_layers(model: common.Subject, layers: int, folder: Path) -> common.Sub
     return replace(model, name=f"{model.name}, first {layers} layers", folder=folder)
 
 
-def act(model: common.Subject, action: str) -> dict[str, Any]:
+def act(model: common.Subject, action: str, samples: int) -> dict[str, Any]:
     """Do one thing in this process, and tell what it took."""
     if action == "import":
         return {"peak bytes": high_water_mark()}
     config = QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH)
-    calibration = common.calibration(model, SAMPLES, SEQLEN)
+    calibration = common.calibration(model, samples, SEQLEN)
     with quiet():
         host = GPTQModel.load(str(model.folder), config)
         clock, processor = time.perf_counter(), time.process_time()
@@ -83,26 +83,26 @@ def act(model: common.Subject, action: str) -> dict[str, Any]:
     }
 
 
-def in_a_process(model: common.Subject, action: str, **environment: str) -> dict[str, Any]:
+def in_a_process(model: common.Subject, action: str, samples: int) -> dict[str, Any]:
     """`act` in a process of its own, with an empty cache."""
     with common.scratch() as cache:
-        command = [sys.executable, __file__, "--one", action, "--model", str(model.folder)]
+        command = [sys.executable, __file__, "--one", action, "--model", str(model.folder), "--samples", str(samples)]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True,
-            env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+            env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def memory(model: common.Subject, layers: list[int]) -> list[dict[str, Any]]:
+def memory(model: common.Subject, layers: list[int], samples: int) -> list[dict[str, Any]]:
     """One row a number of layers: the peak over that of imports alone, and what layer inputs are of it."""
     rows = []
     hidden = json.loads((model.folder / "config.json").read_text())["hidden_size"]
     for count in layers:
         with common.scratch() as folder:
             cut = first_layers(model, count, folder / "model")
-            bare, found = in_a_process(cut, "import"), in_a_process(cut, "survey")
+            bare, found = (in_a_process(cut, action, samples) for action in ("import", "survey"))
         rows.append({
             "layers": count,
             "peak over imports, GB": (found["peak bytes"] - bare["peak bytes"]) / 1e9,
@@ -114,13 +114,14 @@ def memory(model: common.Subject, layers: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def beside_quantising(model: common.Subject, layers: int) -> dict[str, Any]:
+def beside_quantising(model: common.Subject, layers: int, samples: int) -> dict[str, Any]:
     """Times of a survey and of GPTQ without an adapter, on the same layers; both grow with their number."""
     with common.scratch() as folder:
         cut = first_layers(model, layers, folder / "model")
-        taken = {action: in_a_process(cut, action) for action in ACTIONS[1:]}
+        taken = {action: in_a_process(cut, action, samples) for action in ACTIONS[1:]}
     return {
         "layers": layers,
+        "samples": samples,
         **{f"{action}, {unit}": taken[action][unit] for action in taken for unit in ("seconds", "cpu")},
         "survey / quantize": taken["survey"]["seconds"] / taken["quantize"]["seconds"],
         "survey / quantize, cpu": taken["survey"]["cpu"] / taken["quantize"]["cpu"],
@@ -136,24 +137,25 @@ def main() -> None:
     parser.add_argument(
         "--counts", nargs="+", type=int, help=f"of layers: {FEW} and {MANY} for memory, {TIMED} for time"
     )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {SEQLEN} tokens")
     parser.add_argument("--one", choices=ACTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     with common.subject(options) as model:
         if options.one:
-            print(json.dumps(act(model, options.one)), file=sys.__stdout__)
+            print(json.dumps(act(model, options.one, options.samples)), file=sys.__stdout__)
             return
         setup = {
             "bits": BITS, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH, "budget": BUDGET, "factor_bits": FACTOR_BITS,
-            "samples": SAMPLES, "seqlen": SEQLEN, "tokens": SENSITIVITY_TOKENS, "gradient tokens": GRADIENT_TOKENS,
+            "seqlen": SEQLEN, "tokens": SENSITIVITY_TOKENS, "gradient tokens": GRADIENT_TOKENS,
             "kind tokens": KIND_TOKENS, "memory": os.environ.get(MEMORY_VARIABLE, "default"),
         }  # fmt: skip
         result = common.kept(model.results("survey"), setup)
         result["setup"] = setup
         if "memory" in options.parts:
-            result["memory"] = memory(model, options.counts or [FEW, MANY])
+            result["memory"] = memory(model, options.counts or [FEW, MANY], options.samples)
             common.keep(model.results("survey"), result)
         if "time" in options.parts:
-            result["time"] = [beside_quantising(model, count) for count in options.counts or [TIMED]]
+            result["time"] = [beside_quantising(model, count, options.samples) for count in options.counts or [TIMED]]
         common.keep(model.results("survey"), result, as_json=options.json)
         for rows in (result.get("memory"), result.get("time")):
             if rows:
