@@ -12,7 +12,7 @@ from ..formats.sizes import ModuleShape, factor_bytes
 # Kernels read factors in tiles of 8 or 16 components.
 RANK_STEP = 8
 # No module gets more than this many times the rank that the budget gives to all alike. SmolLM2 at 2 bits and 0.25, 0.5
-# and 1 bpw: with 4 times 9, 2 and 5 % more loss is predicted, with 16 times no less.
+# and 1 bpw: a limit of 4 times is predicted to lose 9, 2 and 5 % more than this one, and a limit of 16 times no less.
 MOST_OF_UNIFORM = 8
 
 
