@@ -170,7 +170,7 @@ def losses(model: Any, texts: dict[str, torch.Tensor], windows: int) -> dict[str
 def full_precision(
     previous: dict[str, Any], model: Subject, texts: dict[str, torch.Tensor], windows: int, device: str
 ) -> dict[str, Any]:
-    """Losses of the model as it is, "full", and where they come from; measured where ``previous`` lacks a text."""
+    """Losses of the model as it is and where they come from, measured where ``previous`` lacks a text."""
     if set(texts) <= set(previous.get("full", ())):
         return {name: previous[name] for name in ("full", "full measured")}
     return {"full": losses(base_model(model).to(device), texts, windows), "full measured": measured(model)}

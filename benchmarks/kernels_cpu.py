@@ -42,7 +42,7 @@ from gptqmodel_eora_ext.formats.factors import Factors
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, words
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
-from gptqmodel_eora_ext.kernels.fused import FusedLinear, FusedLinears
+from gptqmodel_eora_ext.kernels.fused import FusedLinear, JointLinears
 
 THREADS = 2
 RANK = 64
@@ -190,7 +190,7 @@ def shared() -> list[dict[str, Any]]:
         weights, x = [weight(2, out, width, 64) for out in outs], row(width)
         copies = max(2, CYCLED_BYTES // sum(one.nbytes for one in weights))
         layers = [[fused(one)() for one in weights] for _ in range(copies)]
-        together = itertools.cycle([FusedLinears(modules) for modules in layers])
+        together = itertools.cycle([JointLinears(modules) for modules in layers])
         # Half a round apart, so that neither finds in cache what the other has read.
         alone = itertools.cycle(layers[copies // 2 :] + layers[: copies // 2])
         ms = medians(

@@ -1,8 +1,8 @@
 """How fast are the CUDA kernels, beside GPTQModel's own with stock `Lora.apply`, and beside a dense bfloat16 linear?
 
-linears    y = x Ŵᵀ + (x Aᵀ) Bᵀ, one module: `FusedLinears`, `TorchLinear` and `TritonV2Linear` with `Lora`, dense
+linears    y = x Ŵᵀ + (x Aᵀ) Bᵀ, one module: `StackedLinears`, `TorchLinear` and `TritonV2Linear` with `Lora`, dense
 inputs     q, k and v of Qwen3-8B: two launches for all three, against three stock modules
-marlin     4 bits: `FusedLinears` beside `MarlinLinear`, which GPTQModel compiles on first use, with `EoRA` and `Lora`
+marlin     4 bits: `StackedLinears` beside `MarlinLinear`, which GPTQModel compiles on first use, with `EoRA` and `Lora`
 correction `EoRA.apply` on the output of a kernel that is not ours, in one launch and in two products, and `Lora.apply`
 
 Contenders take turns, and each cycles through copies of its weights that together exceed twice the last-level cache, so
@@ -82,9 +82,9 @@ def stock(cls: Any, weight: PackedWeight, factors: Factors, adapter: type[Lora] 
 
 def fused(weights: Sequence[PackedWeight], factors: Sequence[Factors]) -> Call:
     """The plugin's launches for modules that read the same input."""
-    from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears
+    from gptqmodel_eora_ext.kernels.triton.ops import StackedLinears
 
-    return FusedLinears.prepare(weights, factors, [None] * len(weights))
+    return StackedLinears.prepare(weights, factors, [None] * len(weights))
 
 
 def dense(weight: torch.Tensor) -> Call:

@@ -1,7 +1,10 @@
-"""Do all ways to load an adapter give the same logits?
+"""Do all ways to load an adapter give the same logits, and what does a loaded model take?
 
-From one folder: GPTQModel with the plugin, GPTQModel without it (another process), and transformers + PEFT. Beside
-it, the same comparison of GPTQModel with PEFT for an adapter that GPTQModel's own `Lora` made.
+logits   from one folder: GPTQModel with the plugin, GPTQModel without it (another process), and transformers + PEFT.
+         Beside it, the same comparison of GPTQModel with PEFT for an adapter that GPTQModel's own `Lora` made.
+memory   a process of its own loads the checkpoint at 2 bits and generates (Linux): bytes of all tensors, and resident
+         memory that loading and generating added (without pages of files, which are libraries' code), over the bytes of
+         packed weights, adapter and embeddings on disk; seconds from there to the first token; tokens per second after
 
     python benchmarks/loading.py --json
 """
@@ -9,7 +12,9 @@ it, the same comparison of GPTQModel with PEFT for an adapter that GPTQModel's o
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +33,39 @@ from gptqmodel_eora_ext.hosts.terminal import quiet
 
 RANK = 32
 TOKENS = 256
+
+MEMORY_RANK, MEMORY_SAMPLES, NEW_TOKENS, MEMORY_REPEATS = 32, 16, 64, 3
+
+MEMORY = """
+import gc, json, sys, time
+from pathlib import Path
+import torch
+from gptqmodel import GPTQModel
+torch.set_num_threads(2)
+
+def resident():
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+def generate(tokens):
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return time.perf_counter() - start
+
+before, start = resident(), time.perf_counter()
+model = GPTQModel.load(sys.argv[1], dtype=torch.bfloat16).model
+prompt = torch.tensor([[504, 2240, 282, 260, 6585, 4264]])
+generate(1)
+first = time.perf_counter() - start
+one, many = generate(1), generate(int(sys.argv[2]))
+storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+tensors = {one.data_ptr(): one.nbytes() for one in storages}
+found = {"resident_bytes": resident() - before, "tensor_bytes": sum(tensors.values()), "first_token_seconds": first,
+         "tokens_per_second": (int(sys.argv[2]) - 1) / (many - one)}
+print("FOUND", json.dumps(found))
+"""
 
 WITHOUT_PLUGIN = """
 import sys, torch
@@ -63,36 +101,72 @@ def without_plugin(checkpoint: Path, ids: torch.Tensor, folder: Path) -> torch.T
     return result.float()
 
 
+def memory(base: common.Subject, folder: Path) -> dict[str, float]:
+    """What a model at 2 bits takes, and how fast it is; medians over processes."""
+    with quiet():
+        model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=2, group_size=64))
+        data = common.calibration(base, MEMORY_SAMPLES, 128)
+        model.quantize(data, batch_size=common.BATCH_SIZE, adapter=EoRA(rank=MEMORY_RANK))
+        model.save(str(folder))
+    del model
+    found = []
+    for _ in range(MEMORY_REPEATS):
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(folder), str(NEW_TOKENS)], check=True,
+                              capture_output=True, text=True)  # fmt: skip
+        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+        found.append(json.loads(line.removeprefix("FOUND")))
+    # The files hold the packed weights and the embeddings, and the adapter; their headers are some kilobytes.
+    stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    over = {f"{name}_over_stored": medians[f"{name}_bytes"] / stored for name in ("resident", "tensor")}
+    return {**medians, "stored_bytes": stored, **over}
+
+
+def compared(base: common.Subject, folder: Path, bits: int) -> dict[str, float]:
+    """The largest difference of logits over their rms, for each pair of ways to load."""
+    ids = common.held_out(base)["wikitext2"][:TOKENS]
+    for name, adapter in (("ours", EoRA(rank=RANK)), ("stock", Lora(rank=RANK, path=str(folder / "lora")))):
+        with quiet():
+            model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=bits, group_size=64))
+            model.quantize(common.calibration(base, 8, 256), batch_size=common.BATCH_SIZE, adapter=adapter)
+            model.save(str(folder / name))
+        del model
+    ours = by_gptqmodel(folder / "ours", ids)
+    plain = without_plugin(folder / "ours", ids, folder)
+    peft = by_peft(folder / "ours", folder / "ours" / "eora", ids)
+    stock = by_gptqmodel(folder / "stock", ids, Lora(rank=RANK, path=str(folder / "lora")))
+    stock_peft = by_peft(folder / "stock", folder / "lora", ids)
+    rms = ours.square().mean().sqrt().item()
+    stock_rms = stock.square().mean().sqrt().item()
+    return {
+        "ours: with the plugin against without": (ours - plain).abs().max().item() / rms,
+        "ours: GPTQModel against PEFT": (ours - peft).abs().max().item() / rms,
+        "stock Lora: GPTQModel against PEFT": (stock - stock_peft).abs().max().item() / stock_rms,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--bits", type=int, default=4, help="a model that still computes sense; noise grows below 4")
+    parser.add_argument("--parts", nargs="+", choices=("logits", "memory"), default=["logits", "memory"])
     common.add_model(parser)
     options = parser.parse_args()
     with common.subject(options) as base, common.scratch() as folder:
-        ids = common.held_out(base)["wikitext2"][:TOKENS]
-        for name, adapter in (("ours", EoRA(rank=RANK)), ("stock", Lora(rank=RANK, path=str(folder / "lora")))):
-            with quiet():
-                model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=options.bits, group_size=64))
-                model.quantize(common.calibration(base, 8, 256), batch_size=common.BATCH_SIZE, adapter=adapter)
-                model.save(str(folder / name))
-            del model
-        ours = by_gptqmodel(folder / "ours", ids)
-        plain = without_plugin(folder / "ours", ids, folder)
-        peft = by_peft(folder / "ours", folder / "ours" / "eora", ids)
-        stock = by_gptqmodel(folder / "stock", ids, Lora(rank=RANK, path=str(folder / "lora")))
-        stock_peft = by_peft(folder / "stock", folder / "lora", ids)
-    rms = ours.square().mean().sqrt().item()
-    stock_rms = stock.square().mean().sqrt().item()
-    rows = [
-        ["ours: with the plugin against without", (ours - plain).abs().max().item() / rms],
-        ["ours: GPTQModel against PEFT", (ours - peft).abs().max().item() / rms],
-        ["stock Lora: GPTQModel against PEFT", (stock - stock_peft).abs().max().item() / stock_rms],
-    ]
-    setup = {"bits": options.bits, "layers": options.layers or "all", "rank": RANK, "tokens": TOKENS}
-    result = {"measured": common.measured(base), "setup": setup, "largest difference over rms": dict(rows)}
-    common.keep(base.results("loading"), result, as_json=options.json)
-    common.table(("comparison", "largest difference / rms of the logits"), rows)
+        path = base.results("loading")
+        result = common.kept(path)
+        if "memory" in options.parts:
+            found = memory(base, folder / "two_bits")
+            result["memory"] = {"measured": common.measured(base), **found}
+            common.table(("memory", "found"), list(found.items()))
+        if "logits" in options.parts:
+            differences = compared(base, folder, options.bits)
+            setup = {"bits": options.bits, "layers": options.layers or "all", "rank": RANK, "tokens": TOKENS}
+            result |= {
+                "measured": common.measured(base), "setup": setup, "largest difference over rms": differences
+            }  # fmt: skip
+            common.table(("comparison", "largest difference / rms of the logits"), list(differences.items()))
+        common.keep(path, result, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """EoRA for GPTQModel: training-free low-rank compensation of quantised language models.
 
-The public names are imported on first use, so that the autoload entry point costs `import torch` almost nothing.
+The public names are imported on first use, and `typing` not at all: Python imports this file at the start of every
+process of an environment that has the plugin (`autoload`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 from .system.moved import find_under_former_names
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .adapter.folder import AdapterError
+    from typing import Any
+
+    from .adapter.errors import AdapterError
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft"]
 
 _HOMES = {
-    "AdapterError": "adapter.folder",
+    "AdapterError": "adapter.errors",
     "EoRA": "hosts.gptqmodel.adapter",
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",

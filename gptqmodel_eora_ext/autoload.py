@@ -1,25 +1,31 @@
-"""Makes `import gptqmodel` or `import auto_round` alone enough: what the `torch.backends` entry point calls.
+"""Makes `import gptqmodel` or `import auto_round` alone enough: what `gptqmodel_eora_ext.pth` calls.
 
-`torch` calls it at the end of `import torch`, which may be before a host is imported or in the middle of it. So nothing
-heavy is imported here, nothing raises, and all that is done is to ask for a call once a host has finished importing.
+Python's `site` runs that line at the start of every process of the environment, whatever it is for. So nothing is
+imported here that Python has not imported by then, nothing raises, and all that is done is to ask for a call once a
+host has finished importing. A process may also call it later, with a host imported or in the middle of its import.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
 import os
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+else:
+    # The same class, without the import of `importlib.machinery`.
+    ModuleSpec = type(sys.__spec__)
 
 OFF_SWITCH = "GPTQMODEL_EORA_EXT_DISABLE"
 # Host → the module whose `install_or_log` makes the plugin known to it.
 HOSTS = {"gptqmodel": ".hosts.gptqmodel.seams", "auto_round": ".hosts.autoround.seams"}
 
 
-class _NotifyingSpec(importlib.machinery.ModuleSpec):
+class _NotifyingSpec(ModuleSpec):
     """A module spec that tells when its module has finished importing.
 
     The import system sets ``spec._initializing = False`` as its last step; an import that is already under way can
@@ -29,7 +35,7 @@ class _NotifyingSpec(importlib.machinery.ModuleSpec):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and value is False and self.name in sys.modules:
-            self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
             _install(self.name)
 
 
@@ -39,14 +45,14 @@ class _HostFinder:
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         if name not in HOSTS:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             if finder is _HostFinder or find is None:
                 continue
-            spec: importlib.machinery.ModuleSpec | None = find(name, path, target)
+            spec: ModuleSpec | None = find(name, path, target)
             if spec is not None:
                 spec.__class__ = _NotifyingSpec
                 return spec
@@ -74,6 +80,8 @@ def _arrange() -> None:
 
 def _install(host: str) -> None:
     def install() -> None:
+        import importlib
+
         importlib.import_module(HOSTS[host], __package__).install_or_log()
 
     _never_raise(install)
@@ -82,7 +90,7 @@ def _install(host: str) -> None:
 def _never_raise(call: Callable[[], None]) -> None:
     try:
         call()
-    except Exception as error:  # an exception here would break `import torch` for everybody
+    except Exception as error:  # an exception here would break every import of a host for everybody
         import warnings
 
         warnings.warn(f"gptqmodel-eora-ext is not active: {error!r}. {OFF_SWITCH}=1 silences this.", stacklevel=2)

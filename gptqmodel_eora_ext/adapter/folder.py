@@ -8,7 +8,7 @@ eora.json                   objective, calibration, versions and per-module erro
 from __future__ import annotations
 
 import json
-import math
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,27 +19,36 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..formats.factors import GROUP_SIZE, QuantizedFactor
+from ..formats.factors import QuantizedFactor
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
-from ..formats.packed_factors import FEATURES, PACKED_TYPE, read_packed
-from .vocabulary import FACTOR_BITS
+from ..formats.packed_factors import FEATURES, read_packed
+from ..formats.packed_weights import LayoutError
+from .errors import AdapterError, is_whole
+from .settings import AdapterSettings, read_details
 
-DETAILS_VERSION = 1
+log = logging.getLogger(__name__)
+
 KEY_PREFIX = "base_model.model."
 # PEFT saves without the adapter's name in the key; older files carry it as `lora_A.default.weight`.
 KEY_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB])(?:\.[^.]+)?\.weight$")
+# PEFT copies stored factors into float32 parameters; 16-bit ones are kept as they are, which loses nothing.
+READ_AS = {
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.float64: torch.float32,
+}
 PACKED_PATTERN = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<half>lora_[AB]\.(?:qweight|scales))$")
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be used; the message tells what was found and what would do."""
 
 
 @dataclass(frozen=True)
 class ReadFactors:
-    """Factors of one module as read: A rank × in, B out × rank, PEFT's scale folded into B.
+    """Factors of one module as read, finite.
 
-    ``packed`` holds A and Bᵀ in integers where they are stored so; A and B are their values then, float32.
+    Attributes:
+        lora_A: rank × in_features; float16, bfloat16 or float32, as PEFT would read it (float64 becomes float32).
+        lora_B: out_features × rank, likewise, PEFT's scale folded in.
+        packed: A and Bᵀ in integers, where they are stored so; ``lora_A`` and ``lora_B`` are their values, float32.
     """
 
     lora_A: torch.Tensor
@@ -49,17 +58,35 @@ class ReadFactors:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A PEFT LoRA folder, or one of packed factors, opened for reading. Tensors are read one module at a time."""
+    """A PEFT LoRA folder, or one of packed factors, opened for reading. Tensors are read one module at a time.
+
+    Attributes:
+        path: the folder.
+        settings: its `adapter_config.json`.
+
+    Example:
+        >>> folder = AdapterFolder.open("out/eora")
+        >>> for module, factors in folder.factors(folder.keys):
+        ...     update = factors.lora_B.float() @ factors.lora_A.float()  # out_features × in_features
+    """
 
     path: Path
-    config: Mapping[str, Any]
+    settings: AdapterSettings
 
     @classmethod
     def open(cls, path: str | Path) -> AdapterFolder:
-        """Open and check a folder.
+        """Open and check a folder. Reads the config and the header of the weights, no tensor.
+
+        Args:
+            path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
         Raises:
-            AdapterError: when a file is missing or broken, or the adapter is of a kind that is not plain LoRA.
+            AdapterError: when a file is missing or broken, a setting has a wrong value, or the adapter is of a kind
+                that is not plain LoRA; the message names file and field, what was found, and what would do.
+
+        Example:
+            >>> AdapterFolder.open("out/eora").settings.rank
+            32
         """
         path = Path(path)
         if not path.is_dir():
@@ -69,8 +96,7 @@ class AdapterFolder:
             if not (path / name).is_file():
                 found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
                 raise AdapterError(f"Adapter: `{path}` has no {name}; found {found}. Save the adapter again.")
-        folder = cls(path, read_json(path / ADAPTER_CONFIG))
-        folder._check_kind()
+        folder = cls(path, AdapterSettings.read(path / ADAPTER_CONFIG))
         folder.keys  # noqa: B018  reads the safetensors header, so that a broken file fails here
         return folder
 
@@ -79,35 +105,19 @@ class AdapterFolder:
         """The safetensors file."""
         return self.path / ADAPTER_WEIGHTS
 
-    def _check_kind(self) -> None:
-        where = f"Adapter: `{self.path / ADAPTER_CONFIG}`"
-        kind = str(self.config.get("peft_type", "LORA")).upper()
-        if kind not in ("LORA", PACKED_TYPE):
-            raise AdapterError(f"{where} says peft_type {kind}; only LORA and {PACKED_TYPE} adapters can be applied.")
-        layout = (self.config.get("factor_bits"), self.config.get("factor_group_size"))
-        if kind == PACKED_TYPE and (layout[0] not in FACTOR_BITS[1:] or layout[1] != GROUP_SIZE):
-            raise AdapterError(
-                f"{where} says factor_bits {layout[0]}, factor_group_size {layout[1]}; this version reads 8 and 4 bits "
-                f"in groups of {GROUP_SIZE}. A newer gptqmodel-eora-ext may have written it."
-            )
-        if self.config.get("use_dora"):
-            raise AdapterError(f"{where} says use_dora; only plain LoRA adapters can be applied.")
-        if not isinstance(self.config.get("r"), int) or self.config["r"] < 1:
-            raise AdapterError(f"{where} says r = {self.config.get('r')!r}; expected a positive integer.")
-
     @property
     def factor_bits(self) -> int:
         """Bits of a stored value: 16 (or 32) in a PEFT folder, 8 or 4 where packed."""
-        return int(self.config.get("factor_bits", FACTOR_BITS[0]))
+        return self.settings.factor_bits
 
     @property
     def is_packed(self) -> bool:
         """Whether factors are stored as integers."""
-        return str(self.config.get("peft_type")).upper() == PACKED_TYPE
+        return self.settings.is_packed
 
     @cached_property
     def features(self) -> dict[str, tuple[int, int]]:
-        """Module → (in, out) of a packed folder.
+        """Module → (in_features, out_features) of a packed folder.
 
         Raises:
             AdapterError: when the file does not tell.
@@ -115,16 +125,23 @@ class AdapterFolder:
         with safe_open(self.weights, framework="pt") as handle:
             metadata = handle.metadata() or {}
         try:
-            return {name: (int(wide), int(tall)) for name, (wide, tall) in json.loads(metadata[FEATURES]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            found = json.loads(metadata[FEATURES])
+            for wide, tall in found.values():
+                if not (is_whole(wide, 1) and is_whole(tall, 1)):
+                    raise ValueError(f"{wide!r} and {tall!r} are no widths")
+            return {name: (wide, tall) for name, (wide, tall) in found.items()}
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(
-                f"Adapter: `{self.weights}` does not tell the widths of its packed factors (metadata `{FEATURES}`). "
-                f"Copy it again, or make the adapter again with `eora generate`."
+                f"Adapter: `{self.weights}` does not tell the widths of its packed factors (metadata `{FEATURES}`: "
+                f"{error}). Copy it again, or make the adapter again with `eora generate`."
             ) from error
 
     @cached_property
     def keys(self) -> dict[str, dict[str, str]]:
-        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file; four keys where factors are packed."""
+        """Module → {"lora_A": key, "lora_B": key}, modules named as in the file; four keys where factors are packed.
+
+        Modules that the config leaves out (`target_modules` and the like) are left out, as by PEFT.
+        """
         try:
             with safe_open(self.weights, framework="pt") as handle:
                 names = list(handle.keys())
@@ -139,19 +156,37 @@ class AdapterFolder:
             match = pattern.match(key)
             if match is None:
                 raise AdapterError(f"Adapter: `{self.weights}` holds `{key}`, which is no LoRA factor.")
-            found.setdefault(match["module"], {})[match["half"]] = key
+            halves = found.setdefault(match["module"], {})
+            if match["half"] in halves:
+                raise AdapterError(f"Adapter: `{self.weights}` holds {match['half']} of {match['module']} twice, as "
+                                   f"`{halves[match['half']]}` and `{key}`. Save the adapter again.")  # fmt: skip
+            halves[match["half"]] = key
         for module, halves in found.items():
             if len(halves) != parts:
                 raise AdapterError(f"Adapter: `{self.weights}` has only {', '.join(sorted(halves))} of {module}.")
         if not found:
             raise AdapterError(f"Adapter: `{self.weights}` holds no factors.")
-        return found
+        applied = {module: halves for module, halves in found.items() if self.settings.applies_to(module)}
+        if not applied:
+            raise AdapterError(
+                f"Adapter: {self.settings.where} adapts none of the {len(found)} modules that {ADAPTER_WEIGHTS} has "
+                f"factors for, such as {next(iter(found))}. Correct target_modules, exclude_modules or "
+                f"layers_to_transform there."
+            )
+        if len(applied) < len(found):
+            log.warning("Adapter: %s adapts %d of the %d modules that %s has factors for; the others are left out, as "
+                        "by PEFT.", self.settings.where, len(applied), len(found), ADAPTER_WEIGHTS)  # fmt: skip
+        return applied
 
     @cached_property
     def details(self) -> Mapping[str, Any] | None:
-        """What `eora.json` says; None for an adapter that another tool made."""
+        """What `eora.json` says, checked; None for an adapter that another tool made.
+
+        Raises:
+            AdapterError: when a part of it has a wrong form.
+        """
         path = self.path / ADAPTER_DETAILS
-        return read_json(path) if path.is_file() else None
+        return read_details(path) if path.is_file() else None
 
     def match(self, names: Collection[str]) -> dict[str, str]:
         """Pair the model's module names with the file's: ``{model name: file name}``.
@@ -178,60 +213,74 @@ class AdapterFolder:
             raise AdapterError(
                 f"Adapter: `{self.path}` holds factors for {len(unmatched)} of {len(self.keys)} modules that are no "
                 f"quantised module of this model ({shown}; the model has for instance {example}). It was made for "
-                f"{self.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+                f"{self.settings.base_model or 'another model'}; use it with that checkpoint."
             )
         return matched
 
     def factors(self, modules: Collection[str]) -> Iterator[tuple[str, ReadFactors]]:
-        """Yield (module, factors).
+        """Yield (module, factors), one module in memory at a time.
+
+        Args:
+            modules: names out of `keys`.
 
         Raises:
-            AdapterError: when ranks inside the file disagree with each other or with the config.
+            AdapterError: when factors are no finite floating matrices, packed ones do not fit their widths, or ranks
+                inside the file disagree with each other or with the config.
         """
         with safe_open(self.weights, framework="pt") as handle:
             for module in modules:
-                found = self._read(handle, module)
-                rank = self.rank(module)
-                if found.lora_A.shape[0] != rank or found.lora_B.shape[1] != rank:
-                    raise AdapterError(
-                        f"Adapter: {module} in `{self.path}` has A {tuple(found.lora_A.shape)} and B "
-                        f"{tuple(found.lora_B.shape)}, but {ADAPTER_CONFIG} gives it rank {rank}."
-                    )
-                yield module, found
+                yield module, self._read(handle, module)
 
     def _read(self, handle: safe_open, module: str) -> ReadFactors:
-        keys = self.keys[module]
-        if not self.is_packed:
-            scale = self._scale(module, self.rank(module))
-            lora_B = handle.get_tensor(keys["lora_B"])
-            return ReadFactors(handle.get_tensor(keys["lora_A"]), lora_B if scale == 1 else lora_B * scale)
+        keys, rank = self.keys[module], self.rank(module)
+        if self.is_packed:
+            return self._read_packed(handle, module)
+        lora_A, lora_B = (self._matrix(handle, keys[half]) for half in ("lora_A", "lora_B"))
+        if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+            raise self._wrong_rank(module, tuple(lora_A.shape), tuple(lora_B.shape))
+        scale = self.settings.scale_of(module)
+        if scale != 1:
+            lora_B = self._finite(lora_B * scale, f"{keys['lora_B']}, scaled by {scale:g},")
+        return ReadFactors(lora_A, lora_B)
+
+    def _read_packed(self, handle: safe_open, module: str) -> ReadFactors:
         if module not in self.features:
             raise AdapterError(f"Adapter: `{self.weights}` does not tell the widths of {module}.")
-        packed = read_packed(handle, keys, self.features[module], self.factor_bits)
-        return ReadFactors(packed[0].dequantize(), packed[1].dequantize().T.contiguous(), packed)
+        keys, where = self.keys[module], f"{module} in `{self.weights}`"
+        try:
+            packed = read_packed(handle, keys, self.features[module], self.factor_bits, where)
+        except LayoutError as error:
+            raise AdapterError(f"Adapter: {error}") from error
+        lora_A, lora_B = packed[0].dequantize(), packed[1].dequantize().T.contiguous()
+        if lora_A.shape[0] != self.rank(module):
+            raise self._wrong_rank(module, tuple(lora_A.shape), tuple(lora_B.shape))
+        for half, factor in zip(("lora_A", "lora_B"), packed, strict=True):
+            self._finite(factor.scales, keys[f"{half}.scales"])
+        return ReadFactors(lora_A, lora_B, packed)
+
+    def _matrix(self, handle: safe_open, key: str) -> torch.Tensor:
+        tensor = handle.get_tensor(key)
+        if tensor.ndim != 2 or tensor.dtype not in READ_AS:
+            raise AdapterError(
+                f"Adapter: `{self.weights}` holds `{key}` as {tensor.dtype} {tuple(tensor.shape)}; expected a matrix "
+                f"in float16, bfloat16, float32 or float64. Save the adapter again."
+            )
+        return self._finite(tensor.to(READ_AS[tensor.dtype]), key)
+
+    def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"Adapter: `{self.weights}` holds NaN or infinity in {what}; every output would be NaN. Copy it again, "
+                f"or make the adapter again."
+            )
+        return tensor
+
+    def _wrong_rank(self, module: str, lora_A: tuple[int, ...], lora_B: tuple[int, ...]) -> AdapterError:
+        return AdapterError(
+            f"Adapter: {module} in `{self.path}` has A {lora_A} and B {lora_B}, but {ADAPTER_CONFIG} gives it rank "
+            f"{self.rank(module)}. Correct r or rank_pattern there, or save the adapter again."
+        )
 
     def rank(self, module: str) -> int:
         """Rank of a module by `r` and `rank_pattern`."""
-        return int(_from_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
-
-    def _scale(self, module: str, rank: int) -> float:
-        alpha = _from_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-
-def _from_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key matches as a regular expression against the end of the module's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"Adapter: `{path}` cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"Adapter: `{path}` holds a {type(content).__name__}, expected an object.")
-    return content
+        return self.settings.rank_of(module)

@@ -90,8 +90,8 @@ class AdapterOptions:
         chosen = validate_choice(chosen, objectives, what=label("objective"))
         if rank == AUTO and chosen != OBJECTIVES[0]:
             raise ValueError(
-                f'{label("budget")} weighs the components of objective "{OBJECTIVES[0]}", got {label("objective")} '
-                f"{chosen!r}. Name a rank, or leave the objective out."
+                f'{label("budget")} weighs the components of objective "{OBJECTIVES[0]}", got objective={chosen!r}. '
+                f"Name a rank, or leave the objective out."
             )
         return cls(
             rank=rank,

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
 from ..formats.packed_factors import FEATURES, features_metadata, packed_config, packed_tensors
 from ..system.files import replaced_folder, write_json
+from .errors import AdapterError, read_json
 from .factors import ModuleFactors
-from .folder import DETAILS_VERSION, KEY_PREFIX, AdapterError, AdapterFolder, read_json
+from .folder import KEY_PREFIX, AdapterFolder
+from .settings import DETAILS_VERSION
 from .vocabulary import FACTOR_BITS
 
 
@@ -80,14 +82,18 @@ def save_adapter(
 
 
 def export_peft(source: AdapterFolder, folder: Path) -> None:
-    """Write a plain PEFT copy of an adapter, its factors in float16 where they were packed.
+    """Write a plain PEFT copy of an adapter: A rank × in, B out × rank, scale 1, of the modules that its config adapts.
 
     Args:
         source: any adapter folder.
-        folder: where to; an older one in its place stays whole until the copy is complete.
+        folder: where to; an older one in its place stays whole until the copy is complete. Factors are float16 where
+            they were packed, else in the dtype that they are read in.
 
     Raises:
         AdapterError: when ``source`` is broken, or ``folder`` is ``source`` itself.
+
+    Example:
+        >>> export_peft(AdapterFolder.open("out/eora"), Path("plain"))
     """
     if folder.resolve() == source.path.resolve():
         raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
@@ -99,15 +105,23 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
     ranks = {name: source.rank(name) for name in source.keys}
     config = _lora_config(
         ranks,
-        target_modules=source.config.get("target_modules"),
-        task_type=source.config.get("task_type"),
-        base_model=source.config.get("base_model_name_or_path"),
+        target_modules=_targets_of_copy(source),
+        task_type=source.settings.task_type,
+        base_model=source.settings.base_model,
     )
     with replaced_folder(folder) as fresh:
         save_file(tensors, fresh / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(fresh))
         if source.details is not None:
             write_json(fresh / ADAPTER_DETAILS, {**source.details, "factor_bits": FACTOR_BITS[0]})
+
+
+def _targets_of_copy(source: AdapterFolder) -> list[str]:
+    """The source's list where it says all; else the modules by name, since the copy's config has neither exclusions
+    nor layers."""
+    settings = source.settings
+    plain = isinstance(settings.targets, tuple) and not settings.excluded and not settings.layers
+    return list(settings.targets) if plain and settings.targets else sorted(source.keys)
 
 
 def _lora_config(ranks: Mapping[str, int], *, target_modules: Any, task_type: Any, base_model: str | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
-from .folder import AdapterError, AdapterFolder
+from .errors import AdapterError
+from .folder import AdapterFolder
+from .naming import named_folder, read_entry
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,18 @@ def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
         required: whether a checkpoint that names no adapter is an error; otherwise it gives None.
 
     Raises:
-        AdapterError: when there is none.
+        AdapterError: when there is none, when the checkpoint's entry has a wrong form, or when it leads out of the
+            checkpoint, where loading would not follow it either (`naming.named_folder`).
     """
     path = Path(path)
     if (path / ADAPTER_CONFIG).is_file():
         return path
-    config = path / QUANTIZE_CONFIG
-    if not config.is_file() and required:
+    if not (path / QUANTIZE_CONFIG).is_file() and required:
         raise AdapterError(f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint ({QUANTIZE_CONFIG}).")
-    adapter = json.loads(config.read_text(encoding="utf-8")).get("adapter") if config.is_file() else None
-    if not adapter and required:
+    entry = read_entry(path)
+    if entry is None and required:
         raise AdapterError(f"The checkpoint `{path}` names no adapter. Make one with `eora generate`.")
-    return path / adapter["path"] if adapter else None
+    return named_folder(path, entry) if entry else None
 
 
 def summarize(path: str | Path) -> AdapterSummary:

@@ -1,5 +1,17 @@
 """Calibration text, from files or data sets, cut into token windows."""
 
-from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, mixed_windows, read_texts, windows
+from .files import TextError
+from .rows import read_file, read_texts
+from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, file_tokens, mixed_windows, windows
 
-__all__ = ["DEFAULT_SAMPLES", "DEFAULT_SEQLEN", "TASK_SHARE", "mixed_windows", "read_texts", "windows"]
+__all__ = [
+    "DEFAULT_SAMPLES",
+    "DEFAULT_SEQLEN",
+    "TASK_SHARE",
+    "TextError",
+    "file_tokens",
+    "mixed_windows",
+    "read_file",
+    "read_texts",
+    "windows",
+]

@@ -12,8 +12,8 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
-from .options import out
 from .plan import plan
+from .printing import out
 from .quantize import quantize
 from .study import EXAMPLE as STUDY_EXAMPLE
 from .study import study

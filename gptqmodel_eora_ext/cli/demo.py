@@ -12,11 +12,7 @@ from rich.table import Table
 from ..adapter.validate import validate_rank
 from ..adapter.vocabulary import DEFAULT_RANK
 from ..evaluate.size import readable
-from .options import (
-    errors,
-    out,
-    progress_bars,
-)
+from .printing import errors, out, progress_bars, say
 
 
 def demo(
@@ -38,5 +34,5 @@ def demo(
                       readable(row["adapter_bytes"]) if row["adapter_bytes"] else "",
                       f"{row['seconds']:.0f}")  # fmt: skip
     out.print(table)
-    out.print(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
-              f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")', highlight=False)  # fmt: skip
+    say(f"Held-out text: a novel that calibration did not see. {seconds:.0f} s in all. "
+        f'Load it:  GPTQModel.load("{os.fspath(output)}/eora")')  # fmt: skip

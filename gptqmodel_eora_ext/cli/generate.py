@@ -23,14 +23,14 @@ from .options import (
     Samples,
     Sensitivity,
     SeqLen,
+    TrustRemoteCode,
     adapter_options,
+    check_apart,
     check_model,
-    errors,
-    fail,
-    progress_bars,
     read_calibration,
     tokenized,
 )
+from .printing import errors, fail, progress_bars
 from .show import print_summary
 
 
@@ -50,13 +50,18 @@ def generate(
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
     check_model(model)
     if not (checkpoint / "config.json").is_file():
         fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+    check_apart(checkpoint, model)
+    if output is not None:
+        check_apart(output, model)
+        if output.resolve() == checkpoint.resolve():
+            fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
     from ..hosts.registry import AdapterJob, adapter_maker

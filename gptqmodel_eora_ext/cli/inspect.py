@@ -11,11 +11,8 @@ from rich.table import Table
 
 from ..adapter.summary import summarize
 from ..evaluate.kernel_report import MANY_ROWS, kernel_report
-from .options import (
-    Json,
-    errors,
-    out,
-)
+from .options import Json
+from .printing import errors, out
 from .show import print_summary
 
 WORST_MODULES = 10

@@ -1,26 +1,18 @@
-"""What the commands of `eora` share: their options, and how they check, report and fail."""
+"""What the commands of `eora` share: their options, and how these are checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..adapter.folder import AdapterError
 from ..adapter.options import AdapterOptions, as_flag
 from ..adapter.presets import DEFAULT_BUDGET, DEFAULT_PRESET
 from ..adapter.vocabulary import OBJECTIVES
-from ..calibration import read_texts, windows
+from ..calibration import read_file, read_texts, windows
 from ..plan import Plan
-
-# Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
-out = Console()
-err = Console(stderr=True)
+from .printing import errors, fail
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -56,8 +48,10 @@ Rounds = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Option(help="Text (.txt), JSON lines (.jsonl, column `text`) or a dataset name (`allenai/c4:en`)."),
-]
+    typer.Option(help="A file (text, JSON, JSON lines, CSV, TSV or Parquet, also gzip or Zstandard; rows of `text`, "
+                      "`messages`, `conversations`, `instruction` or `input_ids`), or a dataset name, as "
+                      "`allenai/c4:en`."),
+]  # fmt: skip
 Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration window.", min=16)]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward.", min=1)]
@@ -72,36 +66,10 @@ GroupSize = Annotated[int, typer.Option(help="Weights per scale; -1 for a whole 
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan.json of `eora plan`: bits, ranks and grid of every module.")
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="Allow code that comes with the model or its tokenizer, from a folder or the hub.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def fail(message: str) -> NoReturn:
-    """Tell a mistake and leave with status 2."""
-    err.print(f"[bold red]error:[/] {message}", highlight=False)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """Mistakes in the input end with one line; anything else keeps its traceback."""
-    try:
-        yield
-    except (AdapterError, ValueError, NotImplementedError, NotADirectoryError) as error:
-        fail(str(error))
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """A bar with an estimate; yields a maker of `report(done, total)` callbacks."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=err) as progress:
-
-        def start(what: str) -> Callable[[int, int], None]:
-            task = progress.add_task(what, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield start
 
 
 def adapter_options(
@@ -125,19 +93,6 @@ def adapter_options(
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """Wrap a sequence so that ``report`` hears how far it is."""
-
-    def wrap(items: Iterable[Any]) -> Iterator[Any]:
-        known = list(items)
-        for done, item in enumerate(known):
-            report(done, len(known))
-            yield item
-        report(len(known), len(known))
-
-    return wrap
-
-
 def check_group_size(group_size: int) -> None:
     """Fail unless GPTQModel quantises in groups of this size."""
     if group_size not in GROUP_SIZES:
@@ -153,18 +108,42 @@ def check_model(model: str) -> None:
         fail(f"there is no model folder `{model}`. Pass a folder, or a hub name like `Qwen/Qwen3-8B`.")
 
 
-def check_out(folder: Path, force: bool) -> None:
-    """Fail unless this is a folder that may be written into."""
-    if folder.is_file():
+def check_out(folder: Path, force: bool, *sources: str | Path) -> None:
+    """Fail unless this is a folder that may be written into.
+
+    Args:
+        folder: to write to.
+        force: whether it may hold something.
+        sources: what is read from; nothing is written there, above or below, whatever ``force`` says.
+    """
+    for source in sources:
+        check_apart(folder, source)
+    if folder.exists() and not folder.is_dir():
         fail(f"`{folder}` is a file; pass a folder to write to.")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
+
+
+def check_apart(folder: Path, source: str | Path) -> None:
+    """Fail where a folder to write to is one that is read from, lies in it, or holds it; links are followed."""
+    if not Path(source).exists():
+        return
+    written, read = folder.resolve(), Path(source).resolve()
+    if written == read or written in read.parents or read in written.parents:
+        how = "is" if written == read else "lies in" if read in written.parents else "holds"
+        fail(f"`{folder}` {how} `{source}`, which is read from and must stay as it is. Choose a folder apart from it.")
 
 
 def read_calibration(source: str) -> Any:
     """The documents of a source; fail where there are none."""
     with errors():
         return read_texts(source)
+
+
+def check_text(path: Path) -> None:
+    """Fail unless this is a file that texts can be read from."""
+    with errors():
+        read_file(path)
 
 
 def tokenized(texts: Any, model: str, samples: int, seqlen: int, trust_remote_code: bool) -> list[dict[str, list[int]]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +17,18 @@ from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import FACTOR_BITS, OBJECTIVES, SENSITIVITIES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from ..evaluate.size import readable
+from ..formats.sizes import ModuleShape
+from ..hosts.registry import Planned, Windows, planner
 from ..plan import (
     PLAIN_TITLE,
     PLANNED_BITS,
     SWEEP,
     Plan,
+    PlannedModule,
     Point,
+    affordable,
     largest_rank,
+    least_budget,
     plan_points,
     plan_question,
     planned,
@@ -38,17 +44,15 @@ from .options import (
     Model,
     Samples,
     SeqLen,
+    TrustRemoteCode,
     adapter_options,
     check_group_size,
     check_model,
-    counted,
-    errors,
-    fail,
-    out,
-    progress_bars,
     read_calibration,
     tokenized,
 )
+from .printing import counted, errors, fail, out, progress_bars, say
+from .show import listing
 
 QUANTIZER = "gptq"
 # With the search, 2 bits in groups of 64 leave SmolLM2 a third less predicted loss, and 4 bits no more.
@@ -86,67 +90,126 @@ def plan(
     seqlen: SeqLen = DEFAULT_SEQLEN,
     sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
     mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = SCALE_SEARCH,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Predict what bits and adapters buy before anything is quantised, and choose both under one size."""
-    check_group_size(group_size)
-    widths, sweep = factor_bits or list(FACTOR_BITS), tuple(budgets or SWEEP)
-    with errors():
-        validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
-    for width in widths:
-        for budget in (*sweep, *([total] if total else ())):
-            adapter_options(None, budget, OBJECTIVES[0], width, sensitivity)
-    if plan_file and not total:
-        fail("--out writes the plan of a --total; name one, for instance --total 2.5bpw.")
-    if total and as_json and not plan_file:
-        fail("--json prints the sweep; name a file for the plan by --out.")
-    for target in (plan_file, picture):
-        if target and not target.absolute().parent.is_dir():
-            fail(f"there is no folder `{target.parent}` to write `{target.name}` into.")
-    if picture and picture.suffix not in (".svg", ".png", ".pdf"):
-        fail(f"--picture must end in .svg, .png or .pdf, got `{picture}`.")
+    asked = _Asked(
+        total, plan_file, picture, bits, group_size, budgets, tuple(factor_bits or FACTOR_BITS), sensitivity, sym, mse
+    )
+    asked.check(as_json)
     check_model(model)
     texts = read_calibration(calibration)
-    if picture:
-        with errors():
-            _require_matplotlib()
 
-    from ..hosts.registry import planner
     from ..hosts.terminal import quiet
 
-    grid = Grid(group_size, sym, mse)
     with errors(), progress_bars() as bar, quiet():
         data = tokenized(texts, model, samples, seqlen, trust_remote_code)
         settings = {"bits": bits, "group_size": group_size, "sym": sym}
         opened = planner(QUANTIZER)(model, settings, trust_remote_code)
-        shapes = opened.shapes
-        size = budget_bytes(total, shapes) if total else 0
-        most = max(
-            sweep_rank(shapes, sweep, widths),
-            largest_rank(shapes, size, PLANNED_BITS[0], group_size, min(widths)),
-        )
-        question = plan_question(shapes, grid, most=most, swept=bits)
-        modules = planned_modules(shapes, opened.survey(data, question, sensitivity, lambda title: counted(bar(title))))
-        points = plan_points(modules, grid, bits=bits, factor_bits=widths, budgets=sweep)
+        sweep = asked.sweep(opened.shapes)
+        modules = asked.forecast(opened, data, sweep, lambda title: counted(bar(title)))
+        points = plan_points(modules, asked.grid, bits=bits, factor_bits=asked.widths, budgets=sweep)
         chosen = None
         if total:
-            chosen = planned(modules, size, grid, min(widths), model=model, sensitivity=sensitivity)
-    if chosen and plan_file:
-        chosen.write(plan_file)
-    if picture:
-        from ..plan.picture import draw
-
-        draw(points, chosen, picture, title=Path(model).name)
+            size, fewest = budget_bytes(total, opened.shapes), min(asked.widths)
+            chosen = planned(modules, size, asked.grid, fewest, model=model, sensitivity=sensitivity)
+        asked.write(points, chosen, model)
     if as_json:
         out.print_json(json.dumps([point.as_json() for point in points]))
         return
     out.print(_table(points))
     if chosen:
         out.print(_described(chosen))
-        where = plan_file or "plan.json"
-        hint = "" if plan_file else f"  (write it by --out {where})"
-        out.print(f"Run it:  eora quantize {model} OUT --plan {where} --calibration …{hint}", highlight=False)
+        hint = "" if plan_file else "  (write it by --out plan.json)"
+        say(f"Run it:  eora quantize {model} OUT --plan {plan_file or 'plan.json'} --calibration …{hint}")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan is asked for, by the names of the options; ``widths`` are those of factors."""
+
+    total: str | None
+    plan_file: Path | None
+    picture: Path | None
+    bits: int
+    group_size: int
+    budgets: list[str] | None
+    widths: tuple[int, ...]
+    sensitivity: str
+    sym: bool
+    mse: float
+
+    @property
+    def grid(self) -> Grid:
+        """How weights will be rounded."""
+        return Grid(self.group_size, self.sym, self.mse)
+
+    def check(self, as_json: bool) -> None:
+        """Fail for whatever can be told to be wrong before the model is opened."""
+        check_group_size(self.group_size)
+        with errors():
+            validate_choice(self.sensitivity, SENSITIVITIES, what="--sensitivity")
+        for width in self.widths:
+            for budget in (*(self.budgets or SWEEP), *([self.total] if self.total else ())):
+                adapter_options(None, budget, OBJECTIVES[0], width, self.sensitivity)
+        if self.plan_file and not self.total:
+            fail("--out writes the plan of a --total; name one, for instance --total 2.5bpw.")
+        if self.total and as_json and not self.plan_file:
+            fail("--json prints the sweep; name a file for the plan by --out.")
+        for target in (self.plan_file, self.picture):
+            if target and not target.absolute().parent.is_dir():
+                fail(f"there is no folder `{target.parent}` to write `{target.name}` into.")
+            if target and target.is_dir():
+                fail(f"`{target}` is a folder; name a file to write.")
+        if self.picture and self.picture.suffix not in (".svg", ".png", ".pdf"):
+            fail(f"--picture must end in .svg, .png or .pdf, got `{self.picture}`.")
+        if self.picture:
+            with errors():
+                _require_matplotlib()
+
+    def sweep(self, shapes: Sequence[ModuleShape]) -> tuple[str, ...]:
+        """The budgets to compare: those asked for, all of which the model must be able to spend, or the usual that it
+        can.
+
+        Raises:
+            ValueError: for one asked for that buys nothing in any width.
+        """
+        found = affordable(shapes, self.budgets or SWEEP, self.widths)
+        useless = next((budget for budget in self.budgets or () if budget not in found), None)
+        if useless is not None:
+            least = min(least_budget(shapes, width) for width in self.widths)
+            raise ValueError(
+                f"--budget {useless} is {budget_bytes(useless, shapes)} bytes, which buys nothing: the smallest "
+                f"adapter of these {len(shapes)} modules takes {least} bytes. Allow at least that."
+            )
+        return found
+
+    def forecast(
+        self,
+        opened: Planned,
+        data: Windows,
+        sweep: Sequence[str],
+        bar: Callable[[str], Callable[[Sequence[Any]], Iterable[Any]]],
+    ) -> list[PlannedModule]:
+        """Forecasts of all modules, of as many components as anything that was asked can have."""
+        shapes = opened.shapes
+        size = budget_bytes(self.total, shapes) if self.total else 0
+        most = max(
+            sweep_rank(shapes, sweep, self.widths),
+            largest_rank(shapes, size, PLANNED_BITS[0], self.group_size, min(self.widths)),
+        )
+        question = plan_question(shapes, self.grid, most=most, swept=self.bits)
+        return planned_modules(shapes, opened.survey(data, question, self.sensitivity, bar))
+
+    def write(self, points: Sequence[Point], chosen: Plan | None, model: str) -> None:
+        """Write the files that were asked for."""
+        if chosen and self.plan_file:
+            chosen.write(self.plan_file)
+        if self.picture:
+            from ..plan.picture import draw
+
+            draw(points, chosen, self.picture, title=Path(model).name)
 
 
 def _require_matplotlib() -> None:
@@ -174,7 +237,7 @@ def _table(points: Sequence[Point]) -> Table:
 
 
 def _described(chosen: Plan) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = listing()
     weights = sum(one.out_features * one.in_features for one in chosen.modules.values())
     counts: Counter[Any] = Counter(one.bits for one in chosen.modules.values())
     ranks = [one.rank for one in chosen.modules.values() if one.rank]

@@ -28,18 +28,16 @@ from .options import (
     Samples,
     Sensitivity,
     SeqLen,
+    TrustRemoteCode,
     adapter_options,
     check_group_size,
     check_model,
     check_out,
-    errors,
-    fail,
-    out,
-    progress_bars,
     read_calibration,
     read_plan,
     tokenized,
 )
+from .printing import errors, fail, progress_bars, say
 from .show import print_summary
 
 QUANTIZER = "gptq"
@@ -67,7 +65,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Quantise columns in order of activation size.")] = False,
     mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = 0.0,
     force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow model code from the hub.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantise a model by GPTQ and compensate each module right after it is quantised."""
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
@@ -79,7 +77,7 @@ def quantize(
     if planned:
         settings = planned.quantize_config()
     check_model(model)
-    check_out(output, force)
+    check_out(output, force, model)
     texts = read_calibration(calibration)
 
     from ..hosts.registry import QuantizeJob, quantizer
@@ -101,4 +99,4 @@ def quantize(
         quantizer(QUANTIZER)(job)
     if planned is None or planned.largest_rank:
         print_summary(summarize(output), time.perf_counter() - start)
-    out.print(f'Load it:  GPTQModel.load("{output}")', highlight=False)
+    say(f'Load it:  GPTQModel.load("{output}")')

@@ -6,15 +6,21 @@ from rich.table import Table
 
 from ..adapter.summary import AdapterSummary
 from ..evaluate.size import readable, weight_bytes
-from .options import (
-    out,
-)
+from .printing import out
+
+
+def listing() -> Table:
+    """A table of names and values; a long value, such as a path, goes on in the next line and is never cut."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    return table
 
 
 def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:
     details = summary.details
     ranks = sorted(set(summary.ranks.values()))
-    table = Table.grid(padding=(0, 2))
+    table = listing()
     table.add_row("adapter", str(summary.folder))
     table.add_row(
         "modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"

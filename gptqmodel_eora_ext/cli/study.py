@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,14 +24,14 @@ from .options import (
     Model,
     Samples,
     SeqLen,
+    TrustRemoteCode,
     adapter_options,
+    check_apart,
     check_model,
-    errors,
-    fail,
-    out,
-    progress_bars,
+    check_text,
     read_calibration,
 )
+from .printing import errors, fail, out, progress_bars
 
 EXAMPLE = "Example:  eora study Qwen/Qwen3-8B study --calibration allenai/c4:en --text heldout.txt --budget 0.5bpw"
 RANKS = (32, 64, 256)
@@ -44,7 +45,7 @@ def study(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the study; started again, it goes on.")],
     calibration: Calibration,
-    texts: Annotated[list[Path] | None, typer.Option("--text", help="Held-out text; once for each.")] = None,
+    texts: Annotated[list[Path] | None, typer.Option("--text", help="File of held-out text; once for each.")] = None,
     lm_eval: Annotated[
         list[str] | None, typer.Option("--lm-eval", help="A task of lm-eval to score; once for each.")
     ] = None,
@@ -73,37 +74,25 @@ def study(
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.", min=2)] = DEFAULT_WINDOW,
     max_windows: Annotated[int | None, typer.Option(help="Evaluation windows of a text, at most.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; CUDA where there is one.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantise with AutoRound, make adapters in several sizes, evaluate each: score and bytes, before and after."""
-    if format not in FORMATS:
-        fail(f"--format must be one of {', '.join(FORMATS)}, got {format}.")
-    widths = BITS["awq" if "awq" in format else "gptq"]
-    if bits not in widths:
-        fail(f"--bits must be one of {', '.join(map(str, widths))} in the format {format}, got {bits}.")
+    _check_quantiser(format, bits)
     check_model(model)
-    for rank in ranks or ():
-        adapter_options(rank, None, OBJECTIVES[0], factor_bits, None)
-    for budget in budgets or ():
-        adapter_options(None, budget, OBJECTIVES[0], factor_bits, None)
-    if not texts and not lm_eval:
-        fail("nothing to evaluate on: name a --text, a task with --lm-eval, or both.")
-    tasks_path = None if lm_eval_path is None else str(lm_eval_path)
-    if lm_eval:
-        with errors():
-            check_tasks(lm_eval, tasks_path)
-    for text in texts or ():
-        if not text.is_file():
-            fail(f"there is no file `{text}`.")
+    check_apart(output, model)
+    _check_adapters(ranks or (), budgets or (), factor_bits)
+    _check_evaluation(texts or (), lm_eval or (), lm_eval_path)
     for source in (calibration, task):
         if source is not None:
             read_calibration(source)
     options = StudyOptions(
         model=model, calibration=calibration, task=task, texts=tuple(map(str, texts or ())),
-        lm_eval=tuple(lm_eval or ()), lm_eval_path=tasks_path, limit=limit,
+        lm_eval=tuple(lm_eval or ()), lm_eval_path=None if lm_eval_path is None else str(lm_eval_path), limit=limit,
         ranks=tuple(ranks or (() if budgets else RANKS)), budgets=tuple(budgets or ()), factor_bits=factor_bits,
         bits=bits, group_size=group_size, sym=sym, iters=iters, format=format, samples=samples, seqlen=seqlen,
         batch_size=batch_size, window=window, max_windows=max_windows, device=device,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with errors():
         made = Study(output, options)
@@ -114,6 +103,31 @@ def study(
         out.print_json(json.dumps(rows))
         return
     _print(rows, text_names(options.texts))
+
+
+def _check_quantiser(form: str, bits: int) -> None:
+    if form not in FORMATS:
+        fail(f"--format must be one of {', '.join(FORMATS)}, got {form}.")
+    widths = BITS["awq" if "awq" in form else "gptq"]
+    if bits not in widths:
+        fail(f"--bits must be one of {', '.join(map(str, widths))} in the format {form}, got {bits}.")
+
+
+def _check_adapters(ranks: Sequence[int], budgets: Sequence[str], factor_bits: int) -> None:
+    for rank in ranks:
+        adapter_options(rank, None, OBJECTIVES[0], factor_bits, None)
+    for budget in budgets:
+        adapter_options(None, budget, OBJECTIVES[0], factor_bits, None)
+
+
+def _check_evaluation(texts: Sequence[Path], tasks: Sequence[str], tasks_path: Path | None) -> None:
+    if not texts and not tasks:
+        fail("nothing to evaluate on: name a --text, a task with --lm-eval, or both.")
+    for text in texts:
+        check_text(text)
+    if tasks:
+        with errors():
+            check_tasks(tasks, None if tasks_path is None else str(tasks_path))
 
 
 def _print(rows: list[dict[str, Any]], names: dict[str, str]) -> None:

@@ -58,15 +58,18 @@ def run_demo(output: Path, *, bits: int, rank: int, progress: Progress) -> tuple
 
 
 def _full_precision(base: Path, report: Callable[[int, int], None]) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .perplexity import text_loss
+    from ..hosts.terminal import without_library_bars, without_noise
 
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    tokens = AutoTokenizer.from_pretrained(base)(demo_text("heldout").read_text(encoding="utf-8")).input_ids
-    loss = text_loss(model, torch.tensor(tokens), window=WINDOW, max_windows=MAX_WINDOWS, progress=report)
+    with without_noise(), without_library_bars():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from .perplexity import text_loss, text_tokens
+
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = text_tokens(demo_text("heldout"), tokenizer, window=WINDOW, max_windows=MAX_WINDOWS)
+    loss = text_loss(model, ids, window=WINDOW, max_windows=MAX_WINDOWS, progress=report)
     return {
         "model": "full precision",
         "perplexity": loss.perplexity,

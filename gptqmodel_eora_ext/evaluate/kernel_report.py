@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..adapter.folder import AdapterError
+from ..adapter.errors import AdapterError
 from ..adapter.summary import AdapterSummary
 from ..formats.names import QUANTIZE_CONFIG
 from ..formats.packed_weights import WORD_BITS

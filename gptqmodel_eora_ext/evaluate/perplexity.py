@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+
+from ..calibration import file_tokens
 
 DEFAULT_WINDOW = 512
 # Kernels that unpack a whole matrix per call cost the same for one window as for four; logits of more would be large.
@@ -33,6 +37,22 @@ class TextLoss:
         return math.exp(self.nats)
 
 
+def text_tokens(text: str | Path, tokenizer: Any, *, window: int, max_windows: int | None = None) -> torch.Tensor:
+    """The tokens of a file, no more than the windows want: 1-D, int32.
+
+    Args:
+        text: a file, as `calibration.read_texts` takes it.
+        tokenizer: the model's own.
+        window: tokens per window.
+        max_windows: windows at most; None for the whole text.
+
+    Raises:
+        TextError: a ValueError, for a file that cannot be read.
+    """
+    most = None if max_windows is None else window * max_windows
+    return torch.from_numpy(numpy.asarray(file_tokens(text, tokenizer, most=most)))
+
+
 def text_loss(
     model: Any,
     token_ids: torch.Tensor,
@@ -45,7 +65,7 @@ def text_loss(
 
     Args:
         model: a transformers causal language model.
-        token_ids: 1-D, the whole text.
+        token_ids: 1-D, the whole text, of any integer dtype.
         window: tokens per window, at least 2.
         max_windows: stop after so many; None takes the whole text.
         progress: called with (windows done, windows in all) after each forward.
@@ -63,7 +83,7 @@ def text_loss(
     with torch.inference_mode():
         for start in range(0, count, WINDOWS_PER_FORWARD):
             stop = min(start + WINDOWS_PER_FORWARD, count)
-            ids = token_ids[start * window : stop * window].reshape(-1, window).to(device)
+            ids = token_ids[start * window : stop * window].reshape(-1, window).to(device, torch.int64)
             for logits, targets in zip(model(input_ids=ids).logits, ids, strict=True):
                 loss = torch.nn.functional.cross_entropy(logits[:-1].to(torch.float32), targets[1:], reduction="sum")
                 total += float(loss)

@@ -28,7 +28,7 @@ ADAPTERS = "adapters"
 RESUME = ".autoround"
 FULL_PRECISION = "full precision"
 # What may change from one call to the next: adapters, texts and tasks are added, a device changes no result.
-EXTENSIBLE = ("ranks", "budgets", "texts", "lm_eval", "lm_eval_path", "device")
+EXTENSIBLE = ("ranks", "budgets", "texts", "lm_eval", "lm_eval_path", "device", "trust_remote_code")
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -52,6 +52,7 @@ class StudyOptions:
         samples, seqlen, batch_size: calibration windows, tokens of each, windows per forward.
         window, max_windows: tokens of an evaluation window, and how many at most.
         device: "cpu", "cuda" or "cuda:0"; None for CUDA where there is one.
+        trust_remote_code: whether code that comes with the model or its tokenizer may run.
     """
 
     model: str
@@ -75,6 +76,7 @@ class StudyOptions:
     window: int
     max_windows: int | None
     device: str | None
+    trust_remote_code: bool = False
 
     @property
     def adapters(self) -> dict[str, dict[str, Any]]:
@@ -142,20 +144,19 @@ class Study:
         if QUANTIZED in self.state["steps"]:
             return
         options = self.options
-        from transformers import AutoTokenizer
-
         from ..hosts.registry import QuantizeJob, quantizer
 
         start = time.perf_counter()
         job = QuantizeJob(
             model=options.model,
             output=self.folder / QUANTIZED,
-            windows=self._windows(AutoTokenizer.from_pretrained(options.model)),
+            windows=self._windows(),
             settings={
                 "bits": options.bits, "group_size": options.group_size, "sym": options.sym, "iters": options.iters,
                 "format": options.format,
             },
             batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
             device=self._device,
         )  # fmt: skip
         with _resumable(self.folder / RESUME):
@@ -173,16 +174,14 @@ class Study:
 
         start = time.perf_counter()
         with quiet():
-            from transformers import AutoTokenizer
-
             job = AdapterJob(
                 base=self.options.model,
                 checkpoint=self.checkpoint,
-                windows=self._windows(AutoTokenizer.from_pretrained(self.options.model)),
+                windows=self._windows(),
                 adapter=options,
                 output=self.folder / ADAPTERS / name,
                 batch_size=self.options.batch_size,
-                loading={"device": self._device},
+                loading={"device": self._device, "trust_remote_code": self.options.trust_remote_code},
                 report=progress(f"adapter {name}"),
             )
             adapter_maker(self.checkpoint)(job)
@@ -198,9 +197,7 @@ class Study:
         from ..hosts.terminal import quiet
 
         with quiet():
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.options.model)
+            tokenizer = self._tokenizer()
             model = self._load(name)
             for text in texts:
                 losses[text] = self._loss(model, tokenizer, text, progress(f"{name} on {Path(text).stem}"))
@@ -212,12 +209,10 @@ class Study:
         self._free()
 
     def _loss(self, model: Any, tokenizer: Any, text: str, report: Callable[[int, int], None]) -> dict[str, Any]:
-        import torch
+        from .perplexity import text_loss, text_tokens
 
-        from .perplexity import text_loss
-
-        ids = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8")).input_ids)
         options = self.options
+        ids = text_tokens(text, tokenizer, window=options.window, max_windows=options.max_windows)
         found = text_loss(model, ids, window=options.window, max_windows=options.max_windows, progress=report)
         return {"nats": found.nats, "perplexity": found.perplexity, "tokens": found.tokens}
 
@@ -235,14 +230,25 @@ class Study:
         if name == FULL_PRECISION:
             from transformers import AutoModelForCausalLM
 
-            return AutoModelForCausalLM.from_pretrained(self.options.model, dtype="auto").to(self._device)
+            return AutoModelForCausalLM.from_pretrained(
+                self.options.model, dtype="auto", trust_remote_code=self.options.trust_remote_code
+            ).to(self._device)
         from ..hosts.registry import loader
 
         adapter = self.folder / ADAPTERS / name if name != QUANTIZED else None
-        return loader(self.checkpoint)(self.checkpoint, adapter, device=self._device).model
+        load = loader(self.checkpoint)
+        trusted = self.options.trust_remote_code
+        return load(self.checkpoint, adapter, device=self._device, trust_remote_code=trusted).model
 
-    def _windows(self, tokenizer: Any) -> list[dict[str, list[int]]]:
-        options = self.options
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self.options.model, trust_remote_code=self.options.trust_remote_code
+        )
+
+    def _windows(self) -> list[dict[str, list[int]]]:
+        options, tokenizer = self.options, self._tokenizer()
         task = read_texts(options.task) if options.task else None
         return mixed_windows(
             read_texts(options.calibration), task, tokenizer, samples=options.samples, seqlen=options.seqlen

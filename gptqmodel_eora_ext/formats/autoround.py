@@ -31,8 +31,9 @@ METHOD_NAMES = ("auto-round", "auto_round", "intel/auto-round")
 PROVIDER = "auto-round"
 # Bits that GPTQModel's kernels unpack, by method.
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-# Asymmetric zero points stored less one are taken only from packers that GPTQModel knows not to wrap a zero around:
-# itself, from this version. AutoRound's do not either.
+# In the layout that stores zero points less one, a zero point of 0 would wrap around to the largest code. GPTQModel
+# opens an asymmetric checkpoint only where the packer is one that never writes such a zero point, and of those it knows
+# itself alone, from this version on. AutoRound's packer never writes one either, so its checkpoints name both.
 TRUSTED_PACKER = "gptqmodel:0.9.0"
 WORKS = (
     "What can be: packed integer weights with 16-bit activations, exported as auto_round, auto_round:auto_gptq, "

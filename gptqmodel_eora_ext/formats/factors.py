@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .packed_weights import LayoutError, PackedWeight
+from .packed_weights import LayoutError, PackedWeight, is_count
 
 # Features per scale: 4.25 bits a value at 4 bits. Other sizes were not measured.
 GROUP_SIZE = 64
+# Widths that factors are packed in, and the floating dtypes that kernels read.
+PACKED_BITS = (8, 4)
+DAMAGED_ADAPTER = "The adapter is damaged or made by another version; copy it again, or make it again."
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,18 @@ class QuantizedFactor:
         scales: float16, rows × ceil(features / GROUP_SIZE).
         bits: 8 or 4.
         features: values in a row.
+
+    Raises:
+        LayoutError: from `__post_init__`, for shapes or dtypes other than these.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     bits: int
     features: int
+
+    def __post_init__(self) -> None:
+        check_packed("factor", self.bits, self.features, _layout(self.codes), _layout(self.scales))
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +61,64 @@ class QuantizedFactor:
         """Rows × features, in ``dtype``."""
         integers = self.integers().to(torch.float32)
         return (integers * per_feature(self.scales, self.features)).to(dtype)
+
+
+# Shape and dtype of a tensor.
+Layout = tuple[tuple[int, ...], torch.dtype]
+
+
+def _layout(tensor: torch.Tensor) -> Layout:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def check_packed(name: str, bits: int, features: int, codes: Layout, scales: Layout) -> None:
+    """Check that codes and scales are of a packed factor, before anything is allocated or read.
+
+    Args:
+        name: what to call the factor in a message.
+        bits: of a code.
+        features: values in a row.
+        codes: shape and dtype of the codes.
+        scales: shape and dtype of the scales.
+
+    Raises:
+        LayoutError: when they are not; `QuantizedFactor` tells the layout.
+    """
+
+    def fail(what: str, found: object, expected: str) -> None:
+        raise LayoutError(f"{name}: {what} should be {expected}, found {found}. {DAMAGED_ADAPTER}")
+
+    if not is_count(bits) or bits not in PACKED_BITS:
+        fail("bits", bits, " or ".join(map(str, PACKED_BITS)))
+    if not is_count(features):
+        fail("the number of features", features, "a positive integer")
+    # An empty factor is one of rank 0, which is written as no factor at all.
+    if len(codes[0]) != 2 or codes[0][0] < 1:
+        fail("the shape of the codes", list(codes[0]), "rank × bytes")
+    rank = codes[0][0]
+    expected = (
+        ("codes", codes, (rank, -(-features * bits // 8)), torch.uint8),
+        ("scales", scales, (rank, -(-features // GROUP_SIZE)), torch.float16),
+    )
+    for what, (shape, dtype), wanted, wanted_dtype in expected:
+        if shape != wanted:
+            fail(f"the shape of the {what}", list(shape), f"{list(wanted)} for {features} features in {bits} bits")
+        if dtype != wanted_dtype:
+            fail(f"the dtype of the {what}", dtype, str(wanted_dtype))
+
+
+def check_floating(name: str, factor: Layout) -> None:
+    """Check that a factor that is not packed is a matrix of floating numbers.
+
+    Raises:
+        LayoutError: when it is not.
+    """
+    shape, dtype = factor
+    if len(shape) != 2 or min(shape) < 1:
+        raise LayoutError(f"{name}: the shape should be rank × features, found {list(shape)}. {DAMAGED_ADAPTER}")
+    if dtype not in FLOATING:
+        names = ", ".join(str(one)[6:] for one in FLOATING)
+        raise LayoutError(f"{name}: the dtype should be one of {names}, found {dtype}. {DAMAGED_ADAPTER}")
 
 
 def per_feature(scales: torch.Tensor, features: int) -> torch.Tensor:
@@ -83,13 +151,17 @@ class Factors:
         up: Bᵀ, rank × out, likewise.
 
     Raises:
-        LayoutError: from `__post_init__`, when the two ranks differ or are 0.
+        LayoutError: from `__post_init__`, when the two ranks differ or are 0, or a factor is no matrix of floating
+            numbers.
     """
 
     down: torch.Tensor | QuantizedFactor
     up: torch.Tensor | QuantizedFactor
 
     def __post_init__(self) -> None:
+        for name, factor in (("A", self.down), ("Bᵀ", self.up)):
+            if not isinstance(factor, QuantizedFactor):
+                check_floating(f"factor {name}", _layout(factor))
         if rows(self.down) != rows(self.up) or self.rank < 1:
             raise LayoutError(
                 f"factors: A has rank {rows(self.down)} and Bᵀ rank {rows(self.up)}; both should be the same, at "

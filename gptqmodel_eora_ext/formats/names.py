@@ -2,6 +2,9 @@
 
 # GPTQModel's description of a checkpoint's quantisation.
 QUANTIZE_CONFIG = "quantize_config.json"
+# Key in that file's `meta` which says that a plan of this package chose the bits: its kernels serve such a checkpoint
+# without being asked, with an adapter or without.
+PLAN_MARK = "eora_plan"
 # transformers' description of a model.
 MODEL_CONFIG = "config.json"
 # PEFT's two files of an adapter.

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .factors import GROUP_SIZE, QuantizedFactor
+from .factors import DAMAGED_ADAPTER, GROUP_SIZE, QuantizedFactor, check_packed
+from .packed_weights import LayoutError
 
 PACKED_TYPE = "EORA"
 FEATURES = "features"
@@ -53,23 +54,43 @@ def features_metadata(packed: Mapping[str, tuple[QuantizedFactor, QuantizedFacto
 
 
 def read_packed(
-    handle: safe_open, keys: Mapping[str, str], features: tuple[int, int], bits: int
+    handle: safe_open, keys: Mapping[str, str], features: tuple[int, int], bits: int, name: str = "factors"
 ) -> tuple[QuantizedFactor, QuantizedFactor]:
     """A (rank × in) and Bᵀ (rank × out) of a module.
+
+    The header's shapes and dtypes are checked before a tensor is read, so that no number of the header makes this
+    allocate anything.
 
     Args:
         handle: the open file.
         keys: "lora_A.qweight" and so on → key in the file.
         features: (in, out).
         bits: 8 or 4.
+        name: the module and its file, for messages.
+
+    Raises:
+        LayoutError: when a tensor has another shape or dtype than these numbers say, or A and B differ in rank.
     """
-    lora_A, lora_B = (
-        QuantizedFactor(
-            codes=handle.get_tensor(keys[f"{half}.qweight"]),
-            scales=handle.get_tensor(keys[f"{half}.scales"]),
-            bits=bits,
-            features=width,
+    found = []
+    for half, width in zip(("lora_A", "lora_B"), features, strict=True):
+        codes, scales = keys[f"{half}.qweight"], keys[f"{half}.scales"]
+        check_packed(f"{name}, {half}", bits, width, _layout(handle, codes), _layout(handle, scales))
+        found.append(QuantizedFactor(handle.get_tensor(codes), handle.get_tensor(scales), bits, width))
+    lora_A, lora_B = found
+    if lora_A.codes.shape[0] != lora_B.codes.shape[0]:
+        raise LayoutError(
+            f"{name}: A has rank {lora_A.codes.shape[0]} and B rank {lora_B.codes.shape[0]}; both should be the same. "
+            f"{DAMAGED_ADAPTER}"
         )
-        for half, width in zip(("lora_A", "lora_B"), features, strict=True)
-    )
     return lora_A, lora_B
+
+
+# The names that safetensors gives to the dtypes of packed factors.
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+
+
+def _layout(handle: safe_open, key: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a tensor by the file's header; the file's name of a dtype that packed factors never have."""
+    header = handle.get_slice(key)
+    dtype = header.get_dtype()
+    return tuple(header.get_shape()), _DTYPES.get(dtype, dtype)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .factors import GROUP_SIZE
 
 SCALE_BYTES = 2
+# The group size of one scale for a whole row.
+WHOLE_ROW = -1
 
 
 @dataclass(frozen=True)
@@ -36,5 +38,5 @@ def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int) -> int:
 
 def weight_bytes(shape: ModuleShape, bits: int, group_size: int) -> int:
     """Bytes of a module's weights in the GPTQ format: codes, float16 scales, zeros as wide as codes."""
-    groups = 1 if group_size == -1 else -(-shape.in_features // group_size)
+    groups = 1 if group_size == WHOLE_ROW else -(-shape.in_features // group_size)
     return (shape.weights * bits + groups * shape.out_features * (8 * SCALE_BYTES + bits)) // 8

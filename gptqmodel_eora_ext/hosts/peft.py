@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.folder import AdapterError, AdapterFolder
+from ..adapter.errors import AdapterError
+from ..adapter.folder import AdapterFolder
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."
@@ -16,17 +17,22 @@ KERNELS = "auto_round_extension."
 def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
     """Put an adapter on a model by PEFT, which knows GPTQModel's kernels but not AutoRound's own.
 
-    ``load_peft(AutoModelForCausalLM.from_pretrained("out"), "out/eora")``. Models with other kernels work too.
+    Models with other kernels work too.
 
     Args:
         model: as transformers gives it.
-        path: the adapter's folder.
+        path: the adapter's folder, its factors in 16 or 32 bits.
 
     Returns:
-        The `PeftModel`.
+        The `PeftModel`; it keeps the factors in float32 and adds (x Aᵀ) Bᵀ to what each kernel gives.
 
     Raises:
-        AdapterError: for a folder that is no adapter, or one of packed factors, which PEFT cannot hold.
+        AdapterError: for a folder that is no adapter, one with values that cannot be, or one of packed factors, which
+            PEFT cannot hold.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+        >>> model = load_peft(model, "out/eora")
     """
     import peft
     from peft.tuners.lora.gptq import GPTQLoraLinear

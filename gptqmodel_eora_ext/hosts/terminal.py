@@ -6,15 +6,62 @@ It stands outside `hosts.gptqmodel`, whose import brings in GPTQModel and with i
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# What other libraries log of themselves and nobody who runs a command can act on: logger, and a part of the message.
+NOISE = {
+    # torchao registers its own classes in a way that torch has since made needless.
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
+    # A build of torch for CUDA on a machine without a GPU; the commands tell the device where it matters.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # GPTQModel's tokenizer helper names the padding token that it chose; windows here are never padded.
+    "tokenicer.tokenicer": "Auto fixed pad_token_id",
+}
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """No line of `NOISE`; every other line of the same loggers is shown."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return NOISE[record.name] not in record.getMessage()
+
+    for name in NOISE:
+        logging.getLogger(name).addFilter(keeps)
+    try:
+        yield
+    finally:
+        for name in NOISE:
+            logging.getLogger(name).removeFilter(keeps)
+
+
+@contextlib.contextmanager
+def without_library_bars() -> Iterator[None]:
+    """No progress bars of transformers: files that are written in a second, beside a command's own bar."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints."""
+    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints, and no `NOISE` of others."""
+    with without_noise(), without_library_bars(), _host_quiet():
+        yield
+
+
+@contextlib.contextmanager
+def _host_quiet() -> Iterator[None]:
     from logbar import LogBar
 
     shared = LogBar.shared()

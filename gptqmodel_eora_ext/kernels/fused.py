@@ -23,6 +23,10 @@ class FusedLinear:
         factors: A and B; None for none.
         bias: of length out.
         off: what is not to be used (`dispatch.switched_off`).
+        name: the module's, for messages.
+
+    Raises:
+        LayoutError: when factors or bias do not fit the weight.
     """
 
     def __init__(
@@ -31,8 +35,9 @@ class FusedLinear:
         factors: Factors | None = None,
         bias: torch.Tensor | None = None,
         off: frozenset[str] = frozenset(),
+        name: str = "layer",
     ) -> None:
-        self.cpu = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias)
+        self.cpu = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias, name)
         self._alone = CpuLinears([self.cpu])
         self._off = off
         self._choices: dict[tuple[torch.dtype, bool], Choice] = {}
@@ -84,7 +89,7 @@ class FusedLinear:
         return result.to(grad.dtype)
 
 
-class FusedLinears:
+class JointLinears:
     """Layers that read the same input, multiplied in one go; without gradients.
 
     Args:

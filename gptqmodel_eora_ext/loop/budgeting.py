@@ -10,8 +10,10 @@ import torch
 
 from ..adapter.budget import budget_bytes, largest_uniform_rank
 from ..adapter.options import AdapterOptions
+from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
 from ..formats.sizes import ModuleShape, factor_bytes
 from ..plan.layered import LayeredModel
+from ..plan.ranks import least_budget
 from ..plan.survey import Bar, survey
 from ..plan.sweep import Rounding
 from .allocation import RankAllocation
@@ -44,10 +46,12 @@ def allocate_budget(
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
-        ValueError: for a budget in no known form, NaN or infinity in inputs or gradients.
+        ValueError: for a budget in no known form, or too small for any component; for NaN or infinity in inputs or
+            gradients.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     budget = budget_bytes(options.budget, shapes)
+    check_budget(budget, shapes, options, fixed_rank)
     log.info("EoRA: a budget of %.1f MB for %d modules.", budget / 1e6, len(shapes))
     found = survey(
         model,
@@ -61,6 +65,31 @@ def allocate_budget(
     return forecast_allocation(shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank)
 
 
+def check_budget(
+    budget: int, shapes: Sequence[ModuleShape], options: AdapterOptions, fixed_rank: Callable[[str], int | None]
+) -> None:
+    """Refuse a budget that buys no component at all, with the least that buys one.
+
+    Args:
+        budget: bytes.
+        shapes: the modules that share it.
+        options: what was asked.
+        fixed_rank: of a module that does not choose.
+
+    Raises:
+        ValueError: naming both.
+    """
+    least = least_budget(shapes, options.factor_bits, fixed_rank)
+    if budget < least:
+        zeros = "" if options.factor_bits != FACTOR_BITS[0] else (
+            " A 16-bit adapter holds rank 1 of zeros for a module that gets nothing; factors of 8 or 4 bits do not."
+        )  # fmt: skip
+        raise ValueError(
+            f"EoRA: the budget {options.budget!r} is {budget} bytes, which buys nothing: the smallest adapter of these "
+            f"{len(shapes)} modules takes {least} bytes.{zeros} Allow at least that."
+        )
+
+
 def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int:
     """The largest rank for all modules that the budget allows.
 
@@ -71,9 +100,10 @@ def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int
     rank = largest_uniform_rank(budget, shapes, options.factor_bits)
     if rank == 0:
         one = sum(factor_bytes(1, shape, options.factor_bits) for shape in shapes)
+        differing = least_budget(shapes, options.factor_bits) <= budget
         raise ValueError(
             f"EoRA: the budget {options.budget!r} is {budget} bytes; rank 1 for all {len(shapes)} modules takes {one}. "
-            f'Allow more, or let ranks differ: sensitivity="fisher".'
+            f"Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
     return rank

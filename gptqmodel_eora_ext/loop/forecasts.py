@@ -17,7 +17,8 @@ from .allocation import RankAllocation
 
 log = logging.getLogger(__name__)
 
-# Share of a kind's loss below which what is left of it tells nothing.
+# If the adapter leaves less than this share of a kind's predicted loss, then what is measured of the kind is mostly
+# rounding, and its forecasts are not scaled by it.
 LEAST_LEFT = 0.01
 # Ranks that a module is offered in the loop, over the one that it is forecast to take. Of SmolLM2's 210 modules 2 to 10
 # take all that they are offered, most of them an `o_proj`.

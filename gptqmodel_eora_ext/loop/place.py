@@ -1,21 +1,11 @@
-"""Weights as layers hold them, and Ŵ + BA in their place while later layers are calibrated."""
+"""Ŵ + BA in the place of a layer's weight, while later layers are calibrated on what it computes."""
 
 from __future__ import annotations
 
 import torch
-import transformers
 
 from ..adapter.factors import ModuleFactors
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is one that can be compensated: y = x Wᵀ, or GPT-2's `Conv1D`, y = x W."""
-    return isinstance(module, (torch.nn.Linear, transformers.Conv1D))
-
-
-def oriented(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A linear layer's weight as out × in, from how the layer holds it; and back."""
-    return weight.T if isinstance(module, transformers.Conv1D) else weight
+from ..adapter.layers import oriented
 
 
 def put_in_place(linear: torch.nn.Module, factors: ModuleFactors) -> torch.Tensor:

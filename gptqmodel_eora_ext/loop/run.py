@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import platform
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,22 @@ from .allocation import RankAllocation
 LIBRARIES = ("torch", "transformers", "peft")
 
 
+class ModuleError(RuntimeError):
+    """Quantising or compensating a module failed; the error that it met is the cause.
+
+    Attributes:
+        module: its full name.
+        finished: full module name → factors, of the modules that were done before.
+    """
+
+    def __init__(self, module: str, cause: Exception, finished: Mapping[str, ModuleFactors]) -> None:
+        self.module = module
+        self.finished = dict(finished)
+        super().__init__(
+            f"EoRA: stopped at {module}, after {len(self.finished)} modules: {type(cause).__name__}: {cause}"
+        )
+
+
 class Run:
     """State of one run. Safe to write to from several threads.
 
@@ -37,6 +54,7 @@ class Run:
         factors: full module name → factors, on the CPU.
         seconds: spent on factors so far.
         calibration: what `describe_calibration` found.
+        failure: the first error that `guarded` met, and the module's name.
     """
 
     def __init__(self, options: AdapterOptions) -> None:
@@ -47,6 +65,7 @@ class Run:
         self.factors: dict[str, ModuleFactors] = {}
         self.seconds = 0.0
         self.calibration: dict[str, Any] = {}
+        self.failure: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
 
     def recipe(self, name: str, fixed_rank: int | None = None, *, first: bool = True) -> Recipe:
@@ -70,6 +89,29 @@ class Run:
         """Keep a module's factors, on the CPU."""
         with self._lock:
             self.factors[name] = factors.to("cpu")
+
+    @contextlib.contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """Remember an error in work on a module in place of raising it, for a thread in which nobody would hear it.
+
+        Args:
+            name: full module name.
+        """
+        try:
+            yield
+        except Exception as error:
+            with self._lock:
+                self.failure = self.failure or (name, error)
+
+    def raise_failure(self) -> None:
+        """Called where the caller of the run hears it.
+
+        Raises:
+            ModuleError: where `guarded` has met an error.
+        """
+        if self.failure is not None:
+            name, error = self.failure
+            raise ModuleError(name, error, self.factors) from error
 
     def took(self, seconds: float) -> None:
         """Count time spent on factors."""
@@ -121,6 +163,8 @@ def write_adapter(
     factors: Mapping[str, ModuleFactors],
     module_names: Collection[str],
     details: Mapping[str, Any],
+    *,
+    base_model: Path | None = None,
 ) -> None:
     """Write an adapter's folder, and name it in its checkpoint where it lies inside.
 
@@ -130,9 +174,11 @@ def write_adapter(
         factors: full module name → factors.
         module_names: every module of the model.
         details: of `Run.describe`.
+        base_model: where ``checkpoint`` will be, when it is written elsewhere first.
     """
-    save_adapter(folder, factors, base_model=str(checkpoint), module_names=module_names, details=details)
-    name_adapter(checkpoint, folder, factors)
+    place = base_model or checkpoint
+    save_adapter(folder, factors, base_model=str(place), module_names=module_names, details=details)
+    name_adapter(checkpoint, folder, factors, known_as=place)
 
 
 def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch.Tensor, int]]:
@@ -141,3 +187,23 @@ def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch
         ids = torch.as_tensor(batch["input_ids"])
         mask = batch.get("attention_mask")
         yield ids, int(torch.as_tensor(mask).sum()) if mask is not None else ids.numel()
+
+
+def require_token_ids(ids: torch.Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model does not embed.
+
+    Args:
+        ids: of any shape, not empty.
+        vocabulary: ids that it does, from 0.
+
+    Raises:
+        ValueError: naming the id.
+    """
+    smallest, largest = (int(one) for one in ids.aminmax())
+    if smallest < 0 or largest >= vocabulary:
+        found = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"EoRA: calibration holds token id {found}, but the model embeds {vocabulary} ids. The tokenizer does not "
+            f"fit the model, or padding has ids of its own: tokenize with the model's own tokenizer, and mark padding "
+            f"in `attention_mask`."
+        )

@@ -1,9 +1,10 @@
 """What bits and ranks will buy, told before anything is quantised, and a file of choices that `quantize` runs."""
 
-from .file import ModulePlan, Plan, PlanError
+from .file import ModulePlan, Plan, PlanError, without_groups
 from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
-from .points import PLAIN_TITLE, SWEEP, Point, plan_points, sweep_rank
+from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
+from .ranks import least_budget
 
 __all__ = [
     "PLAIN_TITLE",
@@ -15,11 +16,14 @@ __all__ = [
     "PlanError",
     "PlannedModule",
     "Point",
+    "affordable",
     "largest_rank",
+    "least_budget",
     "mixed",
     "plan_points",
     "plan_question",
     "planned",
     "planned_modules",
     "sweep_rank",
+    "without_groups",
 ]

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..adapter.validate import validate_choice, validate_rank
 from ..adapter.vocabulary import FACTOR_BITS
-from ..formats.sizes import ModuleShape
+from ..formats.names import PLAN_MARK
+from ..formats.sizes import WHOLE_ROW, ModuleShape
 from ..system.files import write_json
 
 FORMAT = "eora-plan-1"
@@ -89,7 +90,9 @@ class Plan:
             "group_size": self.group_size,
             "sym": self.sym,
             "mse": self.mse,
+            **without_groups(self.group_size),
             "dynamic": self.dynamic(),
+            "meta": {PLAN_MARK: FORMAT},
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -158,6 +161,14 @@ class Plan:
                     f"{name}: the plan for `{self.model}` expects {one.out_features} × {one.in_features}, found "
                     f"{shape.out_features} × {shape.in_features}. Make a plan of this model with `eora plan`."
                 )
+
+
+def without_groups(group_size: int) -> dict[str, Any]:
+    """What GPTQModel's `QuantizeConfig` has to be told where a scale serves a whole row.
+
+    By default it orders columns by their groups (`act_group_aware`), and refuses to where there are none.
+    """
+    return {"act_group_aware": False} if group_size == WHOLE_ROW else {}
 
 
 def _require_keys(content: Mapping[str, Any], cls: Any, where: str) -> None:

@@ -33,7 +33,7 @@ class Forecast:
     Attributes:
         total: predicted loss without an adapter.
         gains: what each component takes off, in the order in which `eora` gives them, float64. Any set of them adds up.
-        correction: that both hold already.
+        correction: the factors that ``total`` and ``gains`` have been multiplied by already.
     """
 
     total: float

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.layers import use_linear_layers
 from .checkpoint import Weights, sampled_rows
 
 
@@ -72,10 +73,18 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """A layer with its weights on the device; they are let go of at the end."""
+        """A layer with its weights on the device; they are let go of at the end.
+
+        GPT-2's `Conv1D` is a `Linear` in it, so that what measures a layer has one kind of module to know.
+        """
         name = self.layers[index]
         with self.present([name]):
-            yield self.model.get_submodule(name)
+            layer = self.model.get_submodule(name)
+            put_back = use_linear_layers(layer)
+            try:
+                yield layer
+            finally:
+                put_back()
 
     def run(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, window: Window) -> torch.Tensor:
         """The output of a layer that is present, for an input of a window."""

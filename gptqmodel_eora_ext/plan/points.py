@@ -15,7 +15,7 @@ from ..formats.sizes import ModuleShape, factor_bytes
 from ..solve import Grid, allocate
 from .mix import mixed
 from .modules import PlannedModule, bits_per_weight, plain_bytes
-from .ranks import most_rank
+from .ranks import least_budget, most_rank
 
 SWEEP = ("0.0625bpw", "0.125bpw", "0.25bpw", "0.5bpw", "0.75bpw", "1.0bpw", "1.5bpw")
 PLAIN, UNIFORM, CHOSEN, MIXED = "none", "uniform", "auto", "mixed"
@@ -70,13 +70,24 @@ class Point:
         return {**asdict(self), "dominated": self.dominated}
 
 
+def affordable(shapes: Sequence[ModuleShape], budgets: Sequence[str], factor_bits: Sequence[int]) -> tuple[str, ...]:
+    """The budgets that buy a component in at least one of the widths; those of a sweep may be too small for a model.
+
+    Raises:
+        ValueError: for a budget in no known form.
+    """
+    least = min(least_budget(shapes, width) for width in factor_bits)
+    return tuple(budget for budget in budgets if budget_bytes(budget, shapes) >= least)
+
+
 def sweep_rank(shapes: Sequence[ModuleShape], budgets: Sequence[str], factor_bits: Sequence[int]) -> int:
     """Components to forecast so that every budget of a sweep can be spent.
 
     Raises:
         ValueError: for a budget in no known form.
     """
-    return max(most_rank(shapes, budget_bytes(one, shapes), width) for one in budgets for width in factor_bits)
+    sizes = [budget_bytes(one, shapes) for one in budgets]
+    return max((most_rank(shapes, size, width) for size in sizes for width in factor_bits), default=0)
 
 
 def plan_points(
@@ -89,7 +100,8 @@ def plan_points(
     with_mixes: bool = True,
 ) -> list[Point]:
     """The plain models of every width that was forecast; over a sweep of budgets, uniform beside chosen ranks on
-    weights of ``bits``; and at the same totals, bits and ranks chosen together.
+    weights of ``bits``; and at the same totals, bits and ranks chosen together. A width of factors whose smallest
+    adapter is above a budget has no point there.
 
     Args:
         modules: with forecasts of as many components as `sweep_rank` tells.
@@ -110,6 +122,7 @@ def plan_points(
         swept = [
             ranks(modules, plains[bits], budget, size, width)
             for budget, size in sizes.items()
+            if size >= least_budget(shapes, width)
             for ranks in (_uniform, _chosen)
         ]
         points += _with_knee(plains[bits], swept)
@@ -157,6 +170,8 @@ def _chosen(modules: Sequence[PlannedModule], plain: Point, budget: str, size: i
 def _with_knee(plain: Point, swept: Sequence[Point]) -> list[Point]:
     """Mark the point of chosen ranks that lies farthest below the line from no adapter to the largest budget."""
     chosen = [point for point in swept if point.ranks == CHOSEN]
+    if not chosen:
+        return []
     last = max(chosen, key=lambda point: point.total_bytes)
     width, height = last.total_bytes - plain.total_bytes, plain.loss - last.loss
 

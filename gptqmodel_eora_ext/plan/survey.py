@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 # Tokens of the calibration data that C stands on. More: not tried.
 SENSITIVITY_TOKENS = 4096
-# Those of them that gradients are taken of, which cost three times as much: what errors fit themselves to is C.
+# Gradients are taken of the first so many of them alone. A gradient costs three times a forward, and the quantiser and
+# the factors fit themselves to C, not to gradients, so that C is what needs many tokens.
 GRADIENT_TOKENS = 2048
 # Tokens that each kind of modules is measured on, others than those where there are more.
 KIND_TOKENS = 512

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 # linux/fcntl.h and linux/fs.h; renameat2 swaps two directories in one step (Linux 3.15, glibc 2.28).
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+
+# Names of files and folders that are being written, which a killed process leaves behind.
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(?:tmp|old)|\..+\.unfinished")
+# Files without which nobody opens the folder that they stand in.
+NAMES_OTHERS = ("config.json", "adapter_config.json")
 
 
 @contextlib.contextmanager
@@ -35,39 +42,156 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(
+    target: Path,
+    *,
+    needed: int = 0,
+    obsolete: Callable[[Path], bool] = lambda inside: False,
+    unfinished: Path | None = None,
+) -> Iterator[Path]:
     """Yield a new folder that takes ``target``'s place when the block ends without an error.
 
-    Files of the old folder that the block did not write are carried over, so nothing a user put there is lost.
+    Killed at any moment, ``target`` is the old folder or the whole new one. Files of the old folder that the block did
+    not write are kept, by hard links where the file system has them, so nothing that a user put there is lost or
+    copied. A killed process may leave the new folder beside ``target``, named `.<target>.<8 letters>.tmp`.
+
+    Where ``target`` cannot be swapped (a mount point, a parent that cannot be written to, the working directory) the
+    new files are moved into it one by one (`_move_into`).
+
+    Args:
+        target: the folder. A link to a folder is followed.
+        needed: bytes that the block will write, about; checked beforehand.
+        obsolete: tells of a path inside the old folder whether the new one stands in its place even if it has no file
+            of that name, as for shards of older weights.
+        unfinished: `unfinished_folder(target)`, which may hold files already, to go on with; kept when the block fails.
 
     Raises:
         NotADirectoryError: when ``target`` is a file.
+        OSError: when the file system has no ``needed`` bytes left.
     """
+    target = target.resolve()
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"`{target}` is a file; an adapter is a folder. Choose another path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    fresh.mkdir()
+        raise NotADirectoryError(f"`{target}` is a file; what is saved is a folder. Choose another path.")
+    require_space(target, needed)
+    swapped = can_be_swapped(target)
+    fresh = unfinished or _beside(target) / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    fresh.mkdir(parents=True, exist_ok=unfinished is not None)
+    done = False
     try:
         yield fresh
-        if target.exists():
-            _carry_over(target, fresh)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            fresh.rename(target)
+        elif swapped:
+            fresh.chmod(target.stat().st_mode)
+            _carry_over(target, fresh, obsolete)
             _exchange(fresh, target)
         else:
-            fresh.rename(target)
+            _move_into(target, fresh, obsolete)
+        done = True
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if done or unfinished is None:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _carry_over(old: Path, fresh: Path) -> None:
-    for entry in old.iterdir():
-        kept = fresh / entry.name
-        if kept.exists():
+def can_be_swapped(target: Path) -> bool:
+    """Whether another folder can take a folder's place by renaming, without anybody's shell being left in a folder
+    that is gone."""
+    if not target.exists():
+        return True
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the working directory was removed
+        here = target.parent
+    inside = here == target or target in here.parents
+    return not target.is_mount() and not inside and os.access(target.parent, os.W_OK | os.X_OK)
+
+
+def unfinished_folder(target: Path) -> Path:
+    """Where a new folder is filled that more than one process works on before it takes ``target``'s place."""
+    target = target.resolve()
+    return _beside(target) / f".{target.name}.unfinished"
+
+
+def _beside(target: Path) -> Path:
+    return target.parent if can_be_swapped(target) else target
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Raise unless the file system that ``target`` lies, or will lie, in has so many bytes left.
+
+    Raises:
+        OSError: ENOSPC, telling what is needed, what is free, and what would help.
+    """
+    there = next(place for place in (target, *target.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        left = [entry.name for entry in target.parent.glob(f".{target.name}.*.tmp")] if target.parent.exists() else []
+        older = f" `{left[0]}` beside it is of a save that was killed and can be removed." if left else ""
+        raise OSError(
+            errno.ENOSPC,
+            f"saving takes about {needed / 1e9:.1f} GB and `{there}` has {free / 1e9:.1f} GB free, where the old files "
+            f"stay until the new ones are complete. Free some space, or save elsewhere.{older}",
+            str(target),
+        )
+
+
+def _kept(old: Path, fresh: Path, obsolete: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
+    """Pairs of a file, link or empty folder that the old folder has and the new one lacks, and its place there."""
+    for folder, names, files in os.walk(old):
+        inside = Path(folder).relative_to(old)
+        links = [name for name in names if Path(folder, name).is_symlink()]
+        # What is being written is nobody's yet, and below a new file there is no place.
+        names[:] = [name for name in names if name not in links and not TEMPORARY.fullmatch(name)
+                    and not _is_there(fresh / inside / name, but=Path.is_dir)]  # fmt: skip
+        for name in (*files, *links):
+            place = fresh / inside / name
+            if not _is_there(place) and not obsolete(inside / name) and not TEMPORARY.fullmatch(name):
+                yield Path(folder, name), place
+        if not names and not files and not links and not _is_there(fresh / inside):
+            yield Path(folder), fresh / inside
+
+
+def _is_there(path: Path, *, but: Callable[[Path], bool] = lambda path: False) -> bool:
+    """Whether there is anything of that name, a broken link included, but what ``but`` tells of."""
+    return os.path.lexists(path) and not but(path)
+
+
+def _carry_over(old: Path, fresh: Path, obsolete: Callable[[Path], bool]) -> None:
+    for path, place in _kept(old, fresh, obsolete):
+        if path.is_dir() and not path.is_symlink():
+            place.mkdir(parents=True)
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, kept, symlinks=True)
-        else:
-            shutil.copy2(entry, kept, follow_symlinks=False)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.is_symlink():
+                place.symlink_to(path.readlink())
+            else:
+                place.hardlink_to(path)
+        except OSError:  # a file system without links
+            shutil.copy2(path, place)
+
+
+def _move_into(target: Path, fresh: Path, obsolete: Callable[[Path], bool]) -> None:
+    """Move the new files over the old ones where folders cannot be swapped.
+
+    What names the others (`config.json`, `adapter_config.json`) goes first and comes last, so that a folder in which
+    this was interrupted is refused by whoever opens it, instead of being read half old and half new.
+    """
+    new = {Path(folder, name).relative_to(fresh) for folder, _, files in os.walk(fresh) for name in files}
+    for inside in new:
+        if inside.name in NAMES_OTHERS:
+            (target / inside).unlink(missing_ok=True)
+    kept = {path for path, _ in _kept(target, fresh, obsolete)}
+    for folder, names, files in os.walk(target):
+        names[:] = [name for name in names if not TEMPORARY.fullmatch(name)]
+        for name in files:
+            path = Path(folder, name)
+            if path not in kept and path.relative_to(target) not in new:
+                path.unlink()
+    for inside in sorted(new, key=lambda path: (path.name in NAMES_OTHERS, len(path.parts) == 1)):
+        (target / inside).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / inside).replace(target / inside)
 
 
 def _exchange(fresh: Path, target: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+else:
+    # The same class, without the import of `importlib.machinery`, at the start of every process.
+    ModuleSpec = type(sys.__spec__)
 
 
 class _Moved:
@@ -28,6 +32,9 @@ class _Moved:
         return ModuleSpec(name, self) if name in self._places else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        import importlib
+        import warnings
+
         place = self._places[spec.name]
         warnings.warn(f"{spec.name} is {place} now.", DeprecationWarning, stacklevel=2)
         return importlib.import_module(place)

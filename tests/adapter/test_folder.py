@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptqmodel_eora_ext.adapter.errors import AdapterError
 from gptqmodel_eora_ext.adapter.factors import ModuleFactors
-from gptqmodel_eora_ext.adapter.folder import AdapterError, AdapterFolder
+from gptqmodel_eora_ext.adapter.folder import AdapterFolder
 from gptqmodel_eora_ext.adapter.save import save_adapter
 from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
@@ -99,7 +100,7 @@ def test_lower_case_names_of_stock_match(tmp_path: Path) -> None:
         (lambda f: (f / ADAPTER_CONFIG).write_text("[]"), "holds a list, expected an object"),
         (lambda f: os.truncate(f / ADAPTER_WEIGHTS, 300), "truncated or corrupted"),
         (lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"not safetensors"), "truncated or corrupted"),
-        (lambda f: edit_config(f, peft_type="VERA"), "says peft_type VERA; only LORA"),
+        (lambda f: edit_config(f, peft_type="VERA"), "says peft_type = 'VERA'; expected LORA or EORA"),
         (lambda f: edit_config(f, use_dora=True), "says use_dora"),
         (lambda f: edit_config(f, r=0), "says r = 0; expected a positive integer"),
         (lambda f: save_file({"model.x.weight": torch.zeros(1)}, f / ADAPTER_WEIGHTS), "which is no LoRA factor"),
@@ -179,7 +180,7 @@ write(Path({str(tmp_path / "a")!r}), ranks=(1, 1, 1))
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(NotADirectoryError, match="is a file; an adapter is a folder"):
+    with pytest.raises(NotADirectoryError, match="is a file; what is saved is a folder"):
         write(tmp_path / "a")
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptqmodel_eora_ext.adapter.errors import AdapterError
 from gptqmodel_eora_ext.adapter.factors import ModuleFactors
-from gptqmodel_eora_ext.adapter.folder import AdapterError, AdapterFolder
+from gptqmodel_eora_ext.adapter.folder import AdapterFolder
 from gptqmodel_eora_ext.adapter.save import export_peft, save_adapter
 from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gptqmodel_eora_ext.calibration import mixed_windows, read_texts, windows
+from gptqmodel_eora_ext.calibration import file_tokens, mixed_windows, read_texts, windows
+from gptqmodel_eora_ext.calibration import files as text_files
+
+# The package's function of that name hides the module.
+cutting = import_module("gptqmodel_eora_ext.calibration.windows")
 
 
 class Words:
@@ -21,31 +26,87 @@ class Words:
         return SimpleNamespace(input_ids=[len(word) for word in text.split()])
 
 
-def test_text_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one two")
-    assert list(read_texts(str(tmp_path / "a.txt"))) == ["one two"]
+def rows(tmp_path: Path, *content: Any) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
 
 
 @pytest.mark.parametrize("column", ["text", "content", "prompt"])
-def test_json_lines(tmp_path: Path, column: str) -> None:
+def test_columns_of_text(tmp_path: Path, column: str) -> None:
+    assert list(read_texts(rows(tmp_path, {column: "one", "id": 1}))) == ["one"]
+
+
+ASKED, ANSWERED = {"role": "user", "content": "How far?"}, {"role": "assistant", "content": "Two miles."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, ANSWERED], "prompt": "How far?"},
+        {"conversations": [{"from": "human", "value": "How far?"}, {"from": "gpt", "value": "Two miles."}]},
+        {"instruction": "How far?", "input": "", "output": "Two miles."},
+    ],
+)
+def test_conversations_are_written_by_the_chat_template(tmp_path: Path, row: dict[str, Any], tokenizer: Any) -> None:
+    [window] = windows(read_texts(rows(tmp_path, row)), tokenizer, samples=1, seqlen=16)
+    expected = tokenizer.apply_chat_template([ASKED, ANSWERED], tokenize=False)
+    assert window["input_ids"] == tokenizer(expected).input_ids[:16]
+
+
+def test_without_a_chat_template(tmp_path: Path) -> None:
+    alpaca = rows(tmp_path, {"instruction": "a bb", "input": "ccc", "output": "dddd"})
+    assert windows(read_texts(alpaca), Words(), seqlen=4)[0]["input_ids"] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"rows\.jsonl`, line 1 is a conversation, and the tokenizer has no chat"):
+        windows(read_texts(rows(tmp_path, {"messages": [ASKED]})), Words())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "expected a list of messages"),
+        ({"messages": [{"role": "user"}]}, "expected messages with `role` and `content`"),
+        ({"conversations": [{"from": "them", "value": "x"}]}, "`from` is 'them', expected one of human"),
+        ({"instruction": "a", "output": 5}, "`output` is a int"),
+        ({"input_ids": [1, -5]}, r"`input_ids` is \[1, -5\], expected a list of ids of at least 0"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "`attention_mask` has 1 values, `input_ids` 2"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"rows\.jsonl`, line 1.*{message}"):
+        list(read_texts(rows(tmp_path, row)))
+
+
+def test_token_ids_go_as_they_are(tmp_path: Path) -> None:
+    path = rows(tmp_path, {"input_ids": [[5, 6, 7]], "attention_mask": [[0, 1, 1]]}, {"input_ids": [8, 9]})
+    assert windows(read_texts(path), Words(), seqlen=2) == [
+        {"input_ids": [6, 7], "attention_mask": [1, 1]}, {"input_ids": [8, 9], "attention_mask": [1, 1]}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("between", [" ", "\n", ".\n\n", " 12 , "])
+def test_chunks_give_the_tokens_of_the_whole_text(
+    tmp_path: Path, tokenizer: Any, between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = between.join(f"river{index} Stone houses" for index in range(400))
+    expected = tokenizer(text).input_ids
+    monkeypatch.setattr(cutting, "CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(cutting, "SEARCHED_CHARACTERS", 100)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 333)
+    (tmp_path / "a.txt").write_text(text)
+    assert len(list(read_texts(tmp_path / "a.txt"))) > 10
+    assert file_tokens(tmp_path / "a.txt", tokenizer).tolist() == expected
+    assert windows(read_texts(tmp_path / "a.txt"), tokenizer, samples=9, seqlen=64)[8]["input_ids"] == expected[512:576]
+
+
+def test_no_more_is_read_than_windows_need(tmp_path: Path) -> None:
+    # What follows the first rows is no text at all.
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({column: word, "id": 1}) + "\n" for word in ("one", "two")))
-    assert list(read_texts(str(path))) == ["one", "two"]
-
-
-def test_no_text_column(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ValueError, match=r"has the columns \['body'\]; expected one of"):
-        list(read_texts(str(tmp_path / "a.jsonl")))
-
-
-def test_missing_and_empty_files(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="is empty"):
-        read_texts(str(tmp_path / "empty.txt"))
-    for missing in (str(tmp_path / "no.txt"), "no.jsonl", str(tmp_path)):
-        with pytest.raises(ValueError, match="there is no file"):
-            read_texts(missing)
+    path.write_bytes((json.dumps({"text": "word " * 9_000}) + "\n").encode() * 20 + b"\xff" * 99)
+    assert len(windows(read_texts(path), Words(), samples=3, seqlen=16)) == 3
+    assert len(file_tokens(path, Words(), most=64)) >= 64
+    with pytest.raises(ValueError, match="line 21: byte 0xff"):
+        file_tokens(path, Words())
 
 
 def test_windows_join_documents() -> None:
@@ -55,7 +116,7 @@ def test_windows_join_documents() -> None:
 
 
 def test_too_little_text() -> None:
-    with pytest.raises(ValueError, match="3 tokens do not fill one window of 8"):
+    with pytest.raises(ValueError, match="2 tokens do not fill one window of 8"):
         windows(["a b"], Words(), seqlen=8)
 
 

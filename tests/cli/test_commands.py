@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -55,14 +58,17 @@ def test_version() -> None:
         (["{model}", "{out}", "--calibration", "{tmp}/missing.txt"], "there is no file"),
         (["{tmp}/nowhere", "{out}", "--calibration", "{text}"], "there is no model folder"),
         (["{tmp}", "{out}", "--calibration", "{text}"], "has no config.json"),
-        (["{model}", "{model}", "--calibration", "{text}"], "is not empty"),
+        (["{model}", "{model}", "--calibration", "{text}"], "which is read from and must stay as it is"),
+        (["{model}", "{full}", "--calibration", "{text}"], "is not empty"),
         (["{model}", "{text}", "--calibration", "{text}"], "is a file; pass a folder"),
         (["{model}", "{out}", "--calibration", "{text}", "--plan", "{text}"], "is no plan"),
         (["{model}", "{out}", "--calibration", "{text}", "--plan", "p", "--bits", "3"], "--plan says what --bits says"),
     ],
 )
 def test_quantize_refuses(arguments: list[str], message: str, model: Path, text: Path, tmp_path: Path) -> None:
-    places = {"model": model, "text": text, "out": tmp_path / "out", "tmp": tmp_path}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    places = {"model": model, "text": text, "out": tmp_path / "out", "tmp": tmp_path, "full": tmp_path / "full"}
     result = runner.invoke(cli.app, ["quantize", *(argument.format(**places) for argument in arguments)])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
@@ -115,3 +121,78 @@ def test_inspect(tmp_path: Path) -> None:
     content = json.loads(runner.invoke(cli.app, ["inspect", str(tmp_path), "--json"]).output)
     assert content["ranks"] == dict(zip(NAMES, (4, 4, 2), strict=True))
     assert content["modules"][NAMES[0]]["error_after"] == 0.25
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
+    for name in ("no[en]such", "no[/b]such", "no:smile:such"):
+        result = runner.invoke(cli.app, ["inspect", str(tmp_path / name)])
+        assert result.exit_code == 2 and name in result.output
+    write(tmp_path / "out[en]", method="[/x]", objective="[red]eora", versions={"[/y]": "1"})
+    result = runner.invoke(cli.app, ["inspect", str(tmp_path / "out[en]"), "--modules"])
+    assert result.exit_code == 0
+    for shown in ("[en]", "[/x]", "[red]eora", "[/y]1"):
+        assert shown in "".join(result.output.split())
+
+
+def test_nothing_else_prints() -> None:
+    """Another console, or rich's own print, would read brackets in a path as markup."""
+    places = {path.name: path.read_text(encoding="utf-8") for path in Path(cli.__file__).parent.glob("*.py")}
+    for name, source in places.items():
+        calls = [
+            node for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]  # fmt: skip
+        found = {call.func.id for call in calls} & {"Console", "print", "TextColumn"}  # type: ignore[attr-defined]
+        assert found <= ({"Console", "TextColumn"} if name == "printing.py" else set()), name
+
+
+@pytest.mark.parametrize("place", ["{model}", "{model}/q", "{tmp}", "{tmp}/link", "{tmp}/link/q"])
+def test_the_base_is_never_written_over(place: str, model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(model)
+    out = place.format(model=model, tmp=tmp_path)
+    for command in (["quantize", str(model), out, "--force"], ["study", str(model), out, "--text", str(text)],
+                    ["generate", str(model), out] if place.endswith("link") else None):  # fmt: skip
+        if command is not None:
+            result = runner.invoke(cli.app, [*command, "--calibration", str(text)])
+            assert result.exit_code == 2
+            assert "which is read from and must stay as it is" in " ".join(result.output.split())
+
+
+def test_an_adapter_is_not_exported_over_itself(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    result = runner.invoke(cli.app, ["export", str(tmp_path / "a"), "--peft", str(tmp_path / "a"), "--force"])
+    assert result.exit_code == 2 and "is what is read from" in " ".join(result.output.split())
+
+
+def test_what_the_system_refuses_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path / "a")
+    monkeypatch.setattr(import_module("gptqmodel_eora_ext.cli.export"), "export_peft", full)
+    result = runner.invoke(cli.app, ["export", str(tmp_path / "a"), "--peft", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "error: [Errno 28] No space left on device" in result.output
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\x1f\x8bnone", "is damaged"), (b"a\n\xff", "line 2: byte 0xff")])
+def test_texts_are_read_by_one_reader(content: bytes, message: str, model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "text.txt"
+    broken.write_bytes(content)
+    for command in (["eval", str(model), "--text"], ["study", str(model), str(tmp_path / "s"), "--text"],
+                    ["quantize", str(model), str(tmp_path / "q"), "--calibration"]):  # fmt: skip
+        more = ["--calibration", str(broken)] if command[0] == "study" else []
+        result = runner.invoke(cli.app, [*command, str(broken), *more])
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_eval_of_a_model_at_full_precision(two_layers: Path, smollm2: Path, tmp_path: Path) -> None:
+    from gptqmodel_eora_ext.evaluate.demo import demo_text
+
+    asked = ["eval", str(two_layers), "--text", str(demo_text("heldout")), "--window", "64", "--max-windows", "2"]
+    result = runner.invoke(cli.app, [*asked, "--json"])
+    assert result.exit_code == 0
+    [row] = json.loads(result.stdout)
+    assert row["model"] == "full precision" and row["tokens"] == 2 * 63
+    write(tmp_path / "a")
+    result = runner.invoke(cli.app, [*asked, "--adapter", str(tmp_path / "a")])
+    assert result.exit_code == 2 and "is not quantised" in " ".join(result.output.split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from gptqmodel import BACKEND, QuantizeConfig
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.formats.names import PLAN_MARK, QUANTIZE_CONFIG
 from gptqmodel_eora_ext.hosts.gptqmodel.checkpoint.load import adapters_off
 from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
 from gptqmodel_eora_ext.kernels.cpu.build import library
@@ -70,3 +73,59 @@ def test_saved_again_it_is_the_same_checkpoint(checkpoint: Path, token_ids: list
         host.save(str(tmp_path / "again"))
     again = helpers.load(tmp_path / "again", dtype=torch.float32, backend=BACKEND.AUTO)
     assert torch.equal(again(prompt).logits, logits)
+
+
+@pytest.fixture(scope="module")
+def bare(two_layers: Path, calibration: helpers.Batches, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that GPTQModel made without an adapter."""
+    from gptqmodel import GPTQModel
+
+    folder = tmp_path_factory.mktemp("bare") / "checkpoint"
+    with helpers.quiet():
+        host = GPTQModel.load(str(two_layers), QuantizeConfig(bits=2, group_size=64))
+        host.quantize(calibration, batch_size=4)
+        host.save(str(folder))
+    return folder
+
+
+def marked(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint as a plan's config would have made it."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / QUANTIZE_CONFIG
+    config = json.loads(path.read_text())
+    config["meta"] = {**config["meta"], PLAN_MARK: "eora-plan-1"}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_without_an_adapter_the_kernels_serve_whoever_asks(bare: Path, token_ids: list[int], tmp_path: Path) -> None:
+    from gptqmodel import GPTQModel
+
+    prompt = torch.tensor([token_ids[:30]])
+    stock = unfused(bare, torch.float32)
+    unasked = helpers.kernels(helpers.load(bare, backend=BACKEND.AUTO)).values()
+    assert not any(isinstance(kernel, EoRAFusedLinear) for kernel in unasked)
+    planned = marked(bare, tmp_path / "planned")
+    with helpers.quiet(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        wanted = stock(prompt).logits
+        for load in (
+            lambda: GPTQModel.load(str(bare), adapter=EoRA(), dtype=torch.float32),
+            lambda: GPTQModel.load(str(planned), dtype=torch.float32),
+            lambda: GPTQModel.load(str(tmp_path / "again"), dtype=torch.float32),
+        ):
+            host = load()
+            served = [type(kernel) for kernel in helpers.kernels(host.model).values()]
+            assert served == [EoRAFusedLinear] * 14
+            assert float((host.model(prompt).logits - wanted).norm()) < ROUNDING[torch.float32] * float(wanted.norm())
+            host.save(str(tmp_path / "again"))  # the mark is kept; no adapter is written
+    assert not (tmp_path / "again" / "eora").exists()
+
+
+def test_a_loaded_checkpoint_takes_its_packed_bytes_once(checkpoint: Path, token_ids: list[int]) -> None:
+    """Also after it generated, and was asked for what transformers asks a model."""
+    model = helpers.load(checkpoint, backend=BACKEND.AUTO)
+    model.generate(torch.tensor([token_ids[:8]]), max_new_tokens=4, do_sample=False)
+    assert model.dtype and model.device.type == "cpu" and model.get_memory_footprint()
+    kernels = helpers.kernels(model)
+    assert kernels and all(kernel._buffers["qweight"] is None for kernel in kernels.values())
+    assert [kernel.adapter.stored()[:2] for kernel in kernels.values()] == [(None, None)] * len(kernels)

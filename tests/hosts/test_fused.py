@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,124 @@ def test_copies_pickles_and_states() -> None:
     other.load_state_dict(state)
     other.adapter = kernel.adapter
     assert torch.equal(other(x), y)
+
+
+GIVEN_UP = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def takes_its_bytes_once(kernel: EoRAFusedLinear) -> bool:
+    return all(kernel._buffers[name] is None for name in GIVEN_UP)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_the_packed_tensors_are_given_up_and_had_back() -> None:
+    weight, x = packed_weight(3, 40, 96, 32, sym=False, desc_act=True), random_input(2, 96)
+    kernel = module(weight)
+    assert takes_its_bytes_once(kernel)
+    y, device, dtype = kernel(x), kernel.weight.device, kernel.weight.dtype
+    assert (device.type, dtype) == ("cpu", torch.float16) and takes_its_bytes_once(kernel)
+    for found in (kernel.state_dict(), dict(kernel.named_buffers()), torch.nn.Sequential(kernel).state_dict(prefix="")):
+        for name in GIVEN_UP:
+            assert torch.equal(found.get(name, found.get(f"0.{name}")), getattr(weight, name))
+    for other in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel)), kernel.to("cpu"), kernel):
+        assert torch.equal(other(x), y) and takes_its_bytes_once(other)
+    kernel.load_state_dict(kernel.state_dict())
+    assert torch.equal(kernel(x), y) and takes_its_bytes_once(kernel)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_packed_tensor_that_was_asked_for_stays_and_may_be_written_to() -> None:
+    weight, x = packed_weight(2, 40, 96, 32, sym=False), random_input(2, 96)
+    kernel = module(weight)
+    scales = kernel.scales
+    for _ in range(2):
+        scales.mul_(2)
+        assert close(kernel(x), expected(kernel, replace(weight, scales=scales), x))
+    assert kernel.scales is scales
+    kernel.scales = weight.scales
+    assert close(kernel(x), expected(kernel, weight, x))
+    kernel.scales.mul_(3)
+    assert close(kernel(x), expected(kernel, replace(weight, scales=weight.scales), x))
+
+
+@needs_kernels
+def test_the_torch_path_has_the_packed_tensors() -> None:
+    weight = packed_weight(2, 40, 96, 32)
+    kernel = module(weight, bias=False)
+    torch.compiler.set_stance("force_eager")
+    try:
+        x = random_input(2, 96, torch.float64)
+        with torch.no_grad():
+            assert float((kernel(x).double() - expected(kernel, weight, x)).norm()) < 1e-2
+    finally:
+        torch.compiler.set_stance("default")
+    assert torch.equal(kernel.qweight, weight.qweight)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_weight_that_cannot_be_had_back_is_kept() -> None:
+    g_idx = torch.tensor([3] * 37 + [0] * 27, dtype=torch.int32)
+    weight = replace(packed_weight(3, 20, 64, 16, sym=False), g_idx=g_idx)
+    kernel, x = module(weight), random_input(2, 64)
+    assert close(kernel(x), expected(kernel, weight, x)) and not takes_its_bytes_once(kernel)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_loaded_in_inference_mode_it_sees_writes() -> None:
+    weight, x = packed_weight(2, 40, 96, 32), random_input(2, 96)
+    with torch.inference_mode():
+        kernel = module(weight)
+        kernel(x)
+        kernel.bias.add_(1)
+        assert close(kernel(x), expected(kernel, weight, x))
+        kernel.adapter.lora_B.mul_(2)
+        assert close(kernel(x), expected(kernel, weight, x))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_another_dtype_leaves_factors_as_they_are() -> None:
+    weight = packed_weight(2, 40, 96, 32)
+    adapter = module(weight).adapter
+    before = adapter.lora_A, adapter.lora_B
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = random_input(2, 96, dtype)
+        y = adapter.apply(x=x, out=torch.zeros(2, 40, dtype=dtype))
+        wanted = x.double() @ before[0].double() @ before[1].double()
+        assert y.dtype == dtype and torch.allclose(y.double(), wanted, rtol=0.05, atol=0.05)
+    assert adapter.lora_A is before[0] and adapter.lora_B is before[1]
+    # What was converted is not given out once the factors were written to.
+    x = random_input(2, 96)
+    once = adapter.apply(x=x, out=torch.zeros(2, 40))
+    adapter.lora_B.mul_(2)
+    assert torch.allclose(adapter.apply(x=x, out=torch.zeros(2, 40)), 2 * once, rtol=1e-3)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_packed_factors_lie_in_memory_as_they_are_stored() -> None:
+    weight, x = packed_weight(2, 40, 96, 32), random_input(3, 96)
+    kernel, factors = module(weight), random_factors(weight, RANK, 4)
+    read = ReadFactors(factors.down.dequantize(), factors.up.dequantize().T, (factors.down, factors.up))
+    kernel.adapter.attach(read, torch.device("cpu"))
+    kernel(x)
+    assert kernel.adapter.stored()[:2] == (None, None) and kernel.adapter.packed == (factors.down, factors.up)
+    assert torch.equal(kernel.adapter.lora_A, factors.down.dequantize().T)
+    assert kernel.adapter.stored()[:2] == (None, None)  # it was only looked at
+    for rows in (RANK, 2):
+        kernel.adapter.attach(read, torch.device("cpu"))
+        part = kernel.adapter.lora_B[:rows]
+        kernel(x)
+        part.mul_(2)
+        assert kernel.adapter.packed is None and close(kernel(x), expected(kernel, weight, x))
+    kernel.adapter.attach(read, torch.device("cpu"))
+    kernel.adapter.lora_A = kernel.adapter.lora_A * 2
+    assert kernel.adapter.packed is None and torch.equal(kernel.adapter.lora_B, factors.up.dequantize())
+    assert close(kernel(x), expected(kernel, weight, x))
 
 
 @needs_kernels

@@ -101,7 +101,7 @@ def test_one_call_for_all_that_read_an_input(factor_bits: int) -> None:
         with Launches() as launches:
             check(model, x)
         assert launches.count == 1
-    assert all(child.shared._waiting is None for child in model.children())
+    assert all(child.shared._mine.kept is None for child in model.children())
 
 
 @torch.no_grad()
@@ -121,12 +121,26 @@ def test_modules_that_turn_out_to_read_other_inputs() -> None:
     check(model, first)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_written_to_in_between(mode: Any) -> None:
+    with mode():
+        model, x = shared(Attention()), random_input(1, IN)
+        model.q_proj(x)
+        x *= 2
+        torch.testing.assert_close(model.k_proj(x), expected(model.k_proj, x), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
-def test_an_input_written_to_in_between() -> None:
+def test_what_a_module_is_made_of_changes_in_between() -> None:
     model, x = shared(Attention()), random_input(1, IN)
     model.q_proj(x)
-    x *= 2
-    torch.testing.assert_close(model.k_proj(x), expected(model.k_proj, x), rtol=1e-4, atol=1e-5)
+    model.k_proj.scales.mul_(2)
+    model.v_proj.adapter = None
+    for name in ("k_proj", "v_proj"):
+        made = model.get_submodule(name)
+        torch.testing.assert_close(made(x), expected(made, x), rtol=1e-4, atol=1e-5)
+    wanted = torch.cat([expected(model.get_submodule(name), x) for name in OUTS], -1)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

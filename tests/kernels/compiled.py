@@ -118,7 +118,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `FusedLinears`, or for ``bits`` None of `add_correction`."""
+    """One call of `StackedLinears`, or for ``bits`` None of `add_correction`."""
 
     bits: int | None
     rows: int
@@ -142,7 +142,8 @@ class Case:
             for out in self.outs
         ]
         factors_of = [random_factors(weight, RANK, self.factor_bits) for weight in weights]
-        fused = ops.FusedLinears.prepare(weights, factors_of, [torch.zeros(out, dtype=self.dtype) for out in self.outs])
+        biases = [torch.zeros(out, dtype=self.dtype) for out in self.outs]
+        fused = ops.StackedLinears.prepare(weights, factors_of, biases)
         with collected(PROCESSORS) as found:
             fused(x)
         return found

@@ -22,7 +22,7 @@ from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.triton import ops, settings
 from gptqmodel_eora_ext.kernels.triton.correction import COUNTERS, _counters, counters
-from gptqmodel_eora_ext.kernels.triton.ops import FusedLinears, add_correction
+from gptqmodel_eora_ext.kernels.triton.ops import StackedLinears, add_correction
 
 from .on_device import DEVICE, packed_weight, random_factors, random_input
 
@@ -103,7 +103,7 @@ def test_one_module(
     factors = random_factors(weight, rank, factor_bits) if rank else None
     added = torch.linspace(-1, 1, out_features, device=DEVICE).to(dtype) if bias else None
     x = random_input(rows, in_features, dtype)
-    (y,) = FusedLinears.prepare([weight], [factors], [added])(x)
+    (y,) = StackedLinears.prepare([weight], [factors], [added])(x)
     assert y.shape == (rows, out_features) and y.dtype == dtype
     assert error(y, oracle(x, weight, factors, added)) < TOLERANCE[dtype]
 
@@ -113,7 +113,7 @@ def test_the_largest_rank(rows: int) -> None:
     weight = packed_weight(3, 40, 64, 16, sym=False)
     factors = random_factors(weight, 1024)
     x = random_input(rows, 64)
-    (y,) = FusedLinears.prepare([weight], [factors], [None])(x)
+    (y,) = StackedLinears.prepare([weight], [factors], [None])(x)
     assert error(y, oracle(x, weight, factors, None)) < TOLERANCE[torch.float32]
 
 
@@ -130,7 +130,7 @@ def stacked(bits: int = 2, ranks: tuple[int | None, ...] = (5, None, 18)) -> tup
 def test_modules_that_share_an_input(rows: int, bits: int, ranks: tuple[int | None, ...]) -> None:
     weights, factors, biases = stacked(bits, ranks)
     x = random_input(rows, 200)
-    ys = FusedLinears.prepare(weights, factors, biases)(x.reshape(rows, 1, 200))
+    ys = StackedLinears.prepare(weights, factors, biases)(x.reshape(rows, 1, 200))
     for y, weight, pair, bias in zip(ys, weights, factors, biases, strict=True):
         assert y.shape == (rows, 1, weight.out_features)
         assert error(y.reshape(rows, -1), oracle(x, weight, pair, bias)) < TOLERANCE[torch.float32]
@@ -141,7 +141,7 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
     """One processor needs no splits, many need them; 40 rows are several tiles."""
     weight = packed_weight(2, out_features, 264, 64, sym=False)
     factors = random_factors(weight, 20)
-    fused = FusedLinears.prepare([weight], [factors], [None])
+    fused = StackedLinears.prepare([weight], [factors], [None])
     x = random_input(rows, 264)
     expected = oracle(x, weight, factors, None)
     found = set()
@@ -227,13 +227,13 @@ def test_correction_in_a_graph() -> None:
 
 def test_no_rows() -> None:
     weights, factors, biases = stacked()
-    ys = FusedLinears.prepare(weights, factors, biases)(torch.zeros(0, 200, device=DEVICE))
+    ys = StackedLinears.prepare(weights, factors, biases)(torch.zeros(0, 200, device=DEVICE))
     assert [tuple(y.shape) for y in ys] == [(0, 70), (0, 130), (0, 9)]
 
 
 def test_weights_are_not_copied() -> None:
     weights, factors, biases = stacked()
-    fused = FusedLinears.prepare(weights, factors, biases)
+    fused = StackedLinears.prepare(weights, factors, biases)
     for weight, qweight, scales in zip(weights, fused.qweights, fused.scales, strict=True):
         assert qweight.data_ptr() == weight.qweight.data_ptr() and scales.data_ptr() == weight.scales.data_ptr()
 
@@ -242,7 +242,7 @@ def test_weights_are_not_copied() -> None:
 def test_operators_as_torch_wants_them(rows: int) -> None:
     """Schema, fake implementation (dtype, shape, no hidden mutation) and tracing, by torch's own checker."""
     weights, factors, biases = stacked()
-    fused = FusedLinears.prepare(weights, factors, biases)
+    fused = StackedLinears.prepare(weights, factors, biases)
     x = random_input(rows, 200)
     arguments = (
         x, fused.qweights, fused.qzeros, fused.scales, fused.g_idx, fused.biases, fused.down, fused.down_scales,
@@ -254,7 +254,7 @@ def test_operators_as_torch_wants_them(rows: int) -> None:
 
 def test_compiled_without_a_graph_break() -> None:
     weights, factors, biases = stacked()
-    fused = FusedLinears.prepare(weights, factors, biases)
+    fused = StackedLinears.prepare(weights, factors, biases)
 
     def model(x: torch.Tensor) -> torch.Tensor:
         return fused(x)[0].relu()
@@ -268,8 +268,8 @@ def test_compiled_without_a_graph_break() -> None:
 def test_modules_that_cannot_share_a_launch() -> None:
     two, four = packed_weight(2, 8, 64, 32), packed_weight(4, 8, 64, 32)
     with pytest.raises(LayoutError, match="differ in"):
-        FusedLinears.prepare([two, four], [None, None], [None, None])
+        StackedLinears.prepare([two, four], [None, None], [None, None])
     with pytest.raises(LayoutError, match="differ in their factors"):
-        FusedLinears.prepare([two, two], [random_factors(two, 4), random_factors(two, 4, 8)], [None, None])
+        StackedLinears.prepare([two, two], [random_factors(two, 4), random_factors(two, 4, 8)], [None, None])
     with pytest.raises(LayoutError, match="made for another model"):
-        FusedLinears.prepare([two], [random_factors(packed_weight(2, 9, 64, 32), 4)], [None])
+        StackedLinears.prepare([two], [random_factors(packed_weight(2, 9, 64, 32), 4)], [None])

@@ -1,4 +1,5 @@
 """EoRA in AutoRound's own block loop. `seams.py` lists the seams."""
 
-# First of all: its import installs the plugin, which needs modules of this package whole.
+# The host is imported before any module of this package. Importing it installs the plugin, and that imports modules of
+# this package; if one of them were half imported at that moment, the install would fail.
 import auto_round  # noqa: F401

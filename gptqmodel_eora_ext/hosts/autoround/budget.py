@@ -10,8 +10,8 @@ import torch
 from auto_round.utils import check_to_quantized, get_block_names
 from huggingface_hub import snapshot_download
 
+from ...adapter.layers import is_linear, shape_of
 from ...adapter.options import AdapterOptions
-from ...formats.sizes import ModuleShape
 from ...loop.allocation import RankAllocation
 from ...loop.budgeting import allocate_budget
 from ...plan.checkpoint import CheckpointWeights, skeleton
@@ -39,22 +39,22 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
     model = orchestrator.model_context.model
     groups = orchestrator.quant_block_list or get_block_names(model)
     blocks = tuple(f"{name}." for group in groups for name in group)
-    linears: dict[str, Any] = {
+    quantized: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(blocks) and isinstance(module, torch.nn.Linear) and check_to_quantized(module)
+        if name.startswith(blocks) and is_linear(module) and check_to_quantized(module)
     }
-    if not linears or not token_ids:
+    if not quantized or not token_ids:
         missing = "linear layers to compensate" if token_ids else "calibration tokens"
         raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
 
     def rounding(name: str) -> Rounding:
-        linear = linears[name]
+        linear = quantized[name]
         return Rounding((linear.bits,), Grid(linear.group_size, bool(linear.sym), SCALE_SEARCH))
 
-    shapes = [ModuleShape(name, one.out_features, one.in_features) for name, one in linears.items()]
+    shapes = [shape_of(name, one) for name, one in quantized.items()]
     batches = [_batch(ids) for ids in token_ids]
-    return allocate_budget(_layered(model, list(linears)), shapes, batches, options, rounding)
+    return allocate_budget(_layered(model, list(quantized)), shapes, batches, options, rounding)
 
 
 def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
+
+from ...loop.run import require_token_ids
 
 # Exports of packed integer weights, with the names of AutoRound's `--format`; "fake" keeps Ŵ in 16 bits.
 FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq",
@@ -53,6 +57,32 @@ def _check_scheme(where: str, scheme: Any) -> None:
 
 def _field(scheme: Any, name: str) -> Any:
     return scheme.get(name) if isinstance(scheme, dict) else getattr(scheme, name, None)
+
+
+def check_dataset(orchestrator: Any) -> None:
+    """Refuse token ids that the model does not embed, and data of which AutoRound keeps nothing.
+
+    Texts and names of data sets are AutoRound's to read. A generator is read here, and kept as a list.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    state = orchestrator.calibration_context
+    if isinstance(state.dataset, Iterator):
+        state.dataset = orchestrator.dataset = list(state.dataset)
+    if not isinstance(state.dataset, (list, tuple)):
+        return
+    rows = [row["input_ids"] if isinstance(row, Mapping) else row for row in state.dataset]
+    ids = [row for row in rows if isinstance(row, torch.Tensor)]
+    if not rows or (len(ids) == len(rows) and all(row.shape[-1] < state.seqlen for row in ids)):
+        raise ValueError(
+            f"EoRA: none of the {len(rows)} calibration samples has seqlen={state.seqlen} tokens; AutoRound leaves "
+            f"shorter ones out. Pass longer samples, or a smaller seqlen."
+        )
+    vocabulary = orchestrator.model_context.model.get_input_embeddings().weight.shape[0]
+    for row in ids:
+        if row.numel():
+            require_token_ids(row, vocabulary)
 
 
 def check_formats(formats: Iterable[Any]) -> None:

@@ -16,7 +16,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from auto_round.algorithms.transforms.base import BasePreprocessor
 from auto_round.utils import check_to_quantized
 
 from ...adapter.compensate import Recipe, compensate
+from ...adapter.layers import is_linear, oriented
 from ...capture import OutputErrorMoment, SecondMoment
-from ...loop.place import is_linear, oriented, put_in_place
-from .checks import check_composition, check_formats
+from ...loop.place import put_in_place
+from ...loop.weights import check_weights
+from .checks import check_composition, check_dataset, check_formats
 from .config import EoRAConfig
 from .moments import BlockInputs, Moment
 from .run import LoopRun
@@ -54,12 +55,14 @@ class EoRATransform(BasePreprocessor):
         """Called when AutoRound has resolved scheme, layers and formats, before it looks at any data.
 
         Raises:
-            ValueError: for options that do not hold together.
+            ValueError: for options that do not hold together, calibration of another tokenizer, or weights with NaN.
             NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with.
         """
         super().bind(orchestrator)
         self.config.validate()
         check_composition(orchestrator)
+        check_dataset(orchestrator)
+        check_weights(orchestrator.model_context.model.named_parameters())
         if orchestrator.formats is not None:
             check_formats(orchestrator.formats)
         self.run = LoopRun(self.config, orchestrator)
@@ -83,15 +86,14 @@ class EoRATransform(BasePreprocessor):
             self._composer.__dict__.pop("compress_block", None)
             self._composer = None
 
-    def _save_quantized(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _save_quantized(
+        self, save: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         wants_folders = kwargs.pop("return_folders", False)
-        saved = save(*args, return_folders=True, **kwargs)
+        saved = self.run.save(lambda folder: save(folder, *args, return_folders=True, **kwargs), output_dir)
         if saved is None:
             return None
-        model, folders = saved
-        for folder in [folders] if isinstance(folders, str) else folders:
-            self.run.save(Path(folder))
-        return (model, folders) if wants_folders else model
+        return saved if wants_folders else saved[0]
 
     # A block ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,9 @@ class EoRATransform(BasePreprocessor):
                 moments = held.moments(stage, functools.partial(self._error_moment, modules))
                 self.run.begin_stage(stage)
                 for name in stage:
-                    self._compensate(name, modules[name], moments.get(name))
+                    with self.run.guarded(name):
+                        self._compensate(name, modules[name], moments.get(name))
+                    self.run.raise_failure()
                 held.compensated(stage)
             held.expect_outputs()
         self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)

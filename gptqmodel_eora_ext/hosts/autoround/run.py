@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from auto_round import envs
 
+from ...adapter.checkpoint import replaced_checkpoint
 from ...adapter.naming import DEFAULT_FOLDER
 from ...adapter.vocabulary import AUTO
 from ...loop.resume import FinishedBlocks
 from ...loop.run import Run, write_adapter
+from ...system.files import require_space, unfinished_folder
 from .budget import allocate_ranks
 from .config import EoRAConfig
 from .moments import IGNORED_TOKEN
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 # AutoRound's record of the blocks whose weights are on disk, one for each group of blocks. It skips them when the run
 # is started again; their factors are written before that record is.
 MANIFESTS = "group_*/resume_manifest.json"
+# What AutoRound keeps a scale and a zero point in, beside a group of weights.
+SCALE_BITS = 16
 
 
 class LoopRun(Run):
@@ -38,14 +43,25 @@ class LoopRun(Run):
         super().__init__(config.settled)
         self._orchestrator = orchestrator
         self._finished: FinishedBlocks | None = None
+        # The export's folder, where AutoRound has begun to write before it was asked to save.
+        self._begun: Path | None = None
 
     def begin(self) -> None:
         """Called before the first block of the run.
 
+        Where AutoRound writes each block's weights as soon as it is packed, it is sent to the new folder from here on.
+
         Raises:
             ValueError: when the blocks that an interrupted run has finished were compensated with other options.
+            OSError: when there is too little space for the export.
         """
         self.factors = {}
+        context = self._orchestrator.compress_context
+        if context.is_immediate_saving:
+            target = Path(context.output_dir)
+            unfinished = self._begin_export(target, go_on=bool(envs.AR_RESUME_DIR))
+            context.output_dir = str(unfinished)
+            self._begun = target
         if envs.AR_RESUME_DIR:
             if self.rank == AUTO:
                 raise NotImplementedError(
@@ -78,19 +94,81 @@ class LoopRun(Run):
         if self._finished is not None:
             self._finished.write(block, {name: self.factors[name] for name in names})
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the adapter into a checkpoint that AutoRound has just exported, and name it there."""
-        folder = checkpoint / DEFAULT_FOLDER
-        names = [name for name, _ in self._orchestrator.model_context.model.named_modules()]
-        write_adapter(checkpoint, folder, self.factors, names, self.details())
-        log.info("EoRA: %d adapters in %.1f s, written to `%s`.", len(self.factors), self.seconds, folder)
+    def save(self, save: Callable[[str], Any], output: str | None) -> Any:
+        """Have AutoRound export into a new folder, write the adapter there, and put all in place of what was there.
+
+        Several formats are several folders below ``output``; each is replaced in one step.
+
+        Args:
+            save: AutoRound's `save_quantized` of a folder, which returns the model and the folder or folders.
+            output: the folder that was asked for; None for the one that AutoRound was made with.
+
+        Returns:
+            What ``save`` returns, with the folders' final names; None where there was nothing to save.
+
+        Raises:
+            OSError: when there is too little space.
+        """
+        context = self._orchestrator.compress_context
+        target = Path(output if output is not None else context.output_dir)
+        if self._begun is not None:
+            target, unfinished = self._begun, unfinished_folder(self._begun)
+        else:
+            unfinished = self._begin_export(target)
+        saved = save(str(unfinished))
+        context.output_dir = self._orchestrator.output_dir = str(target)
+        if saved is None:
+            return None
+        model, folders = saved
+        final = []
+        for folder in map(Path, [folders] if isinstance(folders, str) else folders):
+            place = target / folder.relative_to(unfinished)
+            with replaced_checkpoint(place, unfinished=folder) as fresh:
+                self._write_adapter(fresh, place)
+            log.info("EoRA: %d adapters in %.1f s, written to `%s`.", len(self.factors), self.seconds,
+                     place / DEFAULT_FOLDER)  # fmt: skip
+            final.append(str(place))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self._begun = None
         if self._finished is not None:
             self._finished.clear()
+        return model, final[0] if isinstance(folders, str) else final
+
+    def _write_adapter(self, checkpoint: Path, place: Path) -> None:
+        names = [name for name, _ in self._orchestrator.model_context.model.named_modules()]
+        write_adapter(
+            checkpoint, checkpoint / DEFAULT_FOLDER, self.factors, names, self.details(), base_model=place
+        )
+
+    def _begin_export(self, target: Path, *, go_on: bool = False) -> Path:
+        """The new folder to export into, empty unless an interrupted run is to go on."""
+        require_space(target.resolve(), _bytes_to_write(self._orchestrator))
+        unfinished = unfinished_folder(target)
+        if not go_on:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return unfinished
 
     def details(self) -> dict[str, Any]:
         """What goes into `eora.json` beside the per-module report."""
         quantizer = type(self._orchestrator.alg_composer.block_quantizer).__name__
         return self.describe(f"auto-round, {quantizer}, in its loop", "auto-round")
+
+
+def _bytes_to_write(orchestrator: Any) -> int:
+    """About what an export takes: each weight by its layer's bits and groups, times the number of formats."""
+    layers, bits = orchestrator.layer_config or {}, 0.0
+    counted: set[int] = set()
+    for name, module in orchestrator.model_context.model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            layer = layers.get(name, {}) if part == "weight" else {}
+            width = min(layer.get("bits") or SCALE_BITS, SCALE_BITS)
+            group = layer.get("group_size")
+            scales = (SCALE_BITS + width) / group if width < SCALE_BITS and isinstance(group, int) and group > 0 else 0
+            bits += parameter.numel() * (width + scales)
+    return int(bits / 8) * len(orchestrator.formats or [None])
 
 
 def _finished_blocks(root: Path) -> Iterator[str]:

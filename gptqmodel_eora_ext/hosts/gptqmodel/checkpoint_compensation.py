@@ -81,7 +81,11 @@ class CheckpointCompensation(Compensation):
         return super().pre_process_fwd_hook(name)
 
     def _capture_and_stop(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0]
+        with self.run.guarded(self._modules[str(self._stopping)].full_name):
+            self._capture(inputs[0])
+        raise STOP_FORWARD_EXCEPTION.with_traceback(None)
+
+    def _capture(self, rows: torch.Tensor) -> None:
         mask = getattr(self._mask_tls, "value", None)
         keep = mask if torch.is_tensor(mask) and mask.shape == rows.shape[:-1] else None
         batch = self.current_batch_index()
@@ -90,7 +94,6 @@ class CheckpointCompensation(Compensation):
             if self._only is not None and batch is not None and self._kept_bytes + rows.nbytes <= KEPT_BYTES:
                 self._inputs[batch] = rows.detach()
                 self._kept_bytes += rows.nbytes
-        raise STOP_FORWARD_EXCEPTION.with_traceback(None)
 
     def process(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         super().process(module, *args, **kwargs)

@@ -19,8 +19,9 @@ from gptqmodel.quantization.gptq import GPTQ
 
 from ...adapter.compensate import compensate
 from ...adapter.factors import ModuleFactors
+from ...adapter.layers import is_linear, oriented
 from ...capture import CrossMoment, OutputErrorMoment, SecondMoment, require_finite, shared_leaders
-from ...loop.place import is_linear, oriented, put_in_place
+from ...loop.place import put_in_place
 from ...system.memory import release_free_memory
 from .rounds import JointRounds
 from .run import CompensationRun

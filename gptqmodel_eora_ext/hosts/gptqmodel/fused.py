@@ -4,25 +4,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.models._const import DEVICE, PLATFORM
-from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear, _LinearWeightMetadata
 from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils.backend import BACKEND
 
 from ...formats.packed_weights import WEIGHT_BITS, PackedWeight
 from ...kernels.cpu.build import library
-from ...kernels.cpu.repack import RepackedWeight, repack_weight
+from ...kernels.cpu.repack import RepackedWeight, repack_weight, unpack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
-from ...kernels.fused import FusedLinear, FusedLinears
+from ...kernels.fused import FusedLinear, JointLinears
 from ...kernels.shared_input import Joint, SharedInput, SharesInput
-from ...kernels.versions import version
+from ...kernels.versions import counting_writes
 from .adapter import EoRA
 
 # The buffers that a weight consists of.
@@ -31,18 +32,48 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class _Made:
-    """A layer, and the tensors (`PACKED`, bias, A, B) and versions (A, B) that it was made from."""
+    """A layer, and what it was made from.
 
-    tensors: tuple[torch.Tensor | None, ...]
-    versions: tuple[int, ...]
+    Attributes:
+        source: the repacked weight whose packed tensors were given up, or these (`PACKED`); the bias, A, B and the
+            packed factors.
+        counted: those of them that tell how often they were written to.
+        versions: how often each was.
+        weight: the repacked weight.
+        layer: the layer.
+    """
+
+    source: tuple[Any, ...]
+    counted: tuple[torch.Tensor, ...]
+    versions: list[int]
     weight: RepackedWeight
     layer: FusedLinear
+
+
+class _Metadata(_LinearWeightMetadata):
+    """What the host's `weight` tells of dtype and device, without a look at the packed tensors."""
+
+    def _first_tensor(self) -> torch.Tensor:
+        return self._module.like_scales()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first_tensor().dtype
 
 
 class EoRAFusedLinear(SharesInput, TorchLinear):
     """GPTQ weights and an `EoRA` adapter in one pass on the CPU; on another device, what `TorchLinear` does.
 
-    The checkpoint's tensors stay as buffers beside their repacked copy, for `state_dict` and for saving.
+    Once they are repacked, the checkpoint's packed tensors are given up, so that a weight takes its bytes once. They
+    are had back from the repacked form, bit for bit, by whoever asks:
+
+    - `state_dict`, `named_buffers`, copies and pickles, and with them saving, get tensors of their own.
+    - A move or a cast gives them to torch and repacks what it made of them, unless that lies on another device.
+    - One that is asked for as an attribute (`module.scales`) stays, with the others, since whoever asked may write to
+      it: that is seen, and the layer made again. So does what the torch path asks for: training of this weight's input
+      in a dtype without a kernel, say.
+
+    `buffers()` of a whole model passes over what is given up.
     """
 
     SUPPORTS_BACKENDS = [BACKEND.GPTQ_TORCH]
@@ -75,6 +106,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         self._off = switched_off()
         self._fusable_cases: dict[tuple[torch.dtype, bool], bool] = {}
         self._made: _Made | None = None
+        self._repacked: RepackedWeight | None = None
+        self._asked_for = False
+        self._weight_metadata = _Metadata(self)
         self.shared = SharedInput([self])
 
     @classmethod
@@ -98,8 +132,11 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
     def post_init(self) -> None:
         super().post_init()
-        if self.qweight.is_cpu:
+        self._asked_for = False
+        if self._served_here:
             self._layer(self.adapter)
+        elif self._repacked is None and not self._buffers["qweight"].is_meta:
+            self.packed()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
@@ -107,23 +144,41 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
             raise ValueError(f"{self.name}: x should be … × {self.in_features}, found {found}.")
         if not self._fusable(x):
             return super().forward(x)
-        adapter = self.adapter
-        trained = adapter is not None and adapter.trained and torch.is_grad_enabled()
-        if not (trained or self.shared.alone or (x.requires_grad and torch.is_grad_enabled())):
-            return self._with_others(x)
+        learning = torch.is_grad_enabled()
+        trained = learning and self.adapter is not None and self.adapter.trained
+        alone = self.shared.alone or trained or (learning and x.requires_grad)
+        if torch.compiler.is_compiling():
+            return self._untraced(x, alone, trained)
+        return self._by_itself(x, trained) if alone else self._with_others(x)
+
+    @torch.compiler.disable
+    def _untraced(self, x: torch.Tensor, alone: bool, trained: bool) -> torch.Tensor:
+        """y, not traced: it ends in C++, and a trace would keep the x of this call. The decorator takes as long as a
+        part of a small layer, so other calls go without."""
+        return self._by_itself(x, trained) if alone else self._with_others(x)
+
+    def _by_itself(self, x: torch.Tensor, trained: bool) -> torch.Tensor:
+        """y of this module; an adapter that is ``trained`` is added by torch."""
         rows = x.reshape(-1, self.in_features)
+        adapter = self.adapter
         y = adapter.apply(x=rows, out=self._layer(None)(rows)) if trained else self._layer(adapter)(rows)
         return y.view(*x.shape[:-1], self.out_features)
 
-    @torch.compiler.disable
     def _with_others(self, x: torch.Tensor) -> torch.Tensor:
-        """y, with those of the modules that read the same x. Not traced: that would keep this call's x."""
+        """y, with those of the modules that read the same x."""
         return self.shared(self, x).view(*x.shape[:-1], self.out_features)
 
     @property
     def joinable(self) -> bool:
         """As `SharesInput.joinable`."""
-        return self.qweight.is_cpu
+        return self._served_here
+
+    @property
+    def _served_here(self) -> bool:
+        """Whether the kernels multiply with this weight where it lies now."""
+        if self.runtime_device().type != "cpu":
+            return False
+        return choose("cpu", torch.float32, self.bits, 1, self._off).path != TORCH
 
     def state(self) -> tuple[Any, ...]:
         """As `SharesInput.state`: the layer, which is another one when anything it was made from is."""
@@ -133,19 +188,20 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
     def join(cls, modules: Sequence[EoRAFusedLinear]) -> Joint:
         """As `SharesInput.join`."""
         in_features = modules[0].in_features
-        joint = FusedLinears([module._layer(module.adapter) for module in modules])
+        joint = JointLinears([module._layer(module.adapter) for module in modules])
         return lambda x: joint(x.reshape(-1, in_features))
 
     def choice(self, x: torch.Tensor) -> Choice:
         """The kernel that x would be multiplied by."""
         if self.online_full_had or self.online_partial_had:
             return Choice(TORCH, reason="the module rotates its input")
-        device = x.device if x.device.type != "cpu" else self.qweight.device
+        device = x.device if x.device.type != "cpu" else self.runtime_device()
         return choose(device, x.dtype, self.bits, x.numel() // self.in_features, self._off)
 
     def _fusable(self, x: torch.Tensor) -> bool:
         """Whether x can be given to the kernels; once per dtype, since this runs for every token."""
-        if not x.is_cpu or not self._buffers["qweight"].is_cpu or x.numel() == 0:
+        qweight = self._buffers["qweight"]
+        if not x.is_cpu or not (qweight is None or qweight.is_cpu) or x.numel() == 0:
             return False
         key = (x.dtype, x.numel() > FEW_ROWS * self.in_features)
         if key not in self._fusable_cases:
@@ -154,18 +210,114 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
     def _layer(self, adapter: EoRA | None) -> FusedLinear:
         """The layer ready to multiply, made again when the weight, the bias or the factors changed."""
-        buffers = self._buffers
-        lora_A, lora_B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
-        tensors = (*map(buffers.__getitem__, PACKED), buffers.get("bias"), lora_A, lora_B)
-        versions = tuple(0 if one is None else version(one) for one in (lora_A, lora_B))
-        made = self._made
-        if made is None or versions != made.versions or not all(map(operator.is_, tensors, made.tensors)):
-            weight = None if made is None or not all(map(operator.is_, tensors[:4], made.tensors)) else made.weight
-            weight = weight or repack_weight(self.packed())
-            factors = None if adapter is None else adapter.factors(weight.codes.device)
-            made = _Made(tensors, versions, weight, FusedLinear(weight, factors, buffers.get("bias"), self._off))
-            self._made = made
+        made, source = self._made, self._source(adapter)
+        if (
+            made is None
+            or not all(map(operator.is_, source, made.source))
+            or made.versions != [one._version for one in made.counted]
+        ):
+            made = self._made = self._make(adapter, made)
         return made.layer
+
+    def _source(self, adapter: EoRA | None) -> tuple[Any, ...]:
+        """As `_Made.source`, as they are now."""
+        buffers, repacked = self._buffers, self._repacked
+        weight = tuple(map(buffers.__getitem__, PACKED)) if repacked is None else (repacked, None, None, None)
+        return (*weight, buffers.get("bias"), *((None, None, None) if adapter is None else adapter.stored()))
+
+    def _make(self, adapter: EoRA | None, made: _Made | None) -> _Made:
+        """The layer, made now; the weight of the one before is taken over if it is the same."""
+        for name in (*PACKED, "bias"):
+            if (buffer := self._buffers.get(name)) is not None:
+                self._buffers[name] = counting_writes(buffer)
+        source = self._source(adapter)
+        counted = tuple(one for one in source if isinstance(one, torch.Tensor))
+        # Read first: who writes meanwhile has another layer made.
+        versions = [one._version for one in counted]
+        weight = self._repacked or self._same_weight(source, made) or repack_weight(self.packed())
+        factors = None if adapter is None else adapter.factors(weight.codes.device)
+        layer = FusedLinear(weight, factors, self._buffers.get("bias"), self._off, self.name)
+        if self._repacked is None and not self._asked_for and weight.rest.complete and self._gives_up:
+            self._repacked = weight
+            self._buffers.update(dict.fromkeys(PACKED))
+            source = (weight, None, None, None, *source[len(PACKED) :])
+            counted = tuple(one for one in source if isinstance(one, torch.Tensor))
+            versions = versions[len(PACKED) :]
+        return _Made(source, counted, versions, weight, layer)
+
+    @staticmethod
+    def _same_weight(source: tuple[Any, ...], made: _Made | None) -> RepackedWeight | None:
+        """The weight of the layer before, where it was made from these very packed tensors as they are now."""
+        packed = len(PACKED)
+        if made is None or not all(map(operator.is_, source[:packed], made.source)):
+            return None
+        return made.weight if made.versions[:packed] == [one._version for one in source[:packed]] else None
+
+    @property
+    def _gives_up(self) -> bool:
+        """Whether the packed tensors are not read by the kernels themselves."""
+        return True
+
+    def _given_back(self) -> dict[str, torch.Tensor]:
+        """The packed tensors that were given up, new ones each time; none where they are here."""
+        if self._repacked is None:
+            return {}
+        # Not of inference mode, whose tensors do not tell who writes to them.
+        with torch.inference_mode(False), torch.no_grad():
+            return unpack_weight(self._repacked)
+
+    def _take_back(self) -> None:
+        """Put the packed tensors where they were before they were given up."""
+        self._buffers.update(self._given_back())
+        self._repacked = None
+
+    def like_scales(self) -> torch.Tensor:
+        """A tensor of the weight's dtype and device, whatever of it is here."""
+        scales = self._buffers["scales"]
+        if scales is None:
+            assert self._repacked is not None
+            return torch.empty(0, dtype=self._repacked.rest.scales_dtype)
+        return scales
+
+    def runtime_device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.like_scales().device
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PACKED:
+            self._hand_out()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PACKED:
+            self._hand_out()
+        super().__setattr__(name, value)
+
+    def _hand_out(self) -> None:
+        """Somebody else has a packed tensor from now on, and may write to it."""
+        if "_asked_for" in self.__dict__:
+            self._take_back()
+            self._asked_for = True
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As of any module; of what was given up, tensors of their own."""
+        with self._lent():
+            found = list(super().named_buffers(*args, **kwargs))
+        return iter(found)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._lent():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[None]:
+        """What was given up is there meanwhile."""
+        lent = self._given_back()
+        self._buffers.update(lent)
+        try:
+            yield
+        finally:
+            self._buffers.update(dict.fromkeys(lent))
 
     def packed(self) -> PackedWeight:
         """The buffers, checked: what a checkpoint says is not trusted.
@@ -173,8 +325,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         Raises:
             LayoutError: for shapes, dtypes or group indices that do not belong together.
         """
+        given_back = self._given_back()
         return PackedWeight(
-            **{name: self._buffers[name] for name in PACKED},
+            **{name: given_back.get(name, self._buffers[name]) for name in PACKED},
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
@@ -183,20 +336,27 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_back()
         super()._load_from_state_dict(*args, **kwargs)
         # Values are copied into the buffers that are there.
         self._made = None
         self.shared.forget()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        given_up = self._repacked is not None
+        self._take_back()
         result = super()._apply(*args, **kwargs)
         self.shared.forget()
+        if given_up and self._served_here:
+            self._layer(self.adapter)
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the buffers, from which it repacks by itself. It is alone with its input;
         `share_inputs` is for whole models."""
-        return {**self.__dict__, "_made": None, "shared": None}
+        buffers = {**self._buffers, **self._given_back()}
+        own = {"_repacked": None, "_asked_for": False, "_made": None, "shared": None}
+        return {**self.__dict__, "_buffers": buffers, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from gptqmodel.utils.torch import torch_empty_cache
 from ...adapter.naming import DEFAULT_FOLDER
 from ...formats.autoround import read_config
 from ...loop.run import write_adapter
+from ...loop.weights import check_weight_files
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
@@ -26,7 +27,7 @@ from .base_check import check_embeddings, scales_were_moved
 from .checkpoint.load import uncompiled
 from .known_weights import CheckpointProcessor
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
-from .run import CompensationRun, rounds_to_make
+from .run import CompensationRun, batches_required, rounds_to_make
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ def generate_adapter(
         ValueError: for missing rank or data, a checkpoint of another model, a folder that cannot be written to.
         NotImplementedError: for a checkpoint that cannot be dequantised here.
     """
-    if calibration is None or len(calibration) == 0:
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)
+    if calibration is None or (hasattr(calibration, "__len__") and len(calibration) == 0):
         raise ValueError("EoRA: the calibration dataset is empty. Pass texts or token ids.")
     adapter.settle_for_making()
     rounds = rounds_to_make(adapter, FINISHED)
-    folder = Path(adapter.path) if adapter.path else checkpoint / DEFAULT_FOLDER
-    if not adapter.path and not os.access(checkpoint, os.W_OK):
-        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    folder = _folder_for(adapter, checkpoint)
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
@@ -107,22 +108,31 @@ def generate_adapter(
         setattr(model, RUN_ATTRIBUTE, run)
         if report is not None:
             watch_layers(model, report)
-        processor = CheckpointProcessor(
-            kernels,
-            tokenizer=tokenizer or model.tokenizer,
-            qcfg=config,
-            calibration=calibration,
-            prepare_dataset_func=model.prepare_dataset,
-            calibration_concat_size=calibration_concat_size,
-            calibration_sort=calibration_sort,
-            calibration_concat_separator=calibration_concat_separator,
-            batch_size=batch_size,
-        )
+        with batches_required(model):
+            processor = CheckpointProcessor(
+                kernels,
+                tokenizer=tokenizer or model.tokenizer,
+                qcfg=config,
+                calibration=calibration,
+                prepare_dataset_func=model.prepare_dataset,
+                calibration_concat_size=calibration_concat_size,
+                calibration_sort=calibration_sort,
+                calibration_concat_separator=calibration_concat_separator,
+                batch_size=batch_size,
+            )
         CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
     write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     return folder
+
+
+def _folder_for(adapter: EoRA, checkpoint: Path) -> Path:
+    if adapter.path:
+        return Path(adapter.path)
+    if not os.access(checkpoint, os.W_OK):
+        raise ValueError(f"EoRA: cannot write into `{checkpoint}`. Name a folder: EoRA(rank=…, path=…).")
+    return checkpoint / DEFAULT_FOLDER
 
 
 def _load_base(
@@ -141,6 +151,7 @@ def _load_base(
     _check_same_model(model, kernels, checkpoint, base)
     native = Path(model.model_local_path)
     check_embeddings(checkpoint, native, base)
+    check_weight_files(native)
     if read_config(checkpoint) is None:
         moved = config.export_quant_method() == METHOD.AWQ
     else:

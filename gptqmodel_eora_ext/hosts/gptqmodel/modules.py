@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...adapter.layers import is_linear, shape_of
 from ...formats.sizes import ModuleShape
 from ...plan.checkpoint import CheckpointWeights
 from ...plan.layered import LayeredModel
@@ -87,6 +88,6 @@ def linear_shapes(model: Any) -> list[ModuleShape]:
             for name in names:
                 full = f"{layers}.{index}.{name}"
                 linear = known.get(full)
-                if isinstance(linear, torch.nn.Linear) and config.dynamic_get(full) is not False:
-                    shapes.append(ModuleShape(full, linear.out_features, linear.in_features))
+                if linear is not None and is_linear(linear) and config.dynamic_get(full) is not False:
+                    shapes.append(shape_of(full, linear))
     return shapes

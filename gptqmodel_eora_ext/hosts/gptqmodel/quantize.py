@@ -23,14 +23,16 @@ from gptqmodel.quantization.config import METHOD, RTNConfig
 from ...adapter.vocabulary import AUTO, UNIFORM
 from ...loop.budgeting import budgeted_rank
 from ...loop.run import counted_tokens
+from ...loop.weights import check_weight_files
 from .adapter import EoRA
 from .checkpoint_compensation import CheckpointCompensation
 from .compensation import AWQCompensation, Compensation
 from .full_precision_inputs import FullPrecisionInputs
+from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
 from .modules import module_shapes
 from .planned import check_plan, warn_if_dominated
-from .run import CompensationRun, check_token_ids, rounds_to_make
+from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
 from .survey import allocate_ranks
 
 log = logging.getLogger(__name__)
@@ -55,10 +57,15 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     if not isinstance(adapter, EoRA):
         return original(*call.args, **call.kwargs)
     adapter.settle_for_making()
+    for name in ("calibration", "adapter_calibration_dataset"):
+        # Looked at before the host takes it, which a generator allows once.
+        if isinstance(options[name], Iterator):
+            options[name] = list(options[name])
     _check_supported(model, adapter, options)
     if adapter.plan is not None:
         check_plan(model, adapter.plan)
     warn_if_dominated(model, adapter)
+    check_weight_files(Path(model.model_local_path))
     own_batches = _prepare(model, options) if options["adapter_calibration_dataset"] is not None else ()
     run = CompensationRun(
         adapter,
@@ -71,7 +78,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     config.adapter = None
     setattr(model, RUN_ATTRIBUTE, run)
     try:
-        with logs_out_of_the_way():
+        with logs_out_of_the_way(), batches_required(model):
             result = original(*call.args, **call.kwargs)
     except BaseException:
         setattr(model, RUN_ATTRIBUTE, None)
@@ -124,13 +131,14 @@ def _prepare(model: Any, options: dict[str, Any]) -> Sequence[dict[str, Any]]:
     dataset = options["adapter_calibration_dataset"]
     if len(dataset) == 0:
         raise ValueError("EoRA: `adapter_calibration_dataset` is empty. Leave it out to use the calibration data.")
-    prepared: Sequence[dict[str, Any]] = model.prepare_dataset(
-        calibration_dataset=dataset,
-        calibration_dataset_concat_size=options["calibration_concat_size"],
-        calibration_dataset_sort=options["calibration_sort"],
-        batch_size=options["batch_size"],
-        calibration_concat_separator=options["calibration_concat_separator"],
-    )
+    with batches_required(model):
+        prepared: Sequence[dict[str, Any]] = model.prepare_dataset(
+            calibration_dataset=dataset,
+            calibration_dataset_concat_size=options["calibration_concat_size"],
+            calibration_dataset_sort=options["calibration_sort"],
+            batch_size=options["batch_size"],
+            calibration_concat_separator=options["calibration_concat_separator"],
+        )
     return prepared
 
 
@@ -157,7 +165,7 @@ def compensated(processor: Any) -> Any:
     """The processor class with compensation mixed in."""
     mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
     mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
-    return type(f"Compensated{processor.__name__}", (mixin, processor), {})
+    return type(f"Compensated{processor.__name__}", (Guarded, mixin, processor), {})
 
 
 class CompensatingLooper(ModuleLooper):
@@ -165,6 +173,7 @@ class CompensatingLooper(ModuleLooper):
 
     def __init__(self, model: Any, processors: list[LoopProcessor], *args: Any, **kwargs: Any) -> None:
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+        self._run = run
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
             if run.rank == AUTO and run.options.sensitivity == UNIFORM:
@@ -183,6 +192,20 @@ class CompensatingLooper(ModuleLooper):
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])
                 processors = [run.full_precision_inputs, *processors]
         super().__init__(model, processors, *args, **kwargs)
+
+    def _subset_event_dispatch(self, **event: Any) -> None:
+        """Called on the main thread as a subset of modules goes from step to step: where workers' errors come out."""
+        super()._subset_event_dispatch(**event)
+        if self._run is not None:
+            self._run.raise_failure()
+
+    def loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole loop. What fails because a worker's error came before is not what the caller should hear of."""
+        try:
+            return super().loop(*args, **kwargs)
+        finally:
+            if self._run is not None:
+                self._run.raise_failure()
 
 
 def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...adapter.compensate import Recipe
 from ...adapter.validate import validate_rank
-from ...loop.run import Run
+from ...loop.run import Run, require_token_ids
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
 
@@ -79,20 +80,36 @@ def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> No
     """Refuse calibration of another tokenizer before any layer runs.
 
     Raises:
-        ValueError: when a token id has no embedding, or there is no batch.
+        ValueError: when a token id has no embedding.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError(
-            "EoRA: the calibration dataset is empty once short samples are left out. Pass texts or token ids "
-            "of at least 10 tokens each; 128 samples of 512 tokens are a good start."
-        )
-    largest = max(int(torch.as_tensor(batch["input_ids"]).max()) for batch in batches)
-    if largest >= vocabulary:
-        raise ValueError(
-            f"EoRA: calibration holds token id {largest}, but the model embeds {vocabulary} ids. The tokenizer does "
-            f"not fit the model; tokenize with the model's own."
-        )
+    for batch in batches:
+        require_token_ids(torch.as_tensor(batch["input_ids"]), vocabulary)
+
+
+@contextlib.contextmanager
+def batches_required(model: Any) -> Iterator[None]:
+    """Refuse calibration data of which GPTQModel keeps nothing; left alone, it divides by the number of batches.
+
+    Args:
+        model: GPTQModel's model object.
+    """
+    prepare = model.prepare_dataset
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        batches = prepare(*args, **kwargs)
+        if not batches:
+            raise ValueError(
+                "EoRA: the calibration dataset is empty once short samples are left out. Pass texts or token ids "
+                "of more than 10 tokens each; 128 samples of 512 tokens are a good start."
+            )
+        return batches
+
+    # The instance's own attribute hides the method.
+    model.prepare_dataset = checked
+    try:
+        yield
+    finally:
+        del model.prepare_dataset
 
 
 def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:

@@ -6,7 +6,7 @@
 | `SUPPORTS_ADAPTERS` of each kernel | a kernel that takes `Lora` takes `EoRA`; the others refuse it by themselves |
 | `BaseQModel.quantize` | takes an `EoRA` out of the host's sight and starts a run |
 | `BaseQModel._quantize_weight_only` | round-to-nearest with an `EoRA` runs in the calibrated loop |
-| `module_looper.ModuleLooper` | a subclass that equips the processor which quantises |
+| `module_looper.ModuleLooper` | a subclass that equips the processor which quantises, and raises workers' errors |
 | `BaseQModel.save_quantized` | writes the adapter and names it in the checkpoint |
 | `BaseQuantizeConfig.from_pretrained` | an adapter with `eora.json` loads as `EoRA`; AutoRound's configs are read |
 | `auto._is_supported_quantization_config` | AutoRound's packed checkpoints are quantised ones |
@@ -22,7 +22,8 @@ and, on the objects of one run, from its start to its end:
 | seam | where | what it does |
 |---|---|---|
 | `model._eora_run` | `quantize.py` | the run under way, and after it the adapter that `save()` writes |
-| a processor's `__class__` | `quantize.equip` | the processor that quantises gets `Compensation` mixed in |
+| a processor's `__class__` | `quantize.equip` | what quantises gets `Compensation` and `Guarded` mixed in |
+| `model.prepare_dataset` | `run.py` | calibration data of which nothing is left is refused |
 | `GPTQ.quantize` of a task | `rounds.py` | a module is quantised several times, for its adapter |
 | `loop_processor._PROJECT_LOG_DIR` | `quantize.py` | logs go to a temporary folder, not to `./logs` |
 | `model.layer_callback` | `terminal.py` | a command's own progress bar hears of finished layers |
@@ -166,7 +167,7 @@ def _without_lock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def relied_on_problems() -> list[str]:
     """What is wrong with the host where the plugin relies on it without replacing anything for good."""
-    from gptqmodel.looper import loop_processor
+    from gptqmodel.looper import loop_processor, module_looper
     from gptqmodel.models.base import BaseQModel
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.utils import logger
@@ -180,6 +181,8 @@ def relied_on_problems() -> list[str]:
         (processor, "process", ("module",)),
         (processor, "submodule_finalize", ("module",)),
         (processor, "current_batch_index", ()),
+        (module_looper.ModuleLooper, "_subset_event_dispatch", ("stage",)),
+        (module_looper.ModuleLooper, "loop", ()),
         (GPTQ, "quantize", ()),
         (GPTQ, "clone_module", ()),
         (GPTQ, "materialize_global_hessian", ()),

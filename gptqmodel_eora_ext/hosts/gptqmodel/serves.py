@@ -9,6 +9,7 @@ from typing import Any
 
 from gptqmodel import GPTQModel, QuantizeConfig
 
+from ...plan import without_groups
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
 from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
@@ -49,7 +50,7 @@ def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | No
 
 
 def _quantize(job: QuantizeJob) -> Path:
-    host = GPTQModel.load(job.model, QuantizeConfig(**job.settings), trust_remote_code=job.trust_remote_code)
+    host = GPTQModel.load(job.model, _config(job.settings), trust_remote_code=job.trust_remote_code)
     if job.report is not None:
         watch_layers(host, job.report)
     adapter = EoRA(**job.adapter) if job.adapter is not None else None
@@ -61,6 +62,10 @@ def _quantize(job: QuantizeJob) -> Path:
         host.quantize(list(job.windows), batch_size=job.batch_size, adapter=adapter)
     host.save(str(job.output))
     return job.output
+
+
+def _config(settings: Mapping[str, Any]) -> QuantizeConfig:
+    return QuantizeConfig(**{**without_groups(settings["group_size"]), **settings})
 
 
 def _make_adapter(job: AdapterJob) -> Path:
@@ -90,7 +95,7 @@ def _load(
 
 class _Planned:
     def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
-        self._host = GPTQModel.load(model, QuantizeConfig(**settings), trust_remote_code=trust_remote_code)
+        self._host = GPTQModel.load(model, _config(settings), trust_remote_code=trust_remote_code)
         self.shapes = module_shapes(self._host)
 
     def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:

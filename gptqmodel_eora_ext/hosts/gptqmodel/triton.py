@@ -72,7 +72,7 @@ class EoRATritonLinear(EoRAFusedLinear):
     def _launchable(self, x: torch.Tensor) -> bool:
         return (
             runs_on(x.device)
-            and self.qweight.device == x.device
+            and self.runtime_device() == x.device
             and x.dtype in DTYPES
             and x.shape[-1] == self.in_features
             and not (self.online_full_had or self.online_partial_had)
@@ -85,27 +85,31 @@ class EoRATritonLinear(EoRAFusedLinear):
     @property
     def joinable(self) -> bool:
         """As `SharesInput.joinable`."""
-        return runs_on(self.qweight.device) or super().joinable
+        return runs_on(self.runtime_device()) or super().joinable
+
+    @property
+    def _gives_up(self) -> bool:
+        """As of the base: the launches read the packed tensors."""
+        return not runs_on(self.runtime_device())
 
     def state(self) -> tuple[Any, ...]:
         """As `SharesInput.state`: on a GPU, all tensors and how often they were written to."""
-        if not runs_on(self.qweight.device):
+        if not runs_on(self.runtime_device()):
             return super().state()
         tensors = [self.qweight, self.qzeros, self.scales, self.g_idx, self.bias]
-        tensors += [None, None] if self.adapter is None else [self.adapter.lora_A, self.adapter.lora_B]
-        return (*tensors, *(0 if one is None else version(one) for one in tensors))
+        adapter = () if self.adapter is None else self.adapter.state()
+        return (*tensors, *(0 if one is None else version(one) for one in tensors), *adapter)
 
     @classmethod
     def join(cls, modules: Sequence[EoRATritonLinear]) -> Joint:
         """As `SharesInput.join`: the launches, if the modules are on a GPU."""
-        if not runs_on(modules[0].qweight.device):
+        if not runs_on(modules[0].runtime_device()):
             return super().join(modules)
-        from ...kernels.triton.ops import FusedLinears
+        from ...kernels.triton.ops import StackedLinears
 
-        factors = [
-            module.adapter.factors(module.qweight.device) if module.adapter is not None else None for module in modules
-        ]
-        return FusedLinears.prepare(
+        device = modules[0].runtime_device()
+        factors = [None if module.adapter is None else module.adapter.factors(device) for module in modules]
+        return StackedLinears.prepare(
             [module.packed() for module in modules], factors, [module.bias for module in modules]
         )
 
@@ -113,10 +117,13 @@ class EoRATritonLinear(EoRAFusedLinear):
 def candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The kernels that a model's modules are tried with: an explicit `BACKEND.GPTQ_TRITON` means this one, too.
 
+    An `EoRA()` with nothing to load is told here that it stands for the kernels alone, before modules are made with it.
     The automatic order has it already (`seams`). Modules that it cannot serve go to the host's.
     """
-    found = original(*args, **kwargs)
     asked = inspect.signature(original).bind(*args, **kwargs).arguments
+    if isinstance(asked.get("adapter"), EoRA) and not asked.get("pack"):
+        asked["adapter"].settle_for_loading()
+    found = original(*args, **kwargs)
     explicit = asked.get("backend") == BACKEND.GPTQ_TRITON and not asked.get("pack")
     if explicit and isinstance(asked.get("adapter"), EoRA) and isinstance(found, list) and TRITON not in switched_off():
         return [EoRATritonLinear, *found]

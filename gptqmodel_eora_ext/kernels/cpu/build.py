@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from ...formats.packed_weights import LayoutError
 from ...system.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 # Each instruction set's file carries its own target attribute; nothing is compiled for the machine that builds.
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", *(("-fopenmp",) if sys.platform == "linux" else ()))
+# More flags for the compiler, for instance a sanitizer's (`make asan`); a library of its own is built for them.
+MORE_FLAGS = "GPTQMODEL_EORA_EXT_CXXFLAGS"
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
 
 
@@ -32,9 +36,14 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled here."""
 
 
+def flags() -> tuple[str, ...]:
+    """What the compiler is told."""
+    return (*FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, "")))
+
+
 def library_path() -> Path:
     """Where the library of these sources is kept."""
-    content = hashlib.sha256(" ".join((*FLAGS, platform.machine(), sys.platform)).encode())
+    content = hashlib.sha256(" ".join((*flags(), platform.machine(), sys.platform)).encode())
     for source in sorted(SOURCES.iterdir()):
         content.update(source.name.encode() + source.read_bytes())
     return cache_folder() / "kernels" / f"eora_cpu_{content.hexdigest()[:16]}.so"
@@ -61,8 +70,8 @@ def build() -> Path:
             cpp_extension.load(
                 path.stem,
                 [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
-                extra_cflags=list(FLAGS),
-                extra_ldflags=["-fopenmp"] if "-fopenmp" in FLAGS else [],
+                extra_cflags=list(flags()),
+                extra_ldflags=[flag for flag in flags() if flag == "-fopenmp" or flag.startswith("-fsanitize")],
                 build_directory=scratch,
                 is_python_module=False,
             )
@@ -76,6 +85,32 @@ def build() -> Path:
     return path
 
 
+# What the compiled functions refuse, in the order of `Fault` of csrc/check.h.
+FAULTS = (
+    "", "bits", "features, rank or units", "a dtype", "codes", "scales", "zeros", "starts of segments",
+    "order of inputs", "A", "scales of A", "B", "scales of B", "bias", "x", "y", "x Aᵀ",
+    "layers that do not read the same x", "an instruction set that the processor lacks", "threads", "places of inputs",
+)  # fmt: skip
+
+
+def require_fine(fault: int, name: str = "CPU kernels") -> None:
+    """Raise what a compiled function returned.
+
+    Args:
+        fault: index into `FAULTS`; 0 for none.
+        name: the module, for the message.
+
+    Raises:
+        LayoutError: for any other number than 0.
+    """
+    if fault:
+        what = FAULTS[fault] if 0 < fault < len(FAULTS) else f"fault {fault}"
+        raise LayoutError(
+            f"{name}: the compiled kernels refuse {what}: what they were handed has other sizes than the layer. "
+            f"Nothing was computed. Load the checkpoint and its adapter again; if that does not help, one is damaged."
+        )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels; None, told once in the log, where they cannot be compiled or loaded."""
@@ -86,13 +121,15 @@ def library() -> ctypes.CDLL | None:
                     "then run: python -m gptqmodel_eora_ext.kernels.cpu --build", error)  # fmt: skip
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    loaded.eora_repack.argtypes = (pointer, pointer, integer, integer, integer, pointer, integer)
-    loaded.eora_linears.argtypes = (pointer, integer, pointer, integer, integer, pointer, integer, integer)
-    loaded.eora_dequantize.argtypes = (pointer, integer, integer, pointer, long, integer, integer)
-    loaded.eora_matmul.argtypes = (pointer, pointer, pointer, integer, pointer, integer)
+    memory = (pointer, long)
+    loaded.eora_check.argtypes = (pointer,)
+    loaded.eora_repack.argtypes = (*memory, *memory, integer, integer, integer, integer, *memory, integer)
+    loaded.eora_unpack.argtypes = loaded.eora_repack.argtypes
+    loaded.eora_linears.argtypes = (pointer, integer, *memory, integer, integer, *memory, integer, integer)
+    loaded.eora_dequantize.argtypes = (pointer, integer, integer, *memory, long, integer, integer)
+    loaded.eora_matmul.argtypes = (pointer, *memory, *memory, integer, *memory, integer)
     loaded.eora_large_pages.argtypes = (pointer, long)
-    for name in ("eora_large_pages", "eora_matmul", "eora_repack", "eora_linears", "eora_dequantize"):
-        getattr(loaded, name).restype = None
+    loaded.eora_large_pages.restype = None
     return loaded
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ...formats.factors import to_dense
 from ...formats.packed_weights import LayoutError
-from .build import library
+from .build import library, require_fine
 from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
 
 # Outputs of Ŵ that are dequantised at a time.
@@ -20,19 +20,23 @@ CODES_ROWS = 256
 MATMUL_ROWS = 1020
 
 
+_MEMORY = ("codes", "scales", "zeros", "starts", "order", "down", "down_scales", "up", "up_scales", "bias")
+
+
 class _Linear(ctypes.Structure):
     """`struct Linear` of csrc/linear.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("bits", "in_features", "out_features", "rank", "segments", "units",
-                                              "strips", "zero", "scale_kind", "down_kind", "up_kind", "unused")),
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "starts", "order", "down", "down_scales",
-                                               "up", "up_scales", "bias")),
+                                              "strips", "zero", "scale_kind", "down_kind", "up_kind", "padding")),
+        *((name, ctypes.c_void_p) for name in _MEMORY),
+        *((f"{name}_bytes", ctypes.c_int64) for name in _MEMORY),
     ]  # fmt: skip
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _memory(tensor: torch.Tensor | None) -> tuple[int | None, int]:
+    """A contiguous tensor's address and bytes."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
 class CpuLinear:
@@ -42,6 +46,10 @@ class CpuLinear:
         weight: Ŵ.
         factors: A and B; None for none.
         bias: of length out.
+        name: the module's, for messages.
+
+    Raises:
+        LayoutError: when factors or bias do not fit the weight.
     """
 
     def __init__(
@@ -49,27 +57,36 @@ class CpuLinear:
         weight: RepackedWeight,
         factors: RepackedFactors | None = None,
         bias: torch.Tensor | None = None,
+        name: str = "layer",
     ) -> None:
+        _check_fit(weight, factors, bias, name)
         kernels = library()
         assert kernels is not None
-        self.kernels = kernels
+        self.kernels, self.name = kernels, name
         self.weight, self.factors = weight, factors
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bias = None
         if bias is not None:
             self.bias = torch.zeros(weight.strips * LANES, dtype=torch.float32)
             self.bias[: self.out_features] = bias.detach()
-        self._struct = _Linear(in_features=self.in_features, out_features=self.out_features, bias=_pointer(self.bias))
+        self._struct = _Linear(in_features=self.in_features, out_features=self.out_features)
+        self._set(self, "bias")
         self._set(weight, "bits", "segments", "units", "strips", "zero", "codes", "scales", "zeros", "starts", "order")
         self._struct.scale_kind = KINDS[weight.scales.dtype]
         if factors is not None:
             self._set(factors, "rank", "down", "down_scales", "down_kind", "up", "up_scales", "up_kind")
         self.address = ctypes.addressof(self._struct)
+        require_fine(kernels.eora_check(self.address), name)
 
     def _set(self, source: object, *names: str) -> None:
         for name in names:
             value = getattr(source, name)
-            setattr(self._struct, name, value if isinstance(value, int) else _pointer(value))
+            if isinstance(value, int):
+                setattr(self._struct, name, value)
+            else:
+                pointer, nbytes = _memory(value)
+                setattr(self._struct, name, pointer)
+                setattr(self._struct, f"{name}_bytes", nbytes)
 
     def tiles(self, x: torch.Tensor, isa: int) -> torch.Tensor:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
@@ -91,9 +108,26 @@ class CpuLinear:
         tile = torch.empty(self.in_features + extra_rows, width, dtype=torch.float32)
         for begin in range(0, self.out_features, width):
             end = min(begin + width, self.out_features)
-            self.kernels.eora_dequantize(self.address, begin // LANES, -(-end // LANES), tile.data_ptr(), width, isa,
-                                         torch.get_num_threads())  # fmt: skip
+            require_fine(
+                self.kernels.eora_dequantize(self.address, begin // LANES, -(-end // LANES), *_memory(tile), width, isa,
+                                             torch.get_num_threads()),
+                self.name,
+            )  # fmt: skip
             yield begin, end, tile[:, : end - begin]
+
+
+def _check_fit(
+    weight: RepackedWeight, factors: RepackedFactors | None, bias: torch.Tensor | None, name: str
+) -> None:
+    shape = (weight.out_features, weight.in_features)
+    if factors is not None and (factors.out_features, factors.in_features) != shape:
+        raise LayoutError(
+            f"{name}: factors are for out × in = {factors.out_features} × {factors.in_features}, the weight is "
+            f"{shape[0]} × {shape[1]}. The adapter was made for another model."
+        )
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise LayoutError(f"{name}: the bias should have length {shape[0]}, found {list(bias.shape)}. The checkpoint "
+                          f"is damaged.")  # fmt: skip
 
 
 class CpuLinears:
@@ -124,15 +158,20 @@ class CpuLinears:
         Returns:
             rows × out each, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
         """
-        rows, width = x.shape
-        kernels, threads, kind = self._layers[0].kernels, torch.get_num_threads(), KINDS[x.dtype]
-        ys = [torch.empty(rows, layer.out_features, dtype=x.dtype) for layer in self._layers]
-        for begin in range(0, rows, CODES_ROWS):
-            offset = begin * x.element_size()
-            kernels.eora_linears(self._addresses, len(ys), x.data_ptr() + offset * width, kind,
-                                 min(rows - begin, CODES_ROWS),
-                                 self._pointers(*(y.data_ptr() + offset * y.shape[1] for y in ys)),
-                                 isa, threads)  # fmt: skip
+        first, threads, kind = self._layers[0], torch.get_num_threads(), KINDS[x.dtype]
+        ys = [torch.empty(len(x), layer.out_features, dtype=x.dtype) for layer in self._layers]
+        for begin in range(0, len(x), CODES_ROWS):
+            # The usual call has few rows, and is not to wait for views of itself.
+            whole = len(x) <= CODES_ROWS
+            rows = x if whole else x[begin : begin + CODES_ROWS]
+            parts = ys if whole else [y[begin : begin + CODES_ROWS] for y in ys]
+            pointers = self._pointers(*[part.data_ptr() for part in parts])
+            fault = first.kernels.eora_linears(
+                self._addresses, len(ys), *_memory(rows), kind, len(rows), pointers,
+                sum([part.nbytes for part in parts]), isa, threads,
+            )  # fmt: skip
+            if fault:
+                require_fine(fault, first.name)
         return ys
 
     def matmul(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -147,8 +186,10 @@ class CpuLinears:
             ts = [None] * len(ys) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
             for layer, t, y in zip(self._layers, ts, ys, strict=True):
                 own = t.contiguous() if t is not None else None
-                layer.kernels.eora_matmul(layer.address, rows.data_ptr(), _pointer(own), rows.shape[0],
-                                          y[begin:].data_ptr(), torch.get_num_threads())  # fmt: skip
+                fault = layer.kernels.eora_matmul(layer.address, *_memory(rows), *_memory(own), len(rows),
+                                                  *_memory(y[begin : begin + len(rows)]),
+                                                  torch.get_num_threads())  # fmt: skip
+                require_fine(fault, layer.name)
         return ys
 
     def tiles(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:

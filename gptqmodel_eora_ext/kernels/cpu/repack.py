@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ...formats.factors import Factors, QuantizedFactor
-from ...formats.packed_weights import PackedWeight
-from .build import library
+from ...formats.packed_weights import WORD_BITS, PackedWeight, pack_words, words
+from .build import library, require_fine
 
 # As in csrc/linear.h.
 LANES = 16
@@ -19,6 +19,30 @@ INTEGER_KINDS = {8: 3, 4: 4}
 LONGEST_SEGMENT = 1024
 # Of x86-64 and arm64. One row by 4096 × 4096 at 2 bits takes 0.21 ms instead of 0.25 when page tables are out of cache.
 LARGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a weight's repacked form does not tell of the packed one.
+
+    Attributes:
+        group_of_segment: the group of each segment, int64.
+        groups: scales per output.
+        scales_dtype: dtype of the packed scales.
+        g_idx_dtype: dtype of the packed g_idx; None where there was none.
+        last_words: the last row of `qweight`, and the last column of `qzeros`, where codes do not fill them: what the
+            other bits hold is nobody's, and is given back as it was. None where codes do.
+        complete: whether the packed form can be had back: every group has an input, and zeros are of version 2.
+        name: the module's, for messages.
+    """
+
+    group_of_segment: torch.Tensor
+    groups: int
+    scales_dtype: torch.dtype
+    g_idx_dtype: torch.dtype | None
+    last_words: tuple[torch.Tensor | None, torch.Tensor | None]
+    complete: bool
+    name: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +59,7 @@ class RepackedWeight:
         bits: 2, 3, 4 or 8.
         in_features: inputs.
         out_features: outputs.
+        rest: what `unpack_weight` needs beside that.
     """
 
     codes: torch.Tensor
@@ -46,6 +71,7 @@ class RepackedWeight:
     bits: int
     in_features: int
     out_features: int
+    rest: Rest
 
     @property
     def segments(self) -> int:
@@ -124,8 +150,11 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
     kernels = library()
     assert kernels is not None
     qweight = weight.qweight.contiguous()
-    kernels.eora_repack(qweight.data_ptr(), places.data_ptr(), weight.bits, weight.out_features, units,
-                        codes.data_ptr(), torch.get_num_threads())  # fmt: skip
+    fault = kernels.eora_repack(
+        qweight.data_ptr(), qweight.nbytes, places.data_ptr(), places.nbytes, weight.bits, weight.in_features,
+        weight.out_features, units, codes.data_ptr(), codes.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    require_fine(fault, weight.name)
     zeros = weight.zeros()
     zero = int(zeros[0, 0])
     uniform = bool((zeros == zero).all())
@@ -141,7 +170,65 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
         bits=weight.bits,
         in_features=weight.in_features,
         out_features=weight.out_features,
+        rest=_rest(weight, group_of_segment),
     )
+
+
+def _rest(weight: PackedWeight, group_of_segment: torch.Tensor) -> Rest:
+    filled = [features * weight.bits % WORD_BITS == 0 for features in (weight.in_features, weight.out_features)]
+    return Rest(
+        group_of_segment=group_of_segment,
+        groups=weight.groups,
+        scales_dtype=weight.scales.dtype,
+        g_idx_dtype=None if weight.g_idx is None else weight.g_idx.dtype,
+        last_words=(
+            None if filled[0] else weight.qweight[-1:].clone(),
+            None if filled[1] else weight.qzeros[:, -1:].clone(),
+        ),
+        complete=not weight.stores_zero_minus_one and len(group_of_segment.unique()) == weight.groups,
+        name=weight.name,
+    )
+
+
+def unpack_weight(weight: RepackedWeight) -> dict[str, torch.Tensor]:
+    """The inverse of `repack_weight`, bit for bit: `qweight`, `qzeros`, `scales` and, if there was one, `g_idx`.
+
+    The tensors are new ones. `Rest.complete` tells whether this can be asked.
+    """
+    rest, bits, in_features, out_features = weight.rest, weight.bits, weight.in_features, weight.out_features
+    places = torch.arange(in_features, dtype=torch.int32) if weight.order is None else weight.order
+    qweight = torch.zeros(words(in_features, bits), out_features, dtype=torch.int32)
+    kernels = library()
+    assert kernels is not None
+    fault = kernels.eora_unpack(
+        qweight.data_ptr(), qweight.nbytes, places.data_ptr(), places.nbytes, bits, in_features, out_features,
+        weight.units, weight.codes.data_ptr(), weight.codes.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    require_fine(fault, rest.name)
+    first_segment = torch.zeros(rest.groups, dtype=torch.int64)
+    # Written from the last on, so that the first segment of a group stays; all of them have its scale and zero.
+    for segment in range(weight.segments - 1, -1, -1):
+        first_segment[rest.group_of_segment[segment]] = segment
+    if weight.zeros is None:
+        zeros = torch.full((rest.groups, out_features), weight.zero, dtype=torch.int32)
+    else:
+        by_strip = weight.zeros if bits == 8 else _from_nibbles(weight.zeros)
+        zeros = _from_strips(by_strip, out_features)[first_segment].to(torch.int32)
+    qzeros = pack_words(zeros.T, bits).T.clone(memory_format=torch.contiguous_format)
+    for packed, last in ((qweight[-1:], rest.last_words[0]), (qzeros[:, -1:], rest.last_words[1])):
+        if last is not None:
+            packed.copy_(last)
+    found = {
+        "qweight": qweight,
+        "qzeros": qzeros,
+        "scales": _from_strips(weight.scales, out_features)[first_segment].to(rest.scales_dtype),
+    }
+    if rest.g_idx_dtype is not None:
+        of_place = rest.group_of_segment.repeat_interleave(weight.starts.diff() * LANES).to(rest.g_idx_dtype)
+        found["g_idx"] = torch.empty(in_features, dtype=rest.g_idx_dtype)
+        real = places >= 0
+        found["g_idx"][places[real].to(torch.int64)] = of_place[real]
+    return found
 
 
 def repack_factors(factors: Factors) -> RepackedFactors:
@@ -149,7 +236,8 @@ def repack_factors(factors: Factors) -> RepackedFactors:
     inputs = -(-factors.in_features // FACTOR_GROUP) * FACTOR_GROUP
     down, down_scales, down_kind = _numbers(factors.down)
     up, up_scales, up_kind = _numbers(factors.up)
-    down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
+    if inputs > factors.in_features:  # padding by nothing would copy all of it
+        down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
     up = _strips(up)
     return RepackedFactors(
         down=_pack_factor(down, down_kind),
@@ -207,6 +295,11 @@ def _strips(by_output: torch.Tensor) -> torch.Tensor:
     return padded.view(rows, strips, LANES).transpose(0, 1).contiguous()
 
 
+def _from_strips(strips: torch.Tensor, outputs: int) -> torch.Tensor:
+    """The inverse of `_strips`."""
+    return strips.transpose(0, 1).flatten(1)[:, :outputs]
+
+
 def _pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     return zeros.to(torch.uint8) if bits == 8 else _nibbles(zeros.to(torch.uint8))
 
@@ -218,11 +311,19 @@ def _nibbles(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([even, odd], dim=-1)
 
 
+def _from_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_nibbles`."""
+    even, odd = packed.unflatten(-1, (2, LANES // 4)).unbind(-2)
+    return torch.stack([even & 15, odd & 15, even >> 4, odd >> 4], dim=-1).flatten(-2)
+
+
 def _numbers(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """Values or codes, scales, and the kind."""
     if isinstance(factor, QuantizedFactor):
         return factor.integers(), factor.scales.contiguous(), INTEGER_KINDS[factor.bits]
-    return factor.detach(), None, KINDS[factor.dtype]
+    # The kernels have no float64; their sums are float32 in any case.
+    values = factor.detach() if factor.dtype in KINDS else factor.detach().to(torch.float32)
+    return values, None, KINDS[values.dtype]
 
 
 def _pack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:

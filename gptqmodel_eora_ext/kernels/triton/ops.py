@@ -32,7 +32,7 @@ INTERPRETED_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
-class FusedLinears:
+class StackedLinears:
     """Weights that read the same input, as `fused_linears` takes them; tensors of a weight are its own, not copies.
 
     Attributes:
@@ -70,7 +70,7 @@ class FusedLinears:
         weights: Sequence[PackedWeight],
         factors: Sequence[Factors | None],
         biases: Sequence[torch.Tensor | None],
-    ) -> FusedLinears:
+    ) -> StackedLinears:
         """Bring weights into the form of the kernels: zeros to version 2, A stacked. Synchronises; meant for loading.
 
         Raises:
@@ -140,10 +140,10 @@ def fused_linears(
     group_size: int,
     factor_bits: int,
 ) -> list[torch.Tensor]:
-    """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `FusedLinears`."""
+    """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `StackedLinears`."""
     return _linears(
         x,
-        FusedLinears(
+        StackedLinears(
             list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
             list(up_scales), bits, group_size, factor_bits, x.shape[1],
         ),
@@ -155,15 +155,15 @@ def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.
     return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
 
 
-def _linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
+def _linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     with on(x.device):
         return _launched_linears(x, fused)
 
 
-def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor]:
+def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     rows, in_features = x.shape
     outs = tuple(qweight.shape[1] for qweight in fused.qweights)
-    bits, factor_bits = fused.bits, fused.factor_bits
+    bits = fused.bits
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
     if rows > settings.MOST_FUSED_ROWS:
@@ -179,11 +179,7 @@ def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor
         chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
-    # One float and one lock stand for none where the inputs are not split: kernels take pointers.
-    partials = x.new_empty(chosen.splits * rows * sum(outs) if chosen.splits > 1 else 1, dtype=torch.float32)
-    lock_count = m_tiles * tiles if chosen.splits > 1 else 1
-    # The shrink kernel zeroes the locks; without it a memset does.
-    locks = (x.new_zeros if fused.down is None and chosen.splits > 1 else x.new_empty)(lock_count, dtype=torch.int32)
+    partials, locks = _meeting_place(x, fused, chosen, sum(outs), m_tiles * tiles)
     if fused.down is None:
         parts, part_count = partials, 1
     else:
@@ -193,37 +189,57 @@ def _launched_linears(x: torch.Tensor, fused: FusedLinears) -> list[torch.Tensor
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
     )  # fmt: skip
     sizes = (in_features, sum(outs), sum(ranks), part_count)
-    codes = settings.unit_codes(bits)
-    adapter: dict[str, Any] = {
-        "FACTOR_BITS": factor_bits, "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
-    }  # fmt: skip
-    first: dict[str, Any] = {"MODULES": len(outs), "BITS": bits, "CODES": codes}
-    tiles_of: dict[str, Any]
+    constants = _constants(fused, chosen, rows, in_features, part_count)
     key = _key(x, chosen, part_count)
     if rows == 1:
-        windows = codes // settings.window_codes(bits)
-        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
-        groups = {"GROUP_UNITS": -(-fused.group_size // codes), "EVEN": in_features % codes == 0}
-        tiles_of = {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k, "BLOCK_R": chosen.block_r}
+        windows = settings.unit_codes(bits) // settings.window_codes(bits)
         launch(
             fused.launches, key, gemv_kernel, (tiles, chosen.splits, 1),
-            (*arguments, *sizes, windows, ONE, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
-            chosen.options(),
+            (*arguments, *sizes, windows, ONE, chosen.per_split), constants, chosen.options(),
         )  # fmt: skip
     else:
-        groups = {"GROUP_SIZE": fused.group_size}
-        tiles_of = {
-            "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r,
-        }  # fmt: skip
         launch(
             fused.launches, key, gemm_kernel, (m_tiles, tiles, chosen.splits),
-            (*arguments, rows, *sizes, chosen.per_split), {**first, **groups, **adapter, **tiles_of},
-            chosen.options(),
+            (*arguments, rows, *sizes, chosen.per_split), constants, chosen.options(),
         )  # fmt: skip
     return ys
 
 
-def _dense_linears(x: torch.Tensor, fused: FusedLinears, block_k: int) -> list[torch.Tensor]:
+def _meeting_place(
+    x: torch.Tensor, fused: StackedLinears, chosen: settings.Settings, columns: int, tiles: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the programs that share the inputs of a tile leave their sums, and a lock for each tile.
+
+    Where inputs are not split, one float and one lock stand for none, since kernels take pointers.
+    """
+    split = chosen.splits > 1
+    partials = x.new_empty(chosen.splits * x.shape[0] * columns if split else 1, dtype=torch.float32)
+    # The shrink kernel zeroes the locks; without it a memset does.
+    make = x.new_zeros if split and fused.down is None else x.new_empty
+    return partials, make(tiles if split else 1, dtype=torch.int32)
+
+
+def _constants(
+    fused: StackedLinears, chosen: settings.Settings, rows: int, in_features: int, part_count: int
+) -> dict[str, Any]:
+    """What is compiled into `gemv_kernel` (one row) or `gemm_kernel`, in their order."""
+    codes = settings.unit_codes(fused.bits)
+    first: dict[str, Any] = {"MODULES": len(fused.qweights), "BITS": fused.bits, "CODES": codes}
+    adapter: dict[str, Any] = {
+        "FACTOR_BITS": fused.factor_bits, "FACTOR_GROUP": GROUP_SIZE, "PARTS": part_count, "SPLITS": chosen.splits,
+    }  # fmt: skip
+    if rows == 1:
+        # Whole rows may end within a unit; other groups are cut at units (`settings.tile_inputs`).
+        groups = {"GROUP_UNITS": -(-fused.group_size // codes), "EVEN": in_features % codes == 0}
+        tiles = {"BLOCK_N": chosen.block_n, "BLOCK_U": chosen.block_k, "BLOCK_R": chosen.block_r}
+    else:
+        groups = {"GROUP_SIZE": fused.group_size}
+        tiles = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+                 "BLOCK_R": chosen.block_r}  # fmt: skip
+    return {**first, **groups, **adapter, **tiles}
+
+
+def _dense_linears(x: torch.Tensor, fused: StackedLinears, block_k: int) -> list[torch.Tensor]:
     """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
     in_features = x.shape[1]
     t, first = None, 0
@@ -264,7 +280,7 @@ def _dense_factor(
 
 
 def _shrink(
-    x: torch.Tensor, fused: FusedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
+    x: torch.Tensor, fused: StackedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
 ) -> tuple[torch.Tensor, int]:
     """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
     rows, in_features = x.shape
@@ -285,7 +301,7 @@ def _shrink(
 
 
 def _key(x: torch.Tensor, chosen: settings.Settings, part_count: int = 0) -> tuple[Any, ...] | None:
-    """What tells apart the launches of one `FusedLinears`, whose tensors are always the same."""
+    """What tells apart the launches of one `StackedLinears`, whose tensors are always the same."""
     return (x.dtype, x.shape[0], chosen, part_count) if aligned(x) else None
 
 
@@ -343,7 +359,7 @@ def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Ten
         )  # fmt: skip
 
 
-def _fields(fused: FusedLinears) -> tuple[Any, ...]:
+def _fields(fused: StackedLinears) -> tuple[Any, ...]:
     """What `fused_linears` takes after x."""
     return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in ("in_features", "launches"))
 

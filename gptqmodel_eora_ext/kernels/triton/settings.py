@@ -20,12 +20,13 @@ GEMM_PROGRAMS = 2
 # which each value of x that it loads is common.
 GEMV_COLUMNS = 64
 GEMV_UNITS = 16
-# With a scale and a zero to each weight, eight outputs to a thread spill.
+# Where each weight has its own scale and zero, a thread with eight outputs runs out of registers, so it takes fewer.
 GEMV_INDEXED_UNITS = 8
-# NVIDIA's assembler spills a few bytes for the sake of occupancy where some kernels could have more registers; told
-# that they may have so many, it does not. Of 128 threads, four programs of the first fit a multiprocessor, and three of
-# the second, which the GEMV at 3 bits and tiles of 64 rows need. The last is all there are, for the GEMV at 3 bits that
-# looks groups up, 64 rows times A of a width that lines up with nothing, and float32.
+# Most registers of a thread, which NVIDIA's assembler is told where it would otherwise spill a few bytes to memory so
+# that more programs run at once. Programs have 128 threads. With 128 registers to a thread four of them fit on a
+# multiprocessor, which tiles of 16 and 32 rows can do with. With 168 registers three fit: the GEMV at 3 bits and tiles
+# of 64 rows need so many. 255 is all that a thread can have: the GEMV at 3 bits that looks groups up, x Aᵀ of 64 rows,
+# and the correction in float32 need them.
 FEWER_REGISTERS = 128
 MORE_REGISTERS = 168
 ALL_REGISTERS = 255
@@ -33,7 +34,8 @@ ALL_REGISTERS = 255
 GEMV_RANKS = 16
 # Rank components per step on tensor cores: with 32, some tiles of 64 rows spill.
 GEMM_RANKS = 16
-# Measured: 8 and 32 are slower, but for the product of one row with A, which has few tiles and cheap sums.
+# Parts that the inputs are cut into at most. Measured: 8 and 32 parts are slower. One row times A is the exception,
+# since it has few tiles and its sums are cheap: it takes up to 32.
 MOST_SPLITS = 16
 MOST_ROW_SPLITS = 32
 # Inputs of one step of a tensor-core tile.
@@ -41,7 +43,8 @@ BLOCK_K = 64
 SMALLEST_DOT = 16
 # Measured: 4 warps and 1 are slower.
 GEMV_WARPS = 2
-# Rank components and inputs of a step of x Aᵀ; measured: 32 components leave too few programs, 64 inputs are slower.
+# Rank components and inputs of a step of x Aᵀ. Measured: with 32 components there are too few programs to fill the
+# device, and 64 inputs are slower.
 SHRINK_RANKS = 16
 SHRINK_INPUTS = 128
 # Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
@@ -50,11 +53,13 @@ MOST_FUSED_ROWS = 64
 # one launch does.
 MOST_CORRECTION_ROWS = 16
 MOST_CORRECTION_RANKS = (128, 64)
-# Outputs of a tile, from and to: one program runs on each multiprocessor, and has one tile of them if it can.
+# Fewest and most outputs of a tile. One program runs on each multiprocessor; the width is chosen so that each has one
+# tile, as far as these bounds allow.
 CORRECTION_COLUMNS = (32, 128)
 CORRECTION_RANKS = 64
 CORRECTION_INPUTS = 256
-# Parts of x Aᵀ, all of which each program reads; measured: 32 and 16 take longer.
+# Parts that x Aᵀ is cut into, for one row and for more. Each program reads all of them. Measured: twice as many take
+# longer.
 ROW_CORRECTION_SPLITS = 16
 CORRECTION_SPLITS = 8
 FACTOR_COLUMNS = 1024

@@ -12,14 +12,20 @@ from typing import Any
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-from ....adapter.folder import AdapterError, AdapterFolder
+from ....adapter.errors import AdapterError, read_json
+from ....adapter.folder import AdapterFolder
+from ....adapter.naming import AdapterEntry, named_folder, read_entry
 from ....formats import autoround
-from ....formats.names import ADAPTER_DETAILS, QUANTIZE_CONFIG
+from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
+from ....system.memory import release_free_memory
 from ..adapter import EoRA
 from .save import adapted_kernels
 
 log = logging.getLogger(__name__)
+
+# Layers that are several in one, in some models: their halves or thirds read the same input.
+JOINED_LAYERS = frozenset({"gate_up_proj", "qkv_proj"})
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
@@ -36,22 +42,64 @@ def is_supported(original: Callable[..., bool], config: Any) -> bool:
 
 
 def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`.
+    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`, and so does no adapter
+    where a plan made the checkpoint.
 
     A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
     """
     place = Path(args[0] if args else kwargs["save_dir"])
+    _refuse_joined_layers(place)
     if not (place / QUANTIZE_CONFIG).is_file() and autoround.read_config(place) is not None:
         from gptqmodel import QuantizeConfig
 
         return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
+    # GPTQModel tells of an entry of a wrong form by the exception that it happens to cause.
+    entry = read_entry(place)
     config = original(*args, **kwargs)
     stock = config.adapter
+    if stock is None and config.meta_get(PLAN_MARK):
+        # Without any factors: it says that the plugin's kernels are wanted.
+        config.adapter = EoRA()
+        return config
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)
-    if type(stock) is Lora and source is not None and Path(source[0], source[1], ADAPTER_DETAILS).is_file():
+    if entry is not None and type(stock) is Lora and source is not None and _is_ours(place, entry):
         config.adapter = EoRA(rank=stock.rank, path=stock.path)
         config.adapter._gptqmodel_checkpoint_source = source
     return config
+
+
+def _refuse_joined_layers(checkpoint: Path) -> None:
+    """Refuse a checkpoint of AutoRound with layers that GPTQModel looks for apart.
+
+    It splits Phi-3's `gate_up_proj` in two before it quantises, and would tell that the weights of both are missing.
+
+    Raises:
+        NotImplementedError: naming the layers, and what opens the checkpoint.
+    """
+    if autoround.read_config(checkpoint) is None or not any(checkpoint.glob("*.safetensors")):
+        return
+    from gptqmodel.models import auto
+
+    model_type = read_json(checkpoint / MODEL_CONFIG).get("model_type")
+    definition = getattr(auto, "MODEL_MAP", {}).get(model_type)
+    tree = repr(getattr(definition, "module_tree", None))
+    packed = (key.removesuffix(".qweight") for key in autoround.tensor_shapes(checkpoint) if key.endswith(".qweight"))
+    leaves = {name.rsplit(".", 1)[-1] for name in packed}
+    joined = sorted(leaf for leaf in leaves & JOINED_LAYERS if definition is not None and leaf not in tree)
+    if joined:
+        raise NotImplementedError(
+            f"EoRA: `{checkpoint}` has packed layers {', '.join(joined)}, which GPTQModel splits in models of type "
+            f"{model_type} and cannot open as AutoRound writes them. Open it by transformers, with the adapter by "
+            f"gptqmodel_eora_ext.load_peft, or quantise with GPTQModel."
+        )
+
+
+def _is_ours(checkpoint: Path, entry: AdapterEntry) -> bool:
+    """Whether a checkpoint's adapter is one of this package; a folder that GPTQModel will refuse is not looked into."""
+    try:
+        return (named_folder(checkpoint, entry) / ADAPTER_DETAILS).is_file()
+    except AdapterError:
+        return False
 
 
 @contextlib.contextmanager
@@ -71,7 +119,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     kernels = adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
-        if adapter.path:
+        if adapter.path and not adapter.kernels_alone:
             _attach(AdapterFolder.open(adapter.path), kernels)
     if _uncompiled.get():
         for module in model.modules():
@@ -79,6 +127,9 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
                 module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
+    if kernels:
+        # The kernels have given up the packed tensors; glibc keeps a quarter of the model's size of it otherwise.
+        release_free_memory()
     return model
 
 
@@ -93,7 +144,7 @@ def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> No
             raise AdapterError(
                 f"Adapter: {module} in `{folder.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
                 f"checkpoint's is {expected[0]} × {expected[1]}. The adapter was made for "
-                f"{folder.config.get('base_model_name_or_path') or 'another model'}; use it with that checkpoint."
+                f"{folder.settings.base_model or 'another model'}; use it with that checkpoint."
             )
         kernel.adapter.attach(factors, kernel.runtime_device())
     without = len(kernels) - len(matched)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
+from ....adapter.checkpoint import replaced_checkpoint
 from ....adapter.factors import ModuleFactors
 from ....adapter.naming import DEFAULT_FOLDER
+from ....adapter.settings import read_details
 from ....formats.names import ADAPTER_DETAILS
 from ....loop.run import write_adapter
 from ..adapter import EoRA
 from ..quantize import RUN_ATTRIBUTE
 from ..run import CompensationRun
 
+# GPTQModel's names of a checkpoint's weights: one file, or the list of several.
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save by GPTQModel's writer, then the adapter beside it, then its name in `quantize_config.json`."""
+    """Save by GPTQModel's writer into a new folder, the adapter beside it and its name in `quantize_config.json`; then
+    that folder takes the place of what was there (`adapter.checkpoint`)."""
     config = model.quantize_config
     adapter = config.adapter
     if not isinstance(adapter, EoRA):
@@ -32,20 +38,45 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     asked = call.arguments["eora_path"]
     factors, details, path = _to_save(model)
     call.arguments["eora_path"] = None
-    config.adapter = None
-    try:
-        result = original(*call.args, **call.kwargs)
-    finally:
-        config.adapter = adapter
-    if factors:
-        folder = _folder(asked or path, checkpoint)
-        names = [name for name, _ in model.model.named_modules()]
-        write_adapter(checkpoint, folder, factors, names, details)
+    loaded = model.model
+    with replaced_checkpoint(checkpoint, needed=_bytes_to_write(model, factors)) as fresh:
+        call.arguments["save_dir"] = str(fresh)
+        config.adapter = None
+        try:
+            result = original(*call.args, **call.kwargs)
+        finally:
+            config.adapter = adapter
+            if model.load_quantized_model:
+                # GPTQModel reads the checkpoint anew to write it, and leaves that model, without adapters, in place.
+                model.model = loaded
+        if factors:
+            folder = _folder(asked or path, checkpoint, fresh)
+            names = [name for name, _ in model.model.named_modules()]
+            write_adapter(fresh, folder, factors, names, details, base_model=checkpoint)
+    _remember_weights(loaded, checkpoint.resolve())
     return result
 
 
-def _folder(path: str | os.PathLike[str] | None, checkpoint: Path) -> Path:
-    return checkpoint / Path(path if path is not None else DEFAULT_FOLDER).expanduser()
+def _remember_weights(loaded: Any, checkpoint: Path) -> None:
+    """Where a model was saved over the folder that it was loaded from, tell it which file is read by its next save."""
+    read = getattr(loaded, "checkpoint_file_name", None)
+    if isinstance(read, str) and Path(read).resolve().parent == checkpoint:
+        index = checkpoint / WEIGHTS_INDEX
+        loaded.checkpoint_file_name = str(index if index.is_file() else checkpoint / WEIGHTS)
+
+
+def _folder(path: str | os.PathLike[str] | None, checkpoint: Path, fresh: Path) -> Path:
+    """The adapter's folder: in the new folder of the checkpoint, where it belongs inside the checkpoint."""
+    folder = (checkpoint / Path(path if path is not None else DEFAULT_FOLDER).expanduser()).resolve()
+    root = checkpoint.resolve()
+    return fresh / folder.relative_to(root) if folder.is_relative_to(root) else folder
+
+
+def _bytes_to_write(model: Any, factors: Mapping[str, ModuleFactors]) -> int:
+    """About what a save writes: the tensors that the model holds, those on disk included, and the factors."""
+    tensors = {id(one): one for one in model.model.state_dict(keep_vars=True).values()}.values()
+    held = sum(one.numel() * one.element_size() for one in tensors if isinstance(one, torch.Tensor))
+    return held + sum(one.nbytes for one in factors.values())
 
 
 def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], str | None]:
@@ -56,11 +87,13 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
         return run.factors, run.details(), adapter.path
     # A loaded adapter goes into the new checkpoint, never over the folder it came from.
     source = adapter._gptqmodel_checkpoint_source
+    if adapter.kernels_alone:
+        return {}, {}, None
     details = _details(Path(*source) if source else Path(adapter.path))
     reports = details.pop("modules", {})
     factors = {}
     for name, kernel in adapted_kernels(model.model).items():
-        if kernel.adapter.lora_A is None:
+        if not kernel.adapter.has_factors:
             continue
         report = reports.get(name, {})
         factors[name] = ModuleFactors(
@@ -79,7 +112,7 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
 def _details(folder: Path) -> dict[str, Any]:
     """What `eora.json` of a loaded adapter says; nothing where it was removed since."""
     path = folder / ADAPTER_DETAILS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_details(path) if path.is_file() else {}
 
 
 def adapted_kernels(model: Any) -> dict[str, BaseQuantLinear]:

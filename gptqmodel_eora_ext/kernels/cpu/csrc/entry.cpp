@@ -1,11 +1,12 @@
-// What Python calls: repacking once, then a linear layer from its codes or as a matrix product, or Ŵᵀ alone.
+// What Python calls: repacking once, then a linear layer from its codes or as a matrix product, or Ŵᵀ alone. Each
+// returns a `Fault`, and has touched nothing where that is not `FINE`.
 #include <memory>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "linear.h"
+#include "check.h"
 
 namespace {
 
@@ -38,11 +39,7 @@ const float* in_order(const Linear& l, const float* x, float* out) {
   return out;
 }
 
-}  // namespace
-
-extern "C" {
-
-int eora_best_isa() {
+int best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   const bool f16 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -54,6 +51,40 @@ int eora_best_isa() {
   return PORTABLE;
 }
 
+// A checkpoint's codes beside the memory that they are to be repacked into, or that they were repacked from.
+Fault check_stream(const void* qweight, int64_t qweight_bytes, const int32_t* places, int64_t places_bytes, int bits,
+                   int in, int out, int units, const void* codes, int64_t codes_bytes, int threads) {
+  if (!readable_bits(bits)) return BAD_BITS;
+  if (in < 1 || in > MOST_FEATURES || out < 1 || out > MOST_FEATURES || units < 1 || units > MOST_FEATURES / LANES)
+    return BAD_SIZES;
+  if (threads < 1) return BAD_THREADS;
+  if (!holds(qweight, qweight_bytes, stream_words(in, bits) * out * 4)) return BAD_CODES;
+  if (!holds(codes, codes_bytes, (out + LANES - 1) / LANES * strip_bytes(bits, units))) return BAD_CODES;
+  if (!holds(places, places_bytes, int64_t(units) * LANES * 4)) return BAD_PLACES;
+  for (int64_t place = 0; place < int64_t(units) * LANES; ++place) {
+    if (places[place] < -1 || places[place] >= in) return BAD_PLACES;
+  }
+  return FINE;
+}
+
+// Whether the processor can run it with so many threads.
+Fault check_run(int isa, int threads) {
+  static const int best = best_isa();
+  return isa < PORTABLE || isa > best ? BAD_ISA : threads < 1 ? BAD_THREADS : FINE;
+}
+
+}  // namespace
+
+extern "C" {
+
+int eora_best_isa() { return best_isa(); }
+
+// A layer that was just put together: its sizes, and everything in it that is read as an index.
+int eora_check(const Linear* linear) {
+  const Fault fault = check_sizes(*linear);
+  return fault ? fault : check_indices(*linear);
+}
+
 // Asks for large pages for memory that was not touched yet and starts on one; a refusal costs speed alone.
 void eora_large_pages(void* memory, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -63,9 +94,13 @@ void eora_large_pages(void* memory, int64_t size) {
 #endif
 }
 
-// The codes of a GPTQ weight in the order of `linear.h`. qweight is words × out, `places` the input at each place.
-void eora_repack(const uint32_t* qweight, const int32_t* places, int bits, int out, int units, uint8_t* codes,
-                 int threads) {
+// The codes of a GPTQ weight in the order of `linear.h`. qweight is words × out, `places` the input at each place, −1
+// for padding; codes are zero.
+int eora_repack(const uint32_t* qweight, int64_t qweight_bytes, const int32_t* places, int64_t places_bytes, int bits,
+                int in, int out, int units, uint8_t* codes, int64_t codes_bytes, int threads) {
+  if (const Fault fault = check_stream(qweight, qweight_bytes, places, places_bytes, bits, in, out, units, codes,
+                                       codes_bytes, threads))
+    return fault;
   const int strips = (out + LANES - 1) / LANES;
   const uint32_t mask = (1u << bits) - 1;
 #pragma omp parallel for num_threads(threads)
@@ -96,12 +131,59 @@ void eora_repack(const uint32_t* qweight, const int32_t* places, int bits, int o
       }
     }
   }
+  return FINE;
+}
+
+// The inverse of `eora_repack`, into words that are zero. Bits of the last words that belong to no code stay zero.
+int eora_unpack(uint32_t* qweight, int64_t qweight_bytes, const int32_t* places, int64_t places_bytes, int bits, int in,
+                int out, int units, const uint8_t* codes, int64_t codes_bytes, int threads) {
+  if (const Fault fault = check_stream(qweight, qweight_bytes, places, places_bytes, bits, in, out, units, codes,
+                                       codes_bytes, threads))
+    return fault;
+  const int strips = (out + LANES - 1) / LANES;
+  const uint32_t mask = (1u << bits) - 1;
+#pragma omp parallel for num_threads(threads)
+  for (int strip = 0; strip < strips; ++strip) {
+    const uint32_t* from = (const uint32_t*)(codes + strip * strip_bytes(bits, units));
+    const int lanes = out - strip * LANES < LANES ? out - strip * LANES : LANES;
+    for (int64_t place = 0; place < int64_t(units) * LANES; ++place) {
+      if (places[place] < 0) continue;
+      const int64_t unit = place / LANES, bit = int64_t(places[place]) * bits;
+      const int i = place % LANES, j = i % 4, k = i / 4, shift = bit % 32;
+      uint32_t* to = qweight + bit / 32 * out + strip * LANES;
+      for (int lane = 0; lane < lanes; ++lane) {
+        uint32_t code;
+        if (bits == 2) {
+          code = from[unit * 16 + lane] >> (8 * j + 2 * k);
+        } else if (bits == 4) {
+          code = from[unit * 32 + k / 2 * 16 + lane] >> (8 * j + 4 * (k % 2));
+        } else if (bits == 8) {
+          code = from[unit * 64 + k * 16 + lane] >> (8 * j);
+        } else {
+          const uint32_t* pair = from + unit / 2 * 48;
+          const uint32_t low = pair[unit % 2 * 16 + lane] >> (8 * j + 2 * k);
+          code = (low & 3) | (pair[32 + lane] >> ((8 * j + 2 * (k + 1) + unit % 2) % 32) & 1) << 2;
+        }
+        code &= mask;
+        to[lane] |= code << shift;
+        if (shift + bits > 32) to[lane + out] |= code >> (32 - shift);
+      }
+    }
+  }
+  return FINE;
 }
 
 // y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
 // x becomes integers once, and the components of all their A are one row of work.
-void eora_linears(const Linear* const* linears, int count, const char* x, int kind, int rows, void* const* ys, int isa,
-                  int threads) {
+// Each y is rows × its layer's out, `y_bytes` of them all together.
+int eora_linears(const Linear* const* linears, int count, const char* x, int64_t x_bytes, int kind, int rows,
+                 void* const* ys, int64_t y_bytes, int isa, int threads) {
+  if (const Fault fault = check_together(linears, count)) return fault;
+  if (const Fault fault = check_run(isa, threads)) return fault;
+  if (!floating(kind)) return BAD_KINDS;
+  if (rows < 1 || x_bytes != int64_t(rows) * linears[0]->in_features * bytes_of(kind)) return BAD_INPUT;
+  for (int i = 0; i < count; ++i) y_bytes -= int64_t(rows) * linears[i]->out_features * bytes_of(kind);
+  if (y_bytes != 0) return BAD_OUTPUT;
   const Linear& l = *linears[0];
   const Kernels& k = kernels(isa);
   const int slices = kind == F32 ? 3 : 2;
@@ -151,20 +233,34 @@ void eora_linears(const Linear* const* linears, int count, const char* x, int ki
                kind);
     }
   }
+  return FINE;
 }
 
 // Ŵᵀ of the strips [first, last) in float32, in × stride; padded outputs are written too.
-void eora_dequantize(const Linear* linear, int first, int last, float* out, int64_t stride, int isa, int threads) {
+int eora_dequantize(const Linear* linear, int first, int last, float* out, int64_t out_bytes, int64_t stride, int isa,
+                    int threads) {
+  if (const Fault fault = check_sizes(*linear)) return fault;
+  if (const Fault fault = check_run(isa, threads)) return fault;
+  if (first < 0 || last <= first || last > linear->strips || stride < int64_t(last - first) * LANES ||
+      out_bytes < linear->in_features * stride * 4)
+    return BAD_OUTPUT;
   const Kernels& k = kernels(isa);
 #pragma omp parallel for num_threads(threads)
   for (int strip = first; strip < last; ++strip) {
     k.dequantize(*linear, strip, out + int64_t(strip - first) * LANES, stride);
   }
+  return FINE;
 }
 
 // y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank; on processors of AVX512_BF16 only.
-void eora_matmul(const Linear* linear, const uint16_t* x, const uint16_t* t, int rows, uint16_t* y, int threads) {
+int eora_matmul(const Linear* linear, const uint16_t* x, int64_t x_bytes, const uint16_t* t, int64_t t_bytes, int rows,
+                uint16_t* y, int64_t y_bytes, int threads) {
   const Linear& l = *linear;
+  if (const Fault fault = check_sizes(l)) return fault;
+  if (const Fault fault = check_run(AVX512_BF16, threads)) return fault;
+  if (rows < 1 || x_bytes != int64_t(rows) * l.in_features * 2) return BAD_INPUT;
+  if (l.rank && !holds(t, t_bytes, int64_t(rows) * l.rank * 2)) return BAD_COMPONENTS;
+  if (y_bytes != int64_t(rows) * l.out_features * 2) return BAD_OUTPUT;
   const Matmul& m = *bf16_matmul();
   const int64_t block_size = input_pairs(l) * BLOCK_ROWS * 2;
   const int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -177,6 +273,7 @@ void eora_matmul(const Linear* linear, const uint16_t* x, const uint16_t* t, int
 #pragma omp for schedule(dynamic, 1)
     for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, pair, panels, rows, weights, y);
   }
+  return FINE;
 }
 
 }  // extern "C"

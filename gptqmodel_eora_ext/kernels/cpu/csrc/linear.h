@@ -33,7 +33,7 @@ constexpr int COMPONENTS = 4;
 struct Linear {
   int32_t bits, in_features, out_features, rank;
   int32_t segments, units, strips, zero;  // zero: the code of all zeros where `zeros` is null
-  int32_t scale_kind, down_kind, up_kind, unused;
+  int32_t scale_kind, down_kind, up_kind, padding;
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zeros;
@@ -44,6 +44,9 @@ struct Linear {
   const void* up;
   const uint16_t* up_scales;    // float16, ceil(out / 64) × rank, likewise
   const float* bias;           // strips · 16, or null
+  // Bytes of each of these, which every call compares with what it will read.
+  int64_t codes_bytes, scales_bytes, zeros_bytes, starts_bytes, order_bytes;
+  int64_t down_bytes, down_scales_bytes, up_bytes, up_scales_bytes, bias_bytes;
 };
 
 constexpr int64_t strip_bytes(int bits, int units) {

@@ -1,0 +1,60 @@
+"""Linear layers as models hold them: y = x Wᵀ, or GPT-2's `Conv1D`, y = x W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from ..formats.sizes import ModuleShape
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is one that can be compensated: y = x Wᵀ, or GPT-2's `Conv1D`, y = x W."""
+    return isinstance(module, (torch.nn.Linear, transformers.Conv1D))
+
+
+def shape_of(name: str, module: torch.nn.Module) -> ModuleShape:
+    """The shape of a linear layer, out × in; its weight may be on disk, so it is not asked."""
+    if isinstance(module, transformers.Conv1D):
+        return ModuleShape(name, int(module.nf), int(module.nx))
+    return ModuleShape(name, int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+
+
+def use_linear_layers(model: torch.nn.Module) -> Callable[[], None]:
+    """Have every `Conv1D` of a model be the `Linear` that computes the same, over the same weights.
+
+    So what measures and forecasts a model has one kind of layer to know.
+
+    Returns:
+        What puts them back.
+    """
+    replaced = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, transformers.Conv1D)
+    ]
+    for parent, name, child in replaced:
+        setattr(parent, name, _as_linear(child))
+
+    def put_back() -> None:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+    return put_back
+
+
+def _as_linear(conv1d: torch.nn.Module) -> torch.nn.Linear:
+    weight: torch.Tensor = conv1d.weight  # type: ignore[assignment]
+    in_features, out_features = weight.shape
+    linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.bias = conv1d.bias  # type: ignore[assignment]
+    return linear
+
+
+def oriented(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight as out × in, from how the layer holds it; and back."""
+    return weight.T if isinstance(module, transformers.Conv1D) else weight
