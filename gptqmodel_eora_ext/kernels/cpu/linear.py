@@ -147,6 +147,8 @@ class CpuLinears:
         self._layers = tuple(layers)
         self._pointers = ctypes.c_void_p * len(layers)
         self._addresses = self._pointers(*(layer.address for layer in layers))
+        self._widths = [layer.out_features for layer in layers]
+        self._run = layers[0].kernels.eora_linears
 
     def codes(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:
         """y of each layer, straight from the packed codes.
@@ -158,21 +160,24 @@ class CpuLinears:
         Returns:
             rows × out each, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
         """
-        first, threads, kind = self._layers[0], torch.get_num_threads(), KINDS[x.dtype]
-        ys = [torch.empty(len(x), layer.out_features, dtype=x.dtype) for layer in self._layers]
-        for begin in range(0, len(x), CODES_ROWS):
-            # The usual call has few rows, and is not to wait for views of itself.
-            whole = len(x) <= CODES_ROWS
-            rows = x if whole else x[begin : begin + CODES_ROWS]
-            parts = ys if whole else [y[begin : begin + CODES_ROWS] for y in ys]
-            pointers = self._pointers(*[part.data_ptr() for part in parts])
-            fault = first.kernels.eora_linears(
-                self._addresses, len(ys), *_memory(rows), kind, len(rows), pointers,
-                sum([part.nbytes for part in parts]), isa, threads,
-            )  # fmt: skip
-            if fault:
-                require_fine(fault, first.name)
+        rows, dtype = x.shape[0], x.dtype
+        ys = [torch.empty(rows, width, dtype=dtype) for width in self._widths]
+        if rows <= CODES_ROWS:
+            # The usual call, which waits for nothing that is not needed.
+            self._codes(x, ys, rows, KINDS[dtype], isa)
+            return ys
+        for begin in range(0, rows, CODES_ROWS):
+            part = x[begin : begin + CODES_ROWS]
+            self._codes(part, [y[begin : begin + CODES_ROWS] for y in ys], len(part), KINDS[dtype], isa)
         return ys
+
+    def _codes(self, x: torch.Tensor, ys: list[torch.Tensor], rows: int, kind: int, isa: int) -> None:
+        fault = self._run(
+            self._addresses, len(ys), x.data_ptr(), x.nbytes, kind, rows, self._pointers(*[y.data_ptr() for y in ys]),
+            sum([y.nbytes for y in ys]), isa, torch.get_num_threads(),
+        )  # fmt: skip
+        if fault:
+            require_fine(fault, self._layers[0].name)
 
     def matmul(self, x: torch.Tensor) -> list[torch.Tensor]:
         """y of each layer for many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and
