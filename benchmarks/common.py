@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -56,6 +57,7 @@ class Subject:
         suffix: what the names of its results files end with: nothing for SmolLM2, whole and calibrated on C4.
         calibration: "c4" or "code", the text to calibrate on.
         bits: how many bits the folder's weights were stored in before it was made; None where that is not known.
+        quantized_layers: only so many of the first layers are quantised, the others stay as they are; 0 for all.
     """
 
     name: str
@@ -63,18 +65,42 @@ class Subject:
     suffix: str = ""
     calibration: str = "c4"
     bits: int | None = None
+    quantized_layers: int = 0
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a module, by its full name, is among the layers that are quantised."""
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        return not self.quantized_layers or (number is not None and int(number[1]) < self.quantized_layers)
+
+    def dynamic(self) -> dict[str, dict[str, Any]] | None:
+        """What tells GPTQModel to leave the other layers out."""
+        if not self.quantized_layers:
+            return None
+        layers = json.loads((self.folder / "config.json").read_text())["num_hidden_layers"]
+        left_out = "|".join(map(str, range(self.quantized_layers, layers)))
+        return {rf"-:^model\.layers\.({left_out})\.": {}} if left_out else None
 
     def results(self, name: str) -> Path:
         """The file for what is measured of this model."""
         return RESULTS / f"{name}{self.suffix}.json"
 
 
-def add_model(parser: argparse.ArgumentParser, *, layers: bool = True) -> None:
-    """Add the options that `subject` reads; ``layers``: whether the benchmark can do with a part of the model."""
+def add_model(parser: argparse.ArgumentParser, *, layers: bool = True, quantized_layers: bool = False) -> None:
+    """Add the options that `subject` reads.
+
+    Args:
+        parser: of the benchmark.
+        layers: whether the benchmark can do with the first layers of a model in place of the model.
+        quantized_layers: whether it can quantise the first layers alone.
+    """
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{', '.join(MODELS)}, or a model's folder")
     parser.add_argument("--calibration", choices=CALIBRATION_TEXTS, default="c4", help="text to calibrate on")
     if layers:
         parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
+    if quantized_layers:
+        parser.add_argument(
+            "--quantized-layers", type=int, default=0, help="the whole model, its first so many layers quantised; 0: all"
+        )
 
 
 @contextmanager
@@ -92,7 +118,9 @@ def subject(options: argparse.Namespace) -> Iterator[Subject]:
             known = ", ".join(MODELS)
             raise SystemExit(f"--model {options.model}: expected {known}, or a folder with a config.json.")
     suffix += "" if options.calibration == "c4" else f"_on_{options.calibration}"
-    chosen = Subject(name, folder, suffix, options.calibration, bits)
+    if first := getattr(options, "quantized_layers", 0):
+        name, suffix = f"{name}, first {first} layers quantised", f"{suffix}_first_{first}"
+    chosen = Subject(name, folder, suffix, options.calibration, bits, first)
     layers = getattr(options, "layers", 0)
     if not layers:
         yield chosen

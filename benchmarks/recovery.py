@@ -3,11 +3,13 @@
 Recovered share = (loss_q − loss_adapter) / (loss_q − loss_full), loss in nats per token on held-out text. Same model,
 calibration, rank and process for both. At 2 bits also: factors in 8 and 4 bits, at the bytes of a 16-bit rank 32.
 Under budgets in bits per quantised weight (bpw): 4-bit factors with ranks chosen by the loss they save, against one
-rank for all, and against stock's at no fewer bytes. Results are kept after every run, so that an interrupted benchmark
+rank for all in 4 bits, in 16 bits, and against stock's, the last two at no fewer bytes. Results are kept after every run, so that an interrupted benchmark
 goes on.
 
     python benchmarks/recovery.py --json
     python benchmarks/recovery.py --parts budgets --bits 2 --budgets 0.5bpw
+    python benchmarks/recovery.py --model qwen-coder --quantized-layers 10 --parts budgets --bits 2 --windows 8 \\
+        --budgets 0.25bpw 0.5bpw --contenders balanced uniform uniform16
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ SCALE_BITS = 16
 BUDGET_FACTOR_BITS = 4
 BUDGETS = ("0.25bpw", "0.5bpw", "1.0bpw")
 PARTS = ("ranks", "packed", "budgets")
+# Presets, and one rank for all: our 4-bit factors, our 16-bit ones, and stock's.
+UNIFORM = ("uniform", "uniform16", "stock")
+CONTENDERS = ("balanced", "best", *UNIFORM)
 
 
 @dataclass(frozen=True)
@@ -92,22 +97,23 @@ def module_shapes(base: common.Subject) -> list[ModuleShape]:
     return [
         ModuleShape(name, module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings() and base.quantizes(name)
     ]
 
 
 def budget_cells(base: common.Subject, bits: int, budget: str) -> dict[str, Cell]:
-    """The presets "balanced" and "best", one rank for all within the same bytes, and stock's at no fewer bytes."""
+    """The presets "balanced" and "best", one rank for all within the same bytes, and 16-bit ones at no fewer bytes."""
     shapes = module_shapes(base)
     allowed = budget_bytes(budget, shapes)
     uniform = largest_uniform_rank(allowed, shapes, BUDGET_FACTOR_BITS)
-    stock = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
+    rank_of_16_bits = -int(-allowed // sum(factor_bytes(1, shape, 16) for shape in shapes))
     chosen = Cell("auto", bits, factor_bits=BUDGET_FACTOR_BITS, budget=budget, sensitivity="fisher")
     return {
         "balanced": chosen,
         "best": replace(chosen, rounds=PRESETS["best"].rounds),
         "uniform": Cell("ours", bits, uniform, BUDGET_FACTOR_BITS),
-        "stock": Cell("stock", bits, stock),
+        "uniform16": Cell("ours", bits, rank_of_16_bits),
+        "stock": Cell("stock", bits, rank_of_16_bits),
     }
 
 
@@ -116,7 +122,9 @@ def measure(base: common.Subject, cell: Cell, texts: dict[str, Any], windows: in
     with common.scratch() as folder, quiet():
         adapter = cell.adapter(folder)
         AdapterCache.reset()
-        config = QuantizeConfig(bits=cell.bits, group_size=GROUP_SIZE, mse=SCALE_SEARCH[cell.bits])
+        config = QuantizeConfig(
+            bits=cell.bits, group_size=GROUP_SIZE, mse=SCALE_SEARCH[cell.bits], dynamic=base.dynamic()
+        )
         model = GPTQModel.load(str(base.folder), config)
         calibration = common.calibration(base, SAMPLES, SEQLEN)
         start = time.perf_counter()
@@ -201,11 +209,11 @@ def budget_shares(base: common.Subject, runs: list[dict[str, Any]], full: dict[s
         plain = found.get(Cell("none", cell.bits))
         for text in common.common_texts(run["loss"], plain["loss"], full) if plain else ():
             lost = plain["loss"][text] - full[text]
-            share, uniform, stock = (
+            share, *compared = (
                 (plain["loss"][text] - found[one]["loss"][text]) / lost
                 if one in found and text in found[one]["loss"]
                 else math.nan
-                for one in (cell, others["uniform"], others["stock"])
+                for one in (cell, *(others[name] for name in UNIFORM))
             )
             rows.append(
                 {
@@ -217,10 +225,8 @@ def budget_shares(base: common.Subject, runs: list[dict[str, Any]], full: dict[s
                     "seconds": run["seconds"],
                     "text": text,
                     "share": share,
-                    "uniform share": uniform,
-                    "stock share": stock,
-                    "share / uniform": share / uniform,
-                    "share / stock": share / stock,
+                    **{f"{name} share": other for name, other in zip(UNIFORM, compared, strict=True)},
+                    **{f"share / {name}": share / other for name, other in zip(UNIFORM, compared, strict=True)},
                 }
             )
     return sorted(rows, key=lambda row: (row["rounds"], row["sensitivity"], row["bits"], row["budget"], row["text"]))
@@ -237,8 +243,9 @@ def wanted(options: argparse.Namespace, base: common.Subject) -> list[Cell]:
     if "budgets" in options.parts:
         for bits, budget in itertools.product(options.bits, options.budgets):
             cells = budget_cells(base, bits, budget)
-            found += [cells["best"], cells["uniform"], cells["stock"]]
-            found += [replace(cells["balanced"], sensitivity=sensitivity) for sensitivity in options.sensitivities]
+            found += [cells[name] for name in options.contenders if name != "balanced"]
+            if "balanced" in options.contenders:
+                found += [replace(cells["balanced"], sensitivity=sensitivity) for sensitivity in options.sensitivities]
     first, step = map(int, options.shard.split("/"))
     return found[first::step]
 
@@ -277,12 +284,13 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--sensitivities", nargs="+", default=["fisher"], choices=SENSITIVITIES)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--out", help="name of the results file, in place of recovery")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th on")
     parser.add_argument("--merge", nargs="+", default=[], help="take the runs of these results as well; measure none")
-    common.add_model(parser)
+    common.add_model(parser, quantized_layers=True)
     options = parser.parse_args()
     with common.subject(options) as base:
         result = benchmark(options, base)
