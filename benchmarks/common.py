@@ -99,7 +99,7 @@ def add_model(parser: argparse.ArgumentParser, *, layers: bool = True, quantized
         parser.add_argument("--layers", type=int, default=0, help="only the first so many layers; 0 is the whole model")
     if quantized_layers:
         parser.add_argument(
-            "--quantized-layers", type=int, default=0, help="the whole model, its first so many layers quantised; 0: all"
+            "--quantized-layers", type=int, default=0, help="the whole model, its first so many layers quantised"
         )
 
 

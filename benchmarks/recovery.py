@@ -3,8 +3,8 @@
 Recovered share = (loss_q − loss_adapter) / (loss_q − loss_full), loss in nats per token on held-out text. Same model,
 calibration, rank and process for both. At 2 bits also: factors in 8 and 4 bits, at the bytes of a 16-bit rank 32.
 Under budgets in bits per quantised weight (bpw): 4-bit factors with ranks chosen by the loss they save, against one
-rank for all in 4 bits, in 16 bits, and against stock's, the last two at no fewer bytes. Results are kept after every run, so that an interrupted benchmark
-goes on.
+rank for all in 4 bits, in 16 bits, and against stock's, the last two at no fewer bytes. Results are kept after every
+run, so that an interrupted benchmark goes on.
 
     python benchmarks/recovery.py --json
     python benchmarks/recovery.py --parts budgets --bits 2 --budgets 0.5bpw
