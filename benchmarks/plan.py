@@ -9,6 +9,7 @@ processes, each with its own file, and merged:
     python benchmarks/plan.py --shard 0/4 --out part0.json
     python benchmarks/plan.py --cells mix --totals 2.5bpw 3.0bpw --out mixes.json
     python benchmarks/plan.py --cells mix uniform --factor-bits 4 --totals 4.5bpw --out larger.json
+    python benchmarks/plan.py --model qwen-coder --quantized-layers 10 --totals 2.75bpw --windows 8
     python benchmarks/plan.py --merge part*.json mixes.json larger.json --json
 
 Weights of SmolLM2 and of Qwen2.5-Coder had 4 bits before they were dequantised, so what modules of 4 bits lose says
@@ -82,7 +83,8 @@ class Cell:
 @functools.cache
 def loaded(base: common.Subject) -> tuple[Any, list[ModuleShape]]:
     with quiet():
-        host = GPTQModel.load(str(base.folder), QuantizeConfig(bits=PLAIN_BITS[0], group_size=GRID.group_size))
+        config = QuantizeConfig(bits=PLAIN_BITS[0], group_size=GRID.group_size, dynamic=base.dynamic())
+        host = GPTQModel.load(str(base.folder), config)
     return host, module_shapes(host)
 
 
@@ -163,7 +165,8 @@ def measure(base: common.Subject, cell: Cell, texts: dict[str, torch.Tensor], wi
     shapes = loaded(base)[1]
     with common.scratch() as folder, quiet():
         AdapterCache.reset()
-        config = QuantizeConfig(**settings)
+        dynamic = {**(base.dynamic() or {}), **settings.pop("dynamic", {})}
+        config = QuantizeConfig(**settings, dynamic=dynamic or None)
         model = GPTQModel.load(str(base.folder), config)
         calibration = common.calibration(base, SAMPLES, SEQLEN)
         start = time.perf_counter()
@@ -300,7 +303,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
     parser.add_argument("--out", type=Path, help="the results file, in place of the model's own in results/")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], help="take the runs of these files as well")
-    common.add_model(parser)
+    common.add_model(parser, quantized_layers=True)
     options = parser.parse_args()
     with common.subject(options) as base:
         first, step = map(int, options.shard.split("/"))
