@@ -167,7 +167,7 @@ class _Krylov:
         error: whose S it is.
         rank: vectors that are wanted.
         fresh: orthonormal rows that the next product is of.
-        seed: of the probes.
+        probes: random vectors, `PROBES` × out, that nothing in ``fresh`` depends on: they estimate what it misses.
 
     Attributes:
         total: energy of S, in its unit; known after the first product.
@@ -175,15 +175,15 @@ class _Krylov:
         gains: what each product added to it, the first of all being what the first blocks captured.
     """
 
-    def __init__(self, error: WeightedError | OutputError, rank: int, fresh: torch.Tensor, seed: int) -> None:
+    def __init__(
+        self, error: WeightedError | OutputError, rank: int, fresh: torch.Tensor, probes: torch.Tensor
+    ) -> None:
         self._error = error
         self._rank = rank
-        self._seed = seed
         self._block = _block(rank)
         self._widest = min(MOST_BLOCKS * self._block, min(error.shape) - self._block)
         self._fresh = fresh
-        generator = torch.Generator().manual_seed(seed)
-        self._probes = torch.randn(PROBES, error.shape[0], generator=generator, dtype=fresh.dtype).to(error.device)
+        self._probes = probes
         self._space = _Space(self._probes, error.shape[1], self._widest + self._block)
         self._probes_projected: torch.Tensor | None = None
         self.total = self.captured = 0.0
@@ -191,21 +191,22 @@ class _Krylov:
 
     @classmethod
     def begin(cls, error: WeightedError | OutputError, rank: int, precision: _Precision, seed: int) -> _Krylov:
-        """From a random block."""
+        """From a random block, and probes of the same source of random numbers, which are independent of it."""
         generator = torch.Generator().manual_seed(seed)
+        probes = torch.randn(PROBES, error.shape[0], generator=generator, dtype=precision.dtype).to(error.device)
         shape = (_block(rank), error.shape[1])
         # Random rows take the place of Y ΔW for a random Y, which would take another product. They are scaled to the
         # size that Y ΔW would have, since `unit` divides by it.
         start = torch.randn(shape, generator=generator, dtype=precision.dtype).to(error.device) * error.largest
         lifted = error.lift(error.weigh_evenly(start), rounded=precision.rounded)
-        return cls(error, rank, _orthonormal(lifted), seed)
+        return cls(error, rank, _orthonormal(lifted), probes)
 
     def widened(self, precision: _Precision) -> _Krylov:
         """The same in another dtype: its best Ritz vectors and the block that would follow, multiplied anew."""
         following = _orthonormal(self._error.lift(self._weighed, rounded=False), self._space.basis)
         kept = self._rotation[: self._rank] @ self._space.basis
         rows = torch.cat([kept, following]).to(precision.dtype)
-        return _Krylov(self._error, self._rank, _orthonormal(rows), self._seed)
+        return _Krylov(self._error, self._rank, _orthonormal(rows), self._probes.to(precision.dtype))
 
     def multiply(self) -> None:
         """Take the product of S with the fresh rows, and add them to the space."""

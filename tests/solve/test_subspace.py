@@ -77,3 +77,14 @@ def test_float64_goes_on_from_what_float32_has_found() -> None:
     assert wide.found()[0].dtype == torch.float64
     # Nothing that was captured is lost, and the block that follows adds to it.
     assert wide.captured > captured * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_probes_know_nothing_of_the_starting_block(seed: int) -> None:
+    """Of a square layer both are as wide: drawn from equal numbers, the probes would lie in the block's span, and the
+    energy that they say is left would be too small. With ΔW and C of one, the block is what was drawn."""
+    error = CountedError(torch.eye(SIDE), torch.eye(SIDE), {})
+    krylov = subspace._Krylov.begin(error, RANK, subspace.PRECISIONS[1], seed)
+    krylov.multiply()
+    inside = krylov._space.inside.square().sum() / krylov._probes.square().sum()
+    assert inside < 2 * krylov._space.rows / SIDE
