@@ -136,7 +136,7 @@ class RankAllocation:
         second_moment: torch.Tensor,
         delta: torch.Tensor,
     ) -> torch.Tensor:
-        """As `choose`, for a module that has chosen in an earlier round: its rank stays, and the budget is not touched."""
+        """As `choose`, for a module that has chosen in an earlier round: its rank stays, and nothing more is spent."""
         gains = component_gains(lora_A, lora_B, second_moment, self.output_moments[name].to(delta.device))
         gains, _ = self._corrected[name](gains, 0.0)
         return gains.argsort(descending=True)[: self.ranks[name]].sort().values

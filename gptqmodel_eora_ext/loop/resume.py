@@ -1,4 +1,4 @@
-"""Factors of finished blocks, kept until the run is done, so that an interrupted run can go on: a folder for each block."""
+"""Factors of finished blocks, each kept in a folder of its own so that an interrupted run can go on."""
 
 from __future__ import annotations
 
