@@ -45,8 +45,8 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
     """Read a checkpoint's config.
 
     An adapter whose folder holds `eora.json` becomes an `EoRA`. A checkpoint that a plan made without an adapter gets
-    an `EoRA()`, so that the plugin's kernels serve it. The config of AutoRound's checkpoint is translated into GPTQModel's
-    terms, where there is no `quantize_config.json`.
+    an `EoRA()`, so that the plugin's kernels serve it. The config of AutoRound's checkpoint is translated into
+    GPTQModel's terms, where there is no `quantize_config.json`.
 
     Raises:
         AdapterError: for an entry of the adapter in a form that cannot be.
