@@ -23,7 +23,8 @@ from ...loop.computed_once import KEPT_BYTES, ReusedBlock
 
 Moment = SecondMoment | OutputErrorMoment
 
-# AutoRound's calibrator gives this id to tokens that count for nothing: padding, and repetitions at a sample's end.
+# AutoRound's calibrator gives this id to tokens that count for nothing: padding, repetitions at a sample's end, and the
+# last token of each sample, which has no label.
 IGNORED_TOKEN = -100
 # A dense block has four stages: q/k/v, o, gate/up, down. Each takes a forward up to its input. Where a block has more
 # stages than this, one forward serves all its modules.
