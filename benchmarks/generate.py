@@ -5,14 +5,11 @@ A process a run, so that peak memory is the run's own. Part of `python benchmark
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.looper import eora_processor
 from gptqmodel.looper.module_looper import ModuleLooper
+from stopwatch import Stopwatch
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.capture import OutputErrorMoment, SecondMoment
@@ -33,33 +31,6 @@ BITS = 3
 SAMPLES, SEQLEN = 64, 256
 REPEATS = 2
 KINDS = ("ours", "stock")
-
-
-class Stopwatch:
-    """Seconds spent in functions, by a name; threads add up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.running = threading.local()
-
-    def watch(self, owner: Any, attribute: str, name: str) -> None:
-        """Replace a function by one that is timed."""
-        original = getattr(owner, attribute)
-
-        @functools.wraps(original)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            # One watched function may call another of the same name.
-            if getattr(self.running, name, False):
-                return original(*args, **kwargs)
-            setattr(self.running, name, True)
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - start
-                setattr(self.running, name, False)
-
-        setattr(owner, attribute, timed)
 
 
 def one(kind: str, base: common.Subject, checkpoint: Path, folder: Path) -> dict[str, Any]:

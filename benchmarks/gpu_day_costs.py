@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
 from gpu_day import Part
 from gpu_day_parts import BITS, BUDGET, FACTOR_BITS, GROUP_SIZE, SEED, base_model
+from stopwatch import Stopwatch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from gptqmodel_eora_ext import EoRA
@@ -36,49 +33,13 @@ COST_RANK = 64
 CAPTURE_ROWS = 8192
 
 
-class Stopwatch:
-    """Seconds in functions, by name; work on the GPU included, threads added up, a call inside another not counted."""
-
-    def __init__(self, part: Part) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._part = part
-        self._running = threading.local()
-        self._lock = threading.Lock()
-
-    def watch(self, owner: Any, attribute: str, name: str) -> None:
-        """Replace a function by one that is timed."""
-        original = getattr(owner, attribute)
-
-        @functools.wraps(original)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._running, "inside", False):
-                return original(*args, **kwargs)
-            self._running.inside = True
-            self._part.settle()
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._part.settle()
-                self._running.inside = False
-                with self._lock:
-                    self.seconds[name] += time.perf_counter() - start
-
-        setattr(owner, attribute, timed)
-
-    def take(self) -> dict[str, float]:
-        """What was counted since the last call."""
-        taken = {name: round(value, 4) for name, value in self.seconds.items()}
-        self.seconds.clear()
-        return taken
-
-
 def watched(part: Part) -> Stopwatch:
     """Watch capture, solving, what comes before the loop, and the host's GPTQ.
 
-    Threads of the host's pool share the GPU, so that what runs at the same time counts in each.
+    Work on the GPU is included. Threads of the host's pool share it, so that what runs at the same time counts in each.
+    A watched function inside another is not counted.
     """
-    watch = Stopwatch(part)
+    watch = Stopwatch(part.settle, nested=False)
     watch.watch(compensation.Compensation, "_moment", "capture: copies of the host's Hessians")
     watch.watch(SecondMoment, "add", "capture: sums")
     watch.watch(OutputErrorMoment, "add", "capture: sums")

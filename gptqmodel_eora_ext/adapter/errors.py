@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Python reads integers of any length from JSON; none that an adapter means is beyond 64 bits.
-LARGEST_INTEGER = 2**63 - 1
+from ..formats.numbers import LARGEST_INTEGER, is_whole
 
 
 class AdapterError(ValueError):
@@ -89,11 +88,6 @@ class Fields:
     def below(self, name: str, place: str) -> Fields:
         """The fields of an object inside this one."""
         return Fields(self.mapping(name), f"{self.where} {place}", self.remedy)
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether a value from JSON is an integer of at least ``least``; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
 
 
 def is_number(value: Any) -> bool:

@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..formats.factors import QuantizedFactor
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
+from ..formats.numbers import is_whole
 from ..formats.packed_factors import FEATURES, read_packed
 from ..formats.packed_weights import LayoutError
-from .errors import AdapterError, is_whole
+from .errors import AdapterError
 from .settings import AdapterSettings, read_details
 
 log = logging.getLogger(__name__)

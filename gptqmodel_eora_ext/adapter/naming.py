@@ -17,8 +17,9 @@ from typing import Any
 
 from ..formats import autoround
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZE_CONFIG
+from ..formats.numbers import is_whole
 from ..system.files import write_json
-from .errors import AdapterError, Fields, is_whole, read_json
+from .errors import AdapterError, Fields, read_json
 from .factors import ModuleFactors
 from .save import most_common_rank
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from ..formats.factors import GROUP_SIZE
 from ..formats.names import ADAPTER_DETAILS
+from ..formats.numbers import is_whole
 from ..formats.packed_factors import PACKED_TYPE
-from .errors import AdapterError, Fields, is_number, is_whole, read_json
+from .errors import AdapterError, Fields, is_number, read_json
 from .patterns import Pattern, PatternError, SuffixPatterns
 from .vocabulary import FACTOR_BITS
 

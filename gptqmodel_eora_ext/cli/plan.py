@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +35,7 @@ from ..plan import (
     planned_modules,
     sweep_rank,
 )
+from ..plan.survey import Bar
 from ..solve import Grid
 from .options import (
     DEFAULT_GROUP_SIZE,
@@ -105,24 +106,13 @@ def plan(
 
     with errors(), progress_bars() as bar, quiet():
         data = tokenized(texts, model, samples, seqlen, trust_remote_code)
-        settings = {"bits": bits, "group_size": group_size, "sym": sym}
-        opened = planner(QUANTIZER)(model, settings, trust_remote_code)
-        sweep = asked.sweep(opened.shapes)
-        modules = asked.forecast(opened, data, sweep, lambda title: counted(bar(title)))
-        points = plan_points(modules, asked.grid, bits=bits, factor_bits=asked.widths, budgets=sweep)
-        chosen = None
-        if total:
-            size, fewest = budget_bytes(total, opened.shapes), min(asked.widths)
-            chosen = planned(modules, size, asked.grid, fewest, model=model, sensitivity=sensitivity)
+        opened = planner(QUANTIZER)(model, {"bits": bits, "group_size": group_size, "sym": sym}, trust_remote_code)
+        points, chosen = asked.answer(model, opened, data, lambda title: counted(bar(title)))
         asked.write(points, chosen, model)
     if as_json:
         out.print_json(json.dumps([point.as_json() for point in points]))
-        return
-    out.print(_table(points))
-    if chosen:
-        out.print(_described(chosen))
-        hint = "" if plan_file else "  (write it by --out plan.json)"
-        say(f"Run it:  eora quantize {model} OUT --plan {plan_file or 'plan.json'} --calibration …{hint}")
+    else:
+        _print(points, chosen, plan_file)
 
 
 @dataclass(frozen=True)
@@ -168,6 +158,16 @@ class _Asked:
             with errors():
                 _require_matplotlib()
 
+    def answer(self, model: str, opened: Planned, data: Windows, bar: Bar) -> tuple[list[Point], Plan | None]:
+        """The sweep, and the plan of the total if one was asked for."""
+        sweep = self.sweep(opened.shapes)
+        modules = self.forecast(opened, data, sweep, bar)
+        points = plan_points(modules, self.grid, bits=self.bits, factor_bits=self.widths, budgets=sweep)
+        if not self.total:
+            return points, None
+        size, fewest = budget_bytes(self.total, opened.shapes), min(self.widths)
+        return points, planned(modules, size, self.grid, fewest, model=model, sensitivity=self.sensitivity)
+
     def sweep(self, shapes: Sequence[ModuleShape]) -> tuple[str, ...]:
         """The budgets to compare: those asked for, all of which the model must be able to spend, or the usual that it
         can.
@@ -185,13 +185,7 @@ class _Asked:
             )
         return found
 
-    def forecast(
-        self,
-        opened: Planned,
-        data: Windows,
-        sweep: Sequence[str],
-        bar: Callable[[str], Callable[[Sequence[Any]], Iterable[Any]]],
-    ) -> list[PlannedModule]:
+    def forecast(self, opened: Planned, data: Windows, sweep: Sequence[str], bar: Bar) -> list[PlannedModule]:
         """Forecasts of all modules, of as many components as anything that was asked can have."""
         shapes = opened.shapes
         size = budget_bytes(self.total, shapes) if self.total else 0
@@ -234,6 +228,14 @@ def _table(points: Sequence[Point]) -> Table:
         table.add_row(str(point.bits or "mixed"), factors, point.ranks, point.budget, readable(point.total_bytes),
                       f"{point.bpw:.3f}", f"{point.loss:.4f}", ", ".join(notes))  # fmt: skip
     return table
+
+
+def _print(points: Sequence[Point], chosen: Plan | None, plan_file: Path | None) -> None:
+    out.print(_table(points))
+    if chosen:
+        out.print(_described(chosen))
+        hint = "" if plan_file else "  (write it by --out plan.json)"
+        say(f"Run it:  eora quantize {chosen.model} OUT --plan {plan_file or 'plan.json'} --calibration …{hint}")
 
 
 def _described(chosen: Plan) -> Table:

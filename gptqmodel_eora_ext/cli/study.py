@@ -94,15 +94,19 @@ def study(
         batch_size=batch_size, window=window, max_windows=max_windows, device=device,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with errors():
-        made = Study(output, options)
-        with progress_bars() as bar:
-            made.run(bar)
-        rows = made.results()
+    rows = _results(output, options)
     if as_json:
         out.print_json(json.dumps(rows))
-        return
-    _print(rows, text_names(options.texts))
+    else:
+        _print(rows, text_names(options.texts))
+
+
+def _results(folder: Path, options: StudyOptions) -> list[dict[str, Any]]:
+    with errors():
+        study = Study(folder, options)
+        with progress_bars() as bar:
+            study.run(bar)
+        return study.results()
 
 
 def _check_quantiser(form: str, bits: int) -> None:

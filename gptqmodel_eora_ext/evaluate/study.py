@@ -27,7 +27,8 @@ QUANTIZED = "quantised"
 ADAPTERS = "adapters"
 RESUME = ".autoround"
 FULL_PRECISION = "full precision"
-# What may change from one call to the next: adapters, texts and tasks are added, a device changes no result.
+# Options that may be others when a study is started again: adapters, texts and tasks can be added, and neither a device
+# nor the trust in a model's code makes another study of it.
 EXTENSIBLE = ("ranks", "budgets", "texts", "lm_eval", "lm_eval_path", "device", "trust_remote_code")
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -90,14 +91,19 @@ class StudyOptions:
 
 
 class Study:
-    """A study in a folder.
+    """A study in a folder, which goes on where an earlier one with the same options has stopped.
 
     Args:
-        folder: where everything goes.
+        folder: where the checkpoint, the adapters and the results go.
         options: what is studied.
 
     Raises:
         ValueError: when the folder holds a study with other options.
+
+    Example:
+        >>> study = Study(Path("study"), options)
+        >>> study.run(lambda title: lambda done, total: print(title, done, total))
+        >>> [(row["model"], row["scores"]) for row in study.results()]
     """
 
     def __init__(self, folder: Path, options: StudyOptions) -> None:
@@ -117,7 +123,11 @@ class Study:
             self.state |= {**known, "options": given}
 
     def run(self, progress: Progress) -> None:
-        """Do what is not done yet."""
+        """Do the steps that are not done yet.
+
+        Args:
+            progress: makes, from a step's name, a function that is called with (done, total).
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep()
         self._quantize()
@@ -271,8 +281,12 @@ class Study:
     # Results ---------------------------------------------------------------------------------------------------
 
     def results(self) -> list[dict[str, Any]]:
-        """A row for each model: losses by text, scores by task, what share of the lost is won back (by text and task),
-        bytes, bits per quantised weight.
+        """A row for each model, ready for JSON; to be called after `run`.
+
+        Returns:
+            Rows with `model`, `losses` by text and `scores` by task. Rows of quantised models also have `bytes` of the
+            base, `adapter_bytes`, `bits_added` per quantised weight, `seconds` to make, and `recovered`: by text and
+            task, the share of what quantising lost that is won back; None where it lost nothing.
         """
         weights = _quantized_weights(self.checkpoint)
         base_bytes = weight_bytes(self.checkpoint)
@@ -294,6 +308,7 @@ class Study:
         return rows
 
     def _recovered(self, name: str, kind: str, what: str, value: str) -> float | None:
+        """The share of what quantising lost on a text or task that a model wins back; None where it lost nothing."""
         known = self.state[kind]
         full, none, found = (known[one][what][value] for one in (FULL_PRECISION, QUANTIZED, name))
         worse = none > full if kind == "losses" else none < full
@@ -301,6 +316,7 @@ class Study:
 
 
 def _quantized_weights(checkpoint: Path) -> int:
+    """Number of quantised weights of a checkpoint that AutoRound made."""
     from ..formats.autoround import packed_modules, packing, read_config
 
     config = read_config(checkpoint)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .packed_weights import LayoutError, PackedWeight, is_count
+from .numbers import is_whole
+from .packed_weights import LayoutError, PackedWeight
 
 # Features per scale: 4.25 bits a value at 4 bits. Other sizes were not measured.
 GROUP_SIZE = 64
@@ -88,9 +89,9 @@ def check_packed(name: str, bits: int, features: int, codes: Layout, scales: Lay
     def fail(what: str, found: object, expected: str) -> None:
         raise LayoutError(f"{name}: {what} should be {expected}, found {found}. {DAMAGED_ADAPTER}")
 
-    if not is_count(bits) or bits not in PACKED_BITS:
+    if not is_whole(bits) or bits not in PACKED_BITS:
         fail("bits", bits, " or ".join(map(str, PACKED_BITS)))
-    if not is_count(features):
+    if not is_whole(features):
         fail("the number of features", features, "a positive integer")
     # An empty factor is one of rank 0, which is written as no factor at all.
     if len(codes[0]) != 2 or codes[0][0] < 1:

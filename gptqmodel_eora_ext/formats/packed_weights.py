@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .numbers import is_whole
+
 WEIGHT_BITS = (2, 3, 4, 8)
 WORD_BITS = 32
 
@@ -59,11 +61,11 @@ class PackedWeight:
     name: str = "weight"
 
     def __post_init__(self) -> None:
-        if not is_count(self.bits) or self.bits not in WEIGHT_BITS:
+        if not is_whole(self.bits) or self.bits not in WEIGHT_BITS:
             self._fail("bits", self.bits, f"one of {', '.join(map(str, WEIGHT_BITS))}")
-        if self.group_size != -1 and not is_count(self.group_size):
+        if self.group_size != -1 and not is_whole(self.group_size):
             self._fail("group_size", self.group_size, "a positive number, or -1 for a whole row")
-        if not is_count(self.in_features) or not is_count(self.out_features):
+        if not is_whole(self.in_features) or not is_whole(self.out_features):
             self._fail("out × in", f"{self.out_features} × {self.in_features}", "at least 1 × 1")
         self._check("qweight", self.qweight, (words(self.in_features, self.bits), self.out_features), (torch.int32,))
         self._check("qzeros", self.qzeros, (self.groups, words(self.out_features, self.bits)), (torch.int32,))
@@ -135,11 +137,6 @@ class PackedWeight:
         """The same on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("qweight", "qzeros", "scales")}
         return replace(self, **moved, g_idx=None if self.g_idx is None else self.g_idx.to(device))
-
-
-def is_count(value: object) -> bool:
-    """Whether a number that a file tells is a positive integer; JSON may hold a float, a text or a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def words(codes: int, bits: int) -> int:

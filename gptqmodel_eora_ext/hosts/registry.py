@@ -1,7 +1,8 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
-Every host's folder has a `serves.py` with some of the functions below. Each returns what serves the case, or None for
-"not mine"; the first host that does not say so serves. A host's library is imported only when it is asked.
+Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
+`planner`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
+order of `HOSTS`, and a host's library is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..plan import Plan
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
 
-# In the order in which they are asked.
+# The hosts' folders, in the order in which they are asked.
 HOSTS = ("gptqmodel", "autoround")
 
 Windows = Sequence[Mapping[str, Any]]
@@ -32,7 +33,7 @@ class QuantizeJob:
     Attributes:
         model: a folder or a hub name.
         output: folder for the checkpoint.
-        windows: calibration: `input_ids` and `attention_mask`.
+        windows: calibration: `input_ids` and `attention_mask` of each window, lists of integers.
         settings: of the quantiser, by its own names.
         adapter: what `AdapterOptions.settle` takes; None for no adapter.
         plan: in place of ``adapter``: bits and ranks of every module.
@@ -61,7 +62,7 @@ class AdapterJob:
     Attributes:
         base: the full-precision model, a folder or a hub name.
         checkpoint: the quantised model's folder.
-        windows: calibration.
+        windows: calibration, as in `QuantizeJob`.
         adapter: what `AdapterOptions.settle` takes.
         output: folder for the adapter; None for the checkpoint's own.
         batch_size: windows per forward.
@@ -93,12 +94,26 @@ class Loaded:
 
 
 class Planned(Protocol):
-    """A full-precision model that plans are made for."""
+    """A full-precision model that plans are made for.
+
+    Attributes:
+        shapes: the modules that would be quantised, in the order in which the host meets them.
+    """
 
     shapes: list[ModuleShape]
 
     def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
-        """Forecasts of its modules on windows, by a kind of sensitivity; ``bar`` makes a progress bar of a title."""
+        """Forecast the modules.
+
+        Args:
+            windows: calibration, as in `QuantizeJob`.
+            question: what to forecast.
+            kind: of sensitivity.
+            bar: makes a progress bar of a title.
+
+        Raises:
+            NotImplementedError: for a model that cannot be run layer by layer.
+        """
         ...
 
 
@@ -113,7 +128,14 @@ class Loader(Protocol):
         device: str | None = None,
         trust_remote_code: bool = False,
     ) -> Loaded:
-        """With the adapter of a folder; None for the one that the checkpoint names, if any."""
+        """Load a checkpoint with an adapter.
+
+        Args:
+            checkpoint: its folder.
+            adapter: the adapter's folder; None for the one that the checkpoint names, if any.
+            device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
+            trust_remote_code: whether model code that comes with the checkpoint may run.
+        """
         ...
 
 
@@ -122,6 +144,10 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path]:
 
     Raises:
         ValueError: for a name that no host serves.
+
+    Example:
+        >>> job = QuantizeJob("Qwen/Qwen3-8B", Path("out"), windows, {"bits": 2, "group_size": 64}, {"rank": 64})
+        >>> folder = quantizer("gptq")(job)
     """
     return _first("quantizer", name)
 
@@ -155,6 +181,7 @@ def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
 
 
 def _first(offer: str, asked: Any) -> Any:
+    """What the first host that serves ``asked`` returns from the function ``offer`` of its `serves.py`."""
     for host in HOSTS:
         offered = getattr(import_module(f".{host}.serves", __package__), offer, None)
         if offered is not None and (found := offered(asked)) is not None:

@@ -17,7 +17,7 @@ Undo = Callable[[], None]
 
 
 class SeamError(RuntimeError):
-    """A host that the plugin cannot serve."""
+    """The plugin cannot serve the installed host, or is not installed into it; the message says what to do."""
 
 
 def problem_at(owner: Any, name: str, parameters: tuple[str, ...]) -> str | None:
@@ -57,7 +57,7 @@ class Seam:
         return problem_at(self.owner, self.name, self.parameters)
 
     def apply(self) -> Undo:
-        """Replace the attribute; return what puts it back exactly: one that was inherited is inherited again."""
+        """Replace the attribute, and return what undoes that exactly: one that was inherited is inherited again."""
         inherited = self.name not in vars(self.owner)
         own = vars(self.owner).get(self.name)
         setattr(self.owner, self.name, self.replacement(getattr(self.owner, self.name)))
@@ -73,13 +73,13 @@ class Seam:
 
 @dataclass(frozen=True)
 class HostVersion:
-    """A host's version, and those that the plugin knows.
+    """A host's version, and the versions that the plugin knows.
 
     Attributes:
         package: the host's distribution.
-        found: what is installed.
-        oldest: that the plugin serves.
-        newest_tested: that it was tested with.
+        found: the version that is installed.
+        oldest: the oldest that the plugin serves.
+        newest_tested: the newest that it was tested with.
     """
 
     package: str
@@ -103,7 +103,10 @@ class HostVersion:
                         self.package, self.found, self.newest_tested)  # fmt: skip
 
     def require(self, problems: Sequence[str]) -> None:
-        """Refuse a host of another shape.
+        """Refuse a host whose attributes differ from what the plugin relies on.
+
+        Args:
+            problems: what was found wrong, one sentence each; none for a host that fits.
 
         Raises:
             SeamError: with every mismatch found.
@@ -118,7 +121,7 @@ class HostVersion:
 
 @contextmanager
 def all_or_none(undo: list[Undo]) -> Iterator[None]:
-    """Where the block ends with an error, undo what it has appended to ``undo``, and raise it again."""
+    """Where the block ends with an error, undo what it has appended to ``undo``; the error goes on to the caller."""
     before = len(undo)
     try:
         yield
@@ -128,6 +131,6 @@ def all_or_none(undo: list[Undo]) -> Iterator[None]:
 
 
 def undo_all(undo: list[Undo], *, down_to: int = 0) -> None:
-    """Undo, the last first, until ``down_to`` are left."""
+    """Call and remove the entries of ``undo``, the last first, until ``down_to`` are left."""
     while len(undo) > down_to:
         undo.pop()()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# What other libraries log of themselves and nobody who runs a command can act on: logger, and a part of the message.
+# Lines that other libraries log, on which nobody who runs a command can act: logger → a part of the message.
 NOISE = {
     # torchao registers its own classes in a way that torch has since made needless.
     "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
@@ -25,7 +25,7 @@ NOISE = {
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """No line of `NOISE`; every other line of the same loggers is shown."""
+    """Keep lines of `NOISE` from being shown within the block; every other line of the same loggers is shown."""
 
     def keeps(record: logging.LogRecord) -> bool:
         return NOISE[record.name] not in record.getMessage()
@@ -41,7 +41,10 @@ def without_noise() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_library_bars() -> Iterator[None]:
-    """No progress bars of transformers: files that are written in a second, beside a command's own bar."""
+    """Keep transformers' progress bars from being shown within the block, where a command has a bar of its own.
+
+    They are about files that are written within a second.
+    """
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -55,7 +58,7 @@ def without_library_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints, and no `NOISE` of others."""
+    """Show only errors of GPTQModel within the block: no banner, table, bar or print of its own, and no `NOISE`."""
     with without_noise(), without_library_bars(), _host_quiet():
         yield
 
@@ -81,7 +84,7 @@ def _host_quiet() -> Iterator[None]:
 
 
 class LayerProgress:
-    """GPTQModel's layer callback: tells how many layers are done.
+    """A layer callback for GPTQModel that tells how many layers are done.
 
     Args:
         report: called with (layers done, layers in all).
@@ -101,6 +104,6 @@ class LayerProgress:
 
 
 def watch_layers(model: Any, report: Callable[[int, int], None]) -> None:
-    """Have ``report`` called after each layer of a GPTQModel model."""
+    """Have ``report`` called with (layers done, layers in all) after each layer of a GPTQModel model."""
     total = int(model.model.config.num_hidden_layers) + int(bool(model.quantize_config.lm_head))
     model.layer_callback = LayerProgress(report, total)

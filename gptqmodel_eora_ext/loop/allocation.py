@@ -2,9 +2,10 @@
 
 The loop meets modules one by one, and what a module's rank buys is known exactly only once it is quantised. So there is
 a forecast for every module from the start, and a price: the loss that a byte must save to be spent. Each module takes
-the rank that pays at the price, by its own spectrum. Before each subset of modules the price is set anew, so that what
-is left of the budget is spent by the forecasts of what is left of the model, corrected by how the forecasts have done.
-The modules that follow thus see exactly what the final model computes: nothing is cut afterwards.
+the rank that pays at the price, by its own spectrum. Before each subset of modules the price is set anew, such that the
+modules still to come, if they were as forecast, would spend what is left of the budget. Forecasts are corrected by how
+those of earlier modules have turned out. No rank is cut afterwards, so the modules that follow are quantised on exactly
+what the final model computes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ class RankAllocation:
     """Chooses each module's rank. Safe to ask from several threads; the answers do not depend on their order.
 
     Args:
-        options: by module, in the order in which the loop meets them.
-        forecasts: losses of the options, by module.
-        output_moments: G by module in any form, what makes losses comparable. Asked for one at a time, as modules
-            choose, so that a mapping may read them from files.
-        corrections: of losses, by module.
-        budget: bytes for all.
+        options: full module name → ranks on offer, in the order in which the loop meets the modules.
+        forecasts: full module name → predicted losses of those options.
+        output_moments: full module name → G in any form, which makes losses comparable. They are asked for one at a
+            time, as modules choose, so that a mapping may read them from files.
+        corrections: full module name → correction of its losses.
+        budget: bytes for all modules.
+
+    Attributes:
+        ranks: full module name → rank, of the modules that have chosen.
+        losses: full module name → predicted loss with that rank.
     """
 
     def __init__(
@@ -59,8 +64,12 @@ class RankAllocation:
         return self._spent
 
     def begin(self, names: Iterable[str]) -> None:
-        """Set the price for a subset of modules, before any of it chooses."""
-        # A module that no token reached was not asked.
+        """Set the price for a subset of modules, before any of them chooses.
+
+        Args:
+            names: full names of the modules that are quantised together next.
+        """
+        # What is left of the subset before has never chosen, because no token reached it.
         for name in self._caps:
             self.ranks.setdefault(name, 0)
         now = [name for name in names if name in self.options and name not in self.ranks]
@@ -78,7 +87,8 @@ class RankAllocation:
         self._price = price(list(open_curves.values()), left)
         likely = {name: open_curves[name].nbytes[open_curves[name].best_at(self._price)] for name in now}
         total = sum(likely.values())
-        # However the subset's own spectra turn out, it cannot spend more than there is, nor what others need at least.
+        # Spectra may turn out other than forecast. Even then the subset may spend no more than is left of the budget
+        # after the least that all other modules need.
         most = left - sum(curve.nbytes[0] for name, curve in open_curves.items() if name not in now)
         self._caps = {name: most * (likely[name] / total if total else 1 / len(now)) for name in now}
 
@@ -98,13 +108,16 @@ class RankAllocation:
             lora_B: out × rank, orthonormal.
             second_moment: C, in × in.
             delta: ΔW, out × in.
+
+        Returns:
+            Indices into the rows of A and the columns of B, ascending.
         """
         output_moment = self.output_moments[name].to(delta.device)
         total = error_loss(delta, second_moment, output_moment)
         gains, total = self._corrected[name](component_gains(lora_A, lora_B, second_moment, output_moment), total)
         order = gains.argsort(descending=True)
         options = self.options[name]
-        # Few tokens or a narrow module may not carry a rank on offer; then larger ones buy no more.
+        # Few tokens or a narrow module may give fewer components than a rank on offer; then that buys nothing more.
         ranks = [min(rank, len(gains)) for rank in options.ranks]
         curve = rank_curve(gains[order], total, ranks, options.nbytes)
         with self._lock:
@@ -123,7 +136,7 @@ class RankAllocation:
         second_moment: torch.Tensor,
         delta: torch.Tensor,
     ) -> torch.Tensor:
-        """As `choose`, for a module that has chosen: as many components as it did then, and no bytes more."""
+        """As `choose`, for a module that has chosen in an earlier round: its rank stays, and nothing more is spent."""
         gains = component_gains(lora_A, lora_B, second_moment, self.output_moments[name].to(delta.device))
         gains, _ = self._corrected[name](gains, 0.0)
         return gains.argsort(descending=True)[: self.ranks[name]].sort().values
@@ -133,7 +146,7 @@ class RankAllocation:
         return {"budget": self.budget, "spent": self._spent, "predicted_loss": sum(self.losses.values())}
 
     def _corrections(self) -> dict[str, float]:
-        """Found over forecast loss, by kind of module (`q_proj`); under "" that of all."""
+        """The ratio of found to forecast loss, by kind of module (`q_proj`), and under "" that of all modules."""
         sums: dict[str, list[float]] = {}
         for name in self.options:
             if name in self._found:

@@ -1,4 +1,4 @@
-"""What a run under a budget knows before its first layer: sensitivities, forecasts, and the budget by them."""
+"""A budget given out before a run's first layer: what is refused, and what is measured and forecast for it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def allocate_budget(
 
     Args:
         model: at full precision, run layer by layer.
-        shapes: of what will be quantised, in the order in which the loop meets it.
+        shapes: the modules that will be quantised, in the order in which the loop meets them.
         batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
-        options: with a budget.
-        rounding: of a module.
-        quantized: Ŵ of a module from its name and W, where it is known; by default it is found by a quick GPTQ.
-        fixed_rank: of a module that does not choose.
+        options: what was asked of the adapter, with a budget.
+        rounding: module's name → how its weights will be rounded.
+        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
+        fixed_rank: module's name → its rank, if it does not choose; None if it does.
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
@@ -73,8 +73,8 @@ def check_budget(
     Args:
         budget: bytes.
         shapes: the modules that share it.
-        options: what was asked.
-        fixed_rank: of a module that does not choose.
+        options: what was asked of the adapter.
+        fixed_rank: module's name → its rank, if it does not choose; None if it does.
 
     Raises:
         ValueError: naming both.
@@ -91,7 +91,11 @@ def check_budget(
 
 
 def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int:
-    """The largest rank for all modules that the budget allows.
+    """The largest rank that the budget allows for all modules alike.
+
+    Args:
+        shapes: the modules that share the budget.
+        options: what was asked of the adapter.
 
     Raises:
         ValueError: for a budget in no known form, or too small for rank 1.

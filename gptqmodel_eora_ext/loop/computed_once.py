@@ -1,4 +1,4 @@
-"""Stand-ins for the `forward` of parts of a layer whose results are known: each batch is computed once."""
+"""Stand-ins for the `forward` of parts of a layer whose results cannot change any more: each batch is computed once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
-# Inputs of last modules, and in- and outputs of norms, that are kept for a layer, over all batches: each of the two.
+# For a layer, over all batches, at most so many bytes are kept of the inputs of blocks' last modules, and as many of
+# the inputs and outputs of norms.
 KEPT_BYTES = 1 << 30
 
 
 class ReusedBlock:
-    """Stands in for a block's `forward`: computes each batch once.
+    """Stands in for the `forward` of a block that is finished, from now until `release`: computes each batch once.
+
+    It keeps the block's output for every batch, on the device that it was computed on, and returns copies. Where the
+    output turns out to be that of the block's last module, only that module is computed, from inputs known beforehand.
 
     Args:
-        block: its weights, and its input for a batch, do not change any more.
-        current_batch: tells the batch under way; None for one that is not known.
+        block: neither its weights nor its input for a batch may change any more.
+        current_batch: tells the number of the batch under way; None for one that is not known, which is computed anew.
         last: the module of the block that comes last, if known.
-        inputs: inputs of ``last``, by batch; emptied as they are used.
+        inputs: batch → input of ``last``; an input is taken out once it is used.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class ReusedBlock:
     ) -> None:
         self._block = block
         self._forward = block.forward
-        # A library that dispatches modules may have put its own there.
+        # A library that dispatches modules may have put a `forward` of its own on the instance.
         self._own = vars(block).get("forward")
         self._last = last
         self._inputs = {} if inputs is None else inputs
@@ -38,6 +42,7 @@ class ReusedBlock:
         self._outputs: dict[int, Any] = {}
         # Whether the block's output is that of its last module; found out on the first batch.
         self._ends_with_last: bool | None = None
+        # What a block that returns a tuple returns beside the output: None, once or several times.
         self._rest: list[None] | None = None
         block.forward = self  # type: ignore[method-assign]
 
@@ -73,12 +78,15 @@ class ReusedBlock:
 
 
 class RememberedBlock:
-    """Stands in for the `forward` of a block of one tensor in, one tensor out, whose weights do not change.
+    """Stands in for the `forward` of a block whose weights do not change (a norm), from now until `release`.
+
+    Where the block's input for a batch is what it was before, it returns a copy of the output that it gave then. Blocks
+    of one tensor in and one tensor out are served; other calls are computed as ever.
 
     Args:
-        block: a norm, most likely.
-        current_batch: tells the batch under way.
-        budget: bytes that all of a layer's may still keep.
+        block: the block.
+        current_batch: tells the number of the batch under way; None for one that is not known.
+        budget: one number, the bytes that all such blocks of a layer together may still keep; each counts it down.
     """
 
     def __init__(self, block: torch.nn.Module, current_batch: Callable[[], int | None], budget: list[int]) -> None:
@@ -99,7 +107,7 @@ class RememberedBlock:
         output = self._forward(*args)
         if known is None and isinstance(output, torch.Tensor) and self._budget[0] >= args[0].nbytes + output.nbytes:
             self._budget[0] -= args[0].nbytes + output.nbytes
-            # Copies, since a layer may go on in place.
+            # Copies, since a layer may change either tensor in place later.
             self._known[batch] = args[0].clone(), output.clone()
         return output
 

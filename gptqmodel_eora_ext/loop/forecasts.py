@@ -1,4 +1,4 @@
-"""A budget given out before the loop starts, by forecasts of every module that are scaled kind by kind."""
+"""A budget given out by forecasts of every module, scaled kind by kind, before the loop starts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 # If the adapter leaves less than this share of a kind's predicted loss, then what is measured of the kind is mostly
 # rounding, and its forecasts are not scaled by it.
 LEAST_LEFT = 0.01
-# Ranks that a module is offered in the loop, over the one that it is forecast to take. Of SmolLM2's 210 modules 2 to 10
-# take all that they are offered, most of them an `o_proj`.
+# In the loop a module is offered ranks up to so many times the one that it is forecast to take. Of SmolLM2's 210
+# modules 2 to 10 take the largest that they are offered, most of them an `o_proj`.
 HEADROOM = 2
-# Tokens a component that a module must have been reached by, where tokens are routed past it: factors of more
-# components would fit themselves to the few tokens, and forecasts, which stand on the same, would not tell.
+# A module that tokens are routed past (an expert) is offered one component for so many tokens that reached it. Factors
+# of more components would fit themselves to the few tokens; forecasts, made on the same tokens, would not show that.
 TOKENS_A_COMPONENT = 4
 
 
@@ -39,12 +39,12 @@ def budget_question(
     """What a budget asks of a sweep through the model.
 
     Args:
-        shapes: of the modules.
-        budget: bytes for all.
-        factor_bits: of stored factors.
-        rounding: of a module, one width each.
-        quantized: Ŵ of a module from its name and W, where it is known.
-        fixed_rank: of a module that does not choose.
+        shapes: the modules that share the budget.
+        budget: bytes for all of them.
+        factor_bits: bits of a stored factor.
+        rounding: module's name → how its weights will be rounded, at one width.
+        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
+        fixed_rank: module's name → its rank, if it does not choose; None if it does.
     """
     most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM)
     by_name = {shape.name: shape for shape in shapes}
@@ -65,16 +65,17 @@ def forecast_allocation(
 ) -> RankAllocation:
     """Give out the budget by what a sweep found.
 
-    All modules of a kind were measured together, with the factors of a uniform rank; what that is over the forecast
-    scales the kind's forecasts. In the loop, where each module is solved for the largest rank on offer, it is offered
-    up to `HEADROOM` times the one forecast.
+    The sweep has measured what all modules of a kind lose together, with factors of a uniform rank. The forecasts of
+    the kind are scaled by the ratio of that to the loss forecast for the same rank. In the loop each module is solved
+    for the largest rank on offer; so that this takes no longer than it needs to, the offer ends at `HEADROOM` times the
+    rank that the module is forecast to take.
 
     Args:
-        shapes: of the modules, in the order in which the loop meets them.
-        budget: bytes for all.
-        factor_bits: of stored factors.
-        found: by the question of `budget_question`.
-        fixed_rank: of a module that does not choose.
+        shapes: the modules that share the budget, in the order in which the loop meets them.
+        budget: bytes for all of them.
+        factor_bits: bits of a stored factor.
+        found: the answer to `budget_question`.
+        fixed_rank: module's name → its rank, if it does not choose; None if it does.
     """
     uniform = most_rank(shapes, budget, factor_bits, 1)
     most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM)
@@ -83,7 +84,7 @@ def forecast_allocation(
     forecasts = {name: one.scaled(scales[kind_of(name)]) for name, one in known.items()}
     options: dict[str, RankOptions] = {}
     for shape in shapes:
-        # What no calibration token reached gets nothing.
+        # A module that no calibration token reached gets no adapter.
         fixed = fixed_rank(shape.name) if shape.name in found.output_moments else 0
         reached = found.reached.get(shape.name, found.tokens)
         allowed = most if reached >= found.tokens else min(most, reached // TOKENS_A_COMPONENT)
@@ -99,7 +100,7 @@ def forecast_allocation(
 
 
 def _scales(known: Mapping[str, Forecast], divergences: Mapping[str, float], uniform: int) -> dict[str, float]:
-    """Measured over forecast loss of each kind of module, with factors of the uniform rank."""
+    """The ratio of measured to forecast loss of each kind of module, both with factors of the rank ``uniform``."""
     scales: dict[str, float] = {}
     for kind in dict.fromkeys(map(kind_of, known)):
         members = [one for name, one in known.items() if kind_of(name) == kind]
@@ -109,7 +110,7 @@ def _scales(known: Mapping[str, Forecast], divergences: Mapping[str, float], uni
         scales[kind] = 1.0
         if left <= LEAST_LEFT * total:
             continue
-        # A divergence is positive; what is lost in rounding of the scores may come out as nothing, or less.
+        # A true divergence is positive. One that is smaller than the rounding of the scores may come out as 0 or less.
         if math.isfinite(measured) and measured > 0:
             scales[kind] = ratio(measured, left)
         else:

@@ -1,4 +1,4 @@
-"""Factors of the blocks that an interrupted run has finished, an adapter folder a block, kept until the run is done."""
+"""Factors of finished blocks, each kept in a folder of its own so that an interrupted run can go on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FOLDER = "eora"
 
 
 class FinishedBlocks:
-    """The folder of finished blocks.
+    """Keeps the factors of finished blocks, each block in an adapter folder of its own below ``root``.
 
     Args:
         root: where the host keeps its own progress.
-        options: what is asked of the factors.
+        options: what is asked of the factors; blocks that were made with other options are refused.
     """
 
     def __init__(self, root: Path, options: Mapping[str, Any]) -> None:
@@ -27,10 +27,13 @@ class FinishedBlocks:
         self._options = dict(options)
 
     def read(self, blocks: Iterable[str]) -> dict[str, ModuleFactors]:
-        """Factors of the blocks that the host will skip.
+        """Read the factors of the blocks that the host will skip.
 
         Args:
             blocks: their names.
+
+        Returns:
+            Full module name → factors, on the CPU.
 
         Raises:
             ValueError: when they were made with other options, or one is missing.

@@ -22,7 +22,7 @@ from ..adapter.options import AdapterOptions
 from ..adapter.save import save_adapter
 from .allocation import RankAllocation
 
-# Whose versions an adapter tells, beside the host's.
+# Libraries whose versions are written into an adapter's `eora.json`, beside the host's.
 LIBRARIES = ("torch", "transformers", "peft")
 
 
@@ -49,12 +49,12 @@ class Run:
         options: what is asked of the adapter, settled.
 
     Attributes:
-        rank: for modules that do not choose: what was asked, or the one rank that a budget gives to all.
-        allocation: gives out a budget, once it is known what there is to choose from.
+        rank: rank of a module that does not choose: what was asked, or the one that a budget allows for all.
+        allocation: gives out a budget; None without one, and until forecasts are made.
         factors: full module name → factors, on the CPU.
-        seconds: spent on factors so far.
+        seconds: spent on factors so far, summed over threads.
         calibration: what `describe_calibration` found.
-        failure: the first error that `guarded` met, and the module's name.
+        failure: module's name and error, of the first that `guarded` met.
     """
 
     def __init__(self, options: AdapterOptions) -> None:
@@ -82,7 +82,7 @@ class Run:
             choose = functools.partial(self.allocation.choose if first else self.allocation.strongest, name)
             return Recipe(most, objective, factor_bits, choose)
         rank = self.rank if fixed_rank is None else fixed_rank
-        # Under a budget, a module that was not known beforehand gets nothing.
+        # Under a budget the rank is "auto"; a module that was not forecast then gets no adapter.
         return Recipe(rank if isinstance(rank, int) else 0, objective, factor_bits)
 
     def record(self, name: str, factors: ModuleFactors) -> None:
@@ -92,7 +92,9 @@ class Run:
 
     @contextlib.contextmanager
     def guarded(self, name: str) -> Iterator[None]:
-        """Remember an error in work on a module in place of raising it, for a thread in which nobody would hear it.
+        """Remember an error in place of raising it, for work in a host's thread, where it would not reach the caller.
+
+        `raise_failure` raises it where it does.
 
         Args:
             name: full module name.
@@ -104,7 +106,7 @@ class Run:
                 self.failure = self.failure or (name, error)
 
     def raise_failure(self) -> None:
-        """Called where the caller of the run hears it.
+        """Raise what `guarded` has met; to be called on the thread of the run's caller.
 
         Raises:
             ModuleError: where `guarded` has met an error.
@@ -114,7 +116,7 @@ class Run:
             raise ModuleError(name, error, self.factors) from error
 
     def took(self, seconds: float) -> None:
-        """Count time spent on factors."""
+        """Count seconds spent on factors."""
         with self._lock:
             self.seconds += seconds
 
@@ -122,7 +124,7 @@ class Run:
         """Fingerprint the calibration data, so that an adapter tells what it was made on.
 
         Args:
-            windows: token ids of each batch, and how many of them count.
+            windows: of each batch, its token ids (integers of any shape) and how many of them count.
         """
         digest = hashlib.sha256()
         batches = tokens = 0
@@ -175,6 +177,9 @@ def write_adapter(
         module_names: every module of the model.
         details: of `Run.describe`.
         base_model: where ``checkpoint`` will be, when it is written elsewhere first.
+
+    Raises:
+        OSError: when a file cannot be written.
     """
     place = base_model or checkpoint
     save_adapter(folder, factors, base_model=str(place), module_names=module_names, details=details)
@@ -193,8 +198,8 @@ def require_token_ids(ids: torch.Tensor, vocabulary: int) -> None:
     """Refuse token ids that the model does not embed.
 
     Args:
-        ids: of any shape, not empty.
-        vocabulary: ids that it does, from 0.
+        ids: integers of any shape, at least one.
+        vocabulary: number of ids that the model embeds: 0 to ``vocabulary`` − 1.
 
     Raises:
         ValueError: naming the id.

@@ -1,4 +1,4 @@
-"""Weights looked through before a loop of hours: one NaN in them ends it, or makes every layer after it worthless."""
+"""Weights are looked through before a loop of hours: one NaN would end it, or make every layer after it worthless."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-# Values that are looked at together; the flags of so many take 16 MB.
+# So many values are looked at together, for which the result of `isfinite` takes 16 MB.
 VALUES_AT_ONCE = 1 << 24
 
 
 def check_weights(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse weights that are no numbers.
+    """Refuse weights that hold NaN or infinity.
 
     Args:
-        named: full name → tensor; those that are on no device, or hold integers, are passed over.
+        named: pairs of full name and tensor; those on the meta device and those of integers are passed over.
 
     Raises:
         ValueError: naming the first that holds NaN or infinity, and where.
@@ -27,7 +27,7 @@ def check_weights(named: Iterable[tuple[str, torch.Tensor]]) -> None:
         flat = weight.detach().reshape(-1)
         for start in range(0, flat.numel(), VALUES_AT_ONCE):
             some = flat[start : start + VALUES_AT_ONCE]
-            # Eight-bit floating point has no test of its own.
+            # `isfinite` does not know the 8-bit floating types.
             finite = torch.isfinite(some.to(torch.float32) if some.element_size() == 1 else some)
             if bool(finite.all()):
                 continue
@@ -40,7 +40,9 @@ def check_weights(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """The same for a model's safetensors files, a tensor at a time. Other files are not opened.
+    """As `check_weights`, for all weights in a folder's safetensors files; one tensor is in memory at a time.
+
+    Other files (pickles) are not opened.
 
     Raises:
         ValueError: as `check_weights`.

@@ -16,26 +16,30 @@ SINGLE = "model.safetensors"
 
 
 class Weights(Protocol):
-    """Where the tensors of a model come from that are not in memory."""
+    """Where a model's tensors are read from, as long as they are on the meta device and not in memory."""
 
     def fill(self, model: torch.nn.Module, name: str) -> None:
-        """Have every tensor on the meta device of the module ``name`` hold its values, on the CPU.
+        """Read every tensor of a module that is on the meta device. It lies on the CPU then, in the dtype it had.
+
+        Args:
+            model: the model, of which the rest stays as it is.
+            name: full name of the module; the modules inside it are read, too.
 
         Raises:
-            NotImplementedError: for one that there is nothing of.
+            NotImplementedError: for a tensor that the source does not hold in the model's shape.
         """
         ...
 
     def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
-        """Name, shape and some rows of every tensor: what tells one model from another."""
+        """Yield name, shape and ``rows`` rows of every tensor, by which one model is told from another."""
         ...
 
 
 class CheckpointWeights:
-    """Tensors of a folder of safetensors files, by the names that they have there.
+    """Reads tensors from a folder of safetensors files, by the names that they have there.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
 
     Raises:
         FileNotFoundError: when there are no safetensors files.
@@ -46,7 +50,7 @@ class CheckpointWeights:
         self.files = _files(folder)
 
     def fill(self, model: torch.nn.Module, name: str) -> None:
-        """See `Weights`. A tied tensor may be there under any of its names."""
+        """See `Weights`. A tied tensor has several names in the model; the files may hold it under any of them."""
         names: dict[int, list[str]] = {}
         every: list[tuple[str, torch.Tensor]] = [
             *model.named_parameters(remove_duplicate=False),
@@ -69,7 +73,10 @@ class CheckpointWeights:
     def _read(
         self, names: Sequence[str], tensor: torch.Tensor, files: dict[str, Any], stack: ExitStack
     ) -> torch.Tensor:
-        """A tensor of one of these names, in the dtype of ``tensor``; ``files`` are closed with ``stack``."""
+        """Read the tensor of one of these names, in the dtype of ``tensor``.
+
+        Files that are opened for it are kept in ``files``, for the next tensor, and closed by ``stack``.
+        """
         name = next((one for one in names if one in self.files), None)
         if name is None:
             raise NotImplementedError(
@@ -86,11 +93,11 @@ class CheckpointWeights:
                 f"EoRA: {name} is {tuple(found.shape)} in the checkpoint and {tuple(tensor.shape)} in the model, so it "
                 f"cannot be read layer by layer. Name a rank in place of the budget."
             )
-        # A copy, since what is mapped would stay in memory with the file.
+        # A copy: the tensor that was read is a view of the mapped file, and would keep all of it mapped.
         return found.to(dtype=tensor.dtype, copy=True)
 
     def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
-        """See `Weights`; no more than these rows is read."""
+        """See `Weights`; no other rows are read from the files."""
         by_file: dict[str, list[str]] = {}
         for name in sorted(self.files):
             by_file.setdefault(self.files[name], []).append(name)
@@ -105,7 +112,7 @@ class CheckpointWeights:
 
 
 def sampled_rows(shape: Sequence[int], rows: int) -> list[int]:
-    """So many rows of a tensor, from the first to the last; none of one without rows."""
+    """Indices of ``rows`` rows, evenly from the first to the last; none for a tensor that has no rows."""
     last = shape[0] - 1 if shape else -1
     return sorted({last * place // max(rows - 1, 1) for place in range(rows)}) if last >= 0 else []
 
@@ -124,11 +131,13 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """A checkpoint's causal language model without its parameters, which are on the meta device. Buffers are there.
+    """Make a checkpoint's causal language model without reading its weights.
+
+    Parameters are on the meta device, where they take no memory; buffers (rotary frequencies) have their values.
 
     Args:
-        folder: with `config.json`.
-        trust_remote_code: whether model code beside it may run.
+        folder: the checkpoint's folder, with `config.json`.
+        trust_remote_code: whether model code that comes with the checkpoint may run.
     """
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -139,6 +148,6 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> torch.nn.Modul
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    # Inside that context every parameter became one of its own.
+    # `init_empty_weights` makes every parameter a new one, also those that are tied; so they are tied again.
     model.tie_weights()  # type: ignore[operator]
     return model.eval()

@@ -19,12 +19,12 @@ from ..system.files import write_json
 
 FORMAT = "eora-plan-1"
 BITS = (2, 3, 4, 8)
-# Names shown where many do not fit.
+# A message about modules that do not fit shows this many of their names.
 SHOWN = 3
 
 
 class PlanError(ValueError):
-    """A plan that is broken, or of another model."""
+    """A plan's file cannot be used, or the plan is not for this model; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,24 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bits and ranks for a model, with what was predicted of them.
+    """Bits and ranks for every module of a model, with the size and the loss that were predicted.
 
     Attributes:
-        model: that it was made for, by name or folder.
-        sensitivity: kind that losses were predicted by.
+        model: name or folder of the model that the plan was made for.
+        sensitivity: kind of sensitivity by which losses were predicted.
         group_size: weights per scale; -1 for whole rows.
-        sym: symmetric quantisation.
+        sym: whether quantisation is symmetric.
         mse: GPTQModel's search for scales; 0 is off.
-        factor_bits: of stored factors: 16, 8 or 4.
-        total_bytes: of weights, scales, zeros and factors.
-        adapter_bytes: of the factors, scales included.
-        predicted_loss: above that of the full-precision model, nats a token.
-        modules: by full name.
+        factor_bits: bits of a stored factor: 16, 8 or 4.
+        total_bytes: bytes of weights, scales, zeros and factors.
+        adapter_bytes: bytes of the factors alone, scales included.
+        predicted_loss: loss above that of the full-precision model, nats a token.
+        modules: full module name → its bits and rank.
+
+    Example:
+        >>> plan = Plan.read("plan.json")
+        >>> model = GPTQModel.load("Qwen/Qwen3-8B", QuantizeConfig(**plan.quantize_config()))
+        >>> model.quantize(calibration, adapter=EoRA(plan=plan))
     """
 
     model: str
@@ -72,7 +77,7 @@ class Plan:
 
     @property
     def largest_rank(self) -> int:
-        """0 for a plan without adapters."""
+        """The largest rank of any module; 0 for a plan without adapters."""
         return max(one.rank for one in self.modules.values())
 
     def dynamic(self) -> dict[str, dict[str, Any]]:
@@ -98,7 +103,7 @@ class Plan:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write to a JSON file, with `dynamic` for those who quantise without this plugin.
 
-        The old file or the new one is there, never half of either.
+        The file is replaced in one step: a reader finds the old one or the whole new one.
         """
         write_json(Path(path), {"format": FORMAT, **asdict(self), "dynamic": self.dynamic()})
 
@@ -107,7 +112,7 @@ class Plan:
         """Read what `write` wrote.
 
         Raises:
-            PlanError: for a file that is none, of another format, or with values out of range.
+            PlanError: for a file that is no plan, has another format, or holds values out of range.
         """
         where = f"`{os.fspath(path)}`"
         try:
@@ -135,10 +140,10 @@ class Plan:
         return plan
 
     def check(self, shapes: Iterable[ModuleShape]) -> None:
-        """Refuse a model whose modules are others than the plan's.
+        """Refuse a model whose modules differ from the plan's, by name or by shape.
 
         Args:
-            shapes: of the model that is to be quantised.
+            shapes: the modules of the model that is to be quantised.
 
         Raises:
             PlanError: naming the module, what was found and what was expected.

@@ -1,8 +1,8 @@
 """Gradients of a model's loss at the outputs of its modules, layer by layer: one sweep forward, one back.
 
-The sweep forward keeps the input of every layer. The sweep back runs a layer again from its input, with gradients, from
-what the layer after it handed down. So one layer's weights and activations are in memory at a time, and the inputs of
-all layers, in memory or on disk (`system.spill`).
+The sweep forward keeps the input of every layer. The sweep back takes the layers from the last to the first: it runs
+each again from its input, and takes the gradient that the layer after it handed down back through it. So one layer's
+weights and activations are in memory at a time; the inputs of all layers lie in memory or on disk (`system.spill`).
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ def measure_gradients(
         model: run layer by layer.
         modules: full names of linear layers.
         batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward.
-        found: called with the index of a layer and the gradients of its modules, tokens × out each in the dtype that
-            they were computed in, from the last layer to the first. What no token reached is not there.
+        found: called for each layer, from the last to the first, with its index and the gradients of its modules:
+            tokens × out each, in the dtype that they were computed in. Modules that no token reached are left out.
         spill: keeps the inputs of layers.
         kind: "fisher": labels sampled from the model; "empirical": the text's own.
         seed: of the sampling.
         progress: wraps the steps, two a layer.
+
+    Raises:
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
     windows = model.begin(batches)
     count = len(model)
@@ -85,13 +88,14 @@ def _of(modules: Sequence[str], layer: str) -> list[str]:
 
 
 def _gradients_of_outputs(model: LayeredModel, windows: Sequence[Window], kind: str, seed: int) -> list[torch.Tensor]:
-    """Of the cross entropy with sampled or given labels at the output of the last layer, windows × tokens × width."""
+    """Gradients of the cross entropy at the output of the last layer, windows × tokens × width for each of
+    ``windows``; labels are sampled ("fisher") or the text's own."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     with model.head() as head:
         for window in windows:
             hidden, ids = window.hidden, window.ids
-            # The token before one that counts is scored by it; the last has no label.
+            # A token's label is the token after it, so it is scored where that one counts. The last has no label.
             scored = torch.zeros_like(window.keep)
             scored[:, :-1] = window.keep[:, 1:]
             labels = torch.zeros_like(ids)
@@ -119,20 +123,21 @@ def _gradient(
     *,
     sampled: bool,
 ) -> torch.Tensor:
-    """Of some tokens, tokens × width."""
+    """Gradient of the cross entropy at the last layer's output of some tokens, tokens × width."""
     rows = hidden.detach().requires_grad_()
     with torch.enable_grad():
         scores = head(rows)
     with torch.no_grad():
         likely = scores.detach().to(torch.float32).softmax(-1)
         if sampled:
-            # By the inverse of the distribution: one random number a token, where multinomial draws one a label.
+            # Labels are drawn by inverting the cumulated distribution, which takes one random number a token;
+            # `torch.multinomial` draws one for each possible label.
             sums = likely.cumsum(-1)
             targets = torch.searchsorted(sums, drawn[:, None] * sums[:, -1:]).clamp_max(sums.shape[-1] - 1)
             del sums
         else:
             targets = labels[:, None]
-        # Of the cross entropy, with no pass over all labels for its value.
+        # The gradient of the cross entropy by the scores is p − onehot. Its value is not needed, nor computed.
         gradient = likely.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=likely.dtype))
         gradient *= scored[:, None]
     scores.backward(gradient.to(scores.dtype))

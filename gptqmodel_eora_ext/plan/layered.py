@@ -1,8 +1,9 @@
 """A causal language model that is run one layer at a time, with the weights of one layer in memory.
 
 What a layer is given beside its input (masks, positions, rotary embeddings) is what the model itself gives it: its own
-forward is run with layers that only note down their arguments, and so is what stands after the last layer. So nothing
-here knows an architecture; layers have to be a `ModuleList` of which each takes the output of the one before.
+forward is run with stubs in place of the layers, which only note down their arguments. What stands after the last layer
+is run in the same way. So nothing here knows an architecture; the layers have to be a `ModuleList`, and each has to
+take the output of the one before.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Window:
 
 
 class _LastLayer(Exception):
-    """What follows the layers is not wanted."""
+    """Ends a forward of the model whose part after the layers is not wanted."""
 
 
 class LayeredModel:
@@ -44,8 +45,8 @@ class LayeredModel:
 
     Args:
         model: transformers' causal language model; parameters on the meta device are read when they are needed.
-        weights: where from; None for a model in memory.
-        modules: full names of modules inside the layers, which tell the layers.
+        weights: where they are read from; None for a model in memory.
+        modules: full names of modules inside the layers. The `ModuleList` that holds them all is that of the layers.
         device: where layers are computed.
 
     Raises:
@@ -73,9 +74,12 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """A layer with its weights on the device; they are let go of at the end.
+        """Yield a layer with its weights on the device; they are let go of when the block ends.
 
-        GPT-2's `Conv1D` is a `Linear` in it, so that what measures a layer has one kind of module to know.
+        A `Conv1D` (GPT-2) is a `Linear` meanwhile, so that what measures a layer has only one kind of module to know.
+
+        Raises:
+            NotImplementedError: for a parameter that the checkpoint does not hold under its name.
         """
         name = self.layers[index]
         with self.present([name]):
@@ -87,13 +91,23 @@ class LayeredModel:
                 put_back()
 
     def run(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, window: Window) -> torch.Tensor:
-        """The output of a layer that is present, for an input of a window."""
+        """The output of a layer, windows × tokens × width.
+
+        Args:
+            layer: as `layer` yields it.
+            index: of the layer.
+            hidden: its input, windows × tokens × width.
+            window: tells what the layer is given beside its input.
+        """
         args, kwargs = window.arguments[index]
         output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def begin(self, batches: Sequence[Mapping[str, Any]]) -> list[Window]:
-        """Embed windows: `input_ids` (and `attention_mask`; none counts all), windows × tokens of each batch.
+        """Embed batches of windows, so that their `hidden` is the input of the first layer.
+
+        Args:
+            batches: `input_ids` and `attention_mask`, windows × tokens each; without a mask every token counts.
 
         Raises:
             NotImplementedError: for a model whose layers are not called one after another.
@@ -105,14 +119,14 @@ class LayeredModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """A function from outputs of the last layer, tokens × width, to scores, tokens × labels."""
+        """Yield a function from outputs of the last layer, tokens × width, to scores, tokens × labels."""
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         path = next(name for name, module in self.model.named_modules() if module is embeddings)
         with self.present([name for name in self._outside() if name != path]):
             yield self._scores
 
     def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
-        """Name, shape and some rows of every tensor, on the CPU: what tells one model from another."""
+        """Yield name, shape and ``rows`` rows of every tensor, on the CPU, by which one model is told from another."""
         if self._weights is not None:
             yield from self._weights.samples(rows)
             return
@@ -151,7 +165,11 @@ class LayeredModel:
         )
 
     def _recorded(self, ids: torch.Tensor, mask: torch.Tensor, tuples: bool) -> Window | None:
-        """None where layers were not called in a row, or return the other of a tensor and a tuple."""
+        """Embed a batch by running the model with stubs that return tensors, or tuples where ``tuples`` is set.
+
+        None where the stubs were not called one after another, each on the output of the one before: the model wants
+        the other kind of return value, or it is not built like that.
+        """
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         passed: list[torch.Tensor] = []
 
@@ -176,7 +194,8 @@ class LayeredModel:
             except _LastLayer:
                 pass
             except (AttributeError, TypeError, IndexError, ValueError):
-                # Given a tuple for a tensor or the reverse, a model fails in its own way after the first layer.
+                # A model that gets a tuple where it expects a tensor, or the reverse, fails after the first layer,
+                # each in its own way. An error before that has another cause.
                 if not seen:
                     raise
         return Window(ids, mask.bool(), passed[0], seen) if len(seen) == len(self) else None
@@ -184,7 +203,7 @@ class LayeredModel:
     @contextmanager
     def _stubbed(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         layers = [self.model.get_submodule(name) for name in self.layers]
-        # A library that dispatches layers may have put its own there.
+        # A library that dispatches layers may have put a `forward` of its own on the instance; it is put back.
         own = [vars(layer).get("forward") for layer in layers]
         for index, layer in enumerate(layers):
             layer.forward = stub(index)
@@ -227,7 +246,7 @@ class LayeredModel:
                     if tensor is not None:
                         here = tensor.detach().to(self.device)
                         if here.is_inference():
-                            # A host may have read it without a record for gradients, which run through it here.
+                            # A host may have read it in inference mode. Gradients cannot run through such a tensor.
                             here = here.clone()
                         is_parameter = isinstance(tensor, torch.nn.Parameter)
                         store[key] = torch.nn.Parameter(here, requires_grad=False) if is_parameter else here

@@ -11,7 +11,8 @@ from .file import ModulePlan, Plan
 from .modules import PlannedModule, bits_per_weight, plain_bytes
 from .ranks import most_rank
 
-# Steps that a plan's total is divided into: bytes that the steps leave unused are below 0.2 % of SmolLM2.
+# A plan's total is divided into this many steps, in which sizes are counted. Sizes are rounded up to whole steps, and
+# the bytes that stay unused for that are below 0.2 % of SmolLM2's.
 STEPS = 100_000
 
 
@@ -22,9 +23,9 @@ class Mix:
     Attributes:
         bits: of each module's weights.
         ranks: of each module's adapter.
-        loss: predicted.
-        adapter_bytes: of all factors.
-        total_bytes: with weights, scales and zeros.
+        loss: predicted loss of all modules together.
+        adapter_bytes: bytes of all factors, scales included.
+        total_bytes: those, and the bytes of weights, scales and zeros.
     """
 
     bits: tuple[int, ...]
@@ -80,6 +81,8 @@ def mixed(
 
 @dataclass(frozen=True)
 class _Choice:
+    """A width and a rank for a module, with the bytes and the predicted loss of both together."""
+
     nbytes: int
     loss: float
     bits: int

@@ -14,10 +14,11 @@ from .sweep import Question, Rounding, Swept
 
 # Widths of weights that are planned with; all have kernels.
 PLANNED_BITS = (2, 3, 4)
-# Bits a weight that factors may take in a mix: with more, wider weights are the better buy, from 2 to 4 bits.
+# In a mix, factors may take this many bits per weight. For 2 bits per weight, 2-bit weights can become 4-bit weights,
+# and beyond that price wider weights are the better buy.
 WORTH_BITS = 2
-# Share of what components take off the error that is left once factors are rounded: in 4 bits at rank 120 an error of
-# 0.3213 in place of 0.3073 (docs/method.md). At 8 bits the difference does not show.
+# Rounded factors take less off the error than exact ones; this is the share that is left, by bits of a factor. In 4
+# bits at rank 120 the error is 0.3213 in place of 0.3073 (docs/method.md). In 8 bits the difference does not show.
 KEPT_BY_ROUNDING = {16: 1.0, 8: 1.0, 4: (1 - 0.3213) / (1 - 0.3073)}
 
 
@@ -26,15 +27,21 @@ class PlannedModule:
     """A module and its forecasts.
 
     Attributes:
-        shape: of the module.
-        forecasts: by width.
+        shape: name, out_features and in_features.
+        forecasts: bits of the weights → forecast.
     """
 
     shape: ModuleShape
     forecasts: Mapping[int, Forecast]
 
     def loss(self, bits: int, rank: int = 0, factor_bits: int = 16) -> float:
-        """Predicted loss with the first ``rank`` components, which a fixed rank keeps."""
+        """Predicted loss with the first ``rank`` components, which are those that a fixed rank keeps.
+
+        Args:
+            bits: of the weights.
+            rank: 0 for no adapter.
+            factor_bits: of the factors.
+        """
         known = self.forecasts[bits]
         left = known.total - KEPT_BY_ROUNDING[factor_bits] * float(known.gains[:rank].sum())
         return max(left, 0.0)
@@ -70,10 +77,10 @@ def plan_question(
     Args:
         shapes: the modules to quantise.
         grid: how weights are rounded.
-        most: components to forecast at the width that a sweep of budgets is over; at others no more than could ever
-            pay.
-        swept: that width.
-        bits: widths.
+        most: number of components to forecast at the width ``swept``; at others it is limited to what can ever pay
+            (`WORTH_BITS`).
+        swept: bits of the weights that a sweep of budgets is made for.
+        bits: widths to forecast.
     """
     by_name = {shape.name: shape for shape in shapes}
 
@@ -91,7 +98,7 @@ def planned_modules(shapes: Sequence[ModuleShape], found: Swept) -> list[Planned
 
 
 def _worth(shape: ModuleShape) -> int:
-    """Components, in the fewest bits, that take as much as `WORTH_BITS` more for each weight."""
+    """The rank whose factors, stored in the fewest bits, take `WORTH_BITS` bits per weight."""
     return WORTH_BITS * shape.weights // (8 * factor_bytes(1, shape, min(FACTOR_BITS)))
 
 

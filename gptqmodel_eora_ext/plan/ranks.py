@@ -1,4 +1,4 @@
-"""Ranks that a module may choose from, and what the second order misses of what they buy."""
+"""The ranks that a module may choose from, and a correction of what they are predicted to buy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ..formats.sizes import ModuleShape, factor_bytes
 
-# Kernels read factors in tiles of 8 or 16 components.
+# Ranks on offer are multiples of this: kernels read factors in tiles of 8 or 16 components.
 RANK_STEP = 8
 # No module gets more than this many times the rank that the budget gives to all alike. SmolLM2 at 2 bits and 0.25, 0.5
 # and 1 bpw: a limit of 4 times is predicted to lose 9, 2 and 5 % more than this one, and a limit of 16 times no less.
@@ -18,23 +18,30 @@ MOST_OF_UNIFORM = 8
 
 @dataclass(frozen=True)
 class RankOptions:
-    """What a module may choose from.
+    """The ranks that a module may choose from.
 
     Attributes:
-        ranks: ascending, 0 first.
-        nbytes: of each, scales included.
+        ranks: ascending, 0 first; or one fixed rank.
+        nbytes: bytes of the factors of each rank, scales included.
     """
 
     ranks: tuple[int, ...]
     nbytes: tuple[int, ...]
 
     def first(self, count: int) -> RankOptions:
-        """The smallest so many."""
+        """The ``count`` smallest of them."""
         return RankOptions(self.ranks[:count], self.nbytes[:count])
 
 
 def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | None = None) -> RankOptions:
-    """Multiples of `RANK_STEP` up to ``most`` or the smaller side; or a ``fixed`` rank alone."""
+    """The ranks on offer to a module: 0 and the multiples of `RANK_STEP` up to ``most``; or a ``fixed`` rank alone.
+
+    Args:
+        shape: the module, whose smaller side limits its rank.
+        most: the largest rank on offer.
+        factor_bits: bits of a stored factor.
+        fixed: the rank of a module that does not choose.
+    """
     limit = min(shape.in_features, shape.out_features, most)
     ranks = (0, *range(RANK_STEP, limit + 1, RANK_STEP)) if fixed is None else (fixed,)
     # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add.
@@ -50,7 +57,7 @@ def least_budget(
     Args:
         shapes: the modules that share a budget.
         factor_bits: of the factors.
-        fixed_rank: of a module that does not choose.
+        fixed_rank: rank of a module, by its name, that does not choose; None for one that does.
     """
     options = [rank_options(shape, RANK_STEP, factor_bits, fixed_rank(shape.name)) for shape in shapes]
     least = sum(one.nbytes[0] for one in options)
@@ -60,39 +67,49 @@ def least_budget(
 
 
 def most_rank(shapes: Iterable[ModuleShape], budget: int, factor_bits: int, of_uniform: int = MOST_OF_UNIFORM) -> int:
-    """The largest rank that a module may choose under ``budget`` bytes: so many times that of all alike."""
+    """The largest rank that a module may choose under ``budget`` bytes, a multiple of `RANK_STEP`: ``of_uniform``
+    times the rank that all modules could have alike."""
     uniform = budget / max(sum(factor_bytes(1, shape, factor_bits) for shape in shapes), 1)
     return max(RANK_STEP, RANK_STEP * round(of_uniform * uniform / RANK_STEP))
 
 
 @dataclass(frozen=True)
 class TokenCorrection:
-    """What ½ tr(G ΔW C ΔWᵀ) misses where tokens of large gradients have inputs of their own.
+    """Factors that make up for what the loss ½ tr(G ΔW C ΔWᵀ) leaves out.
 
-    The second order takes a module's gradients g and inputs x to be independent. With E[‖g‖² x xᵀ] / E‖g‖² in place of
-    C it does not, and agrees with ½ E[(gᵀ ΔW x)²] token by token: a factor of 0.4 for SmolLM2's `v_proj`, whose large
-    gradients are those of the few tokens that all attend to, and of 1.0 to 1.3 for the others. The first components
-    often correct just such tokens, and have a factor of their own.
+    That formula takes a module's gradients g and inputs x to be independent. They are not where tokens of large
+    gradients have unusual inputs. With E[‖g‖² x xᵀ] / E‖g‖² in place of C the formula weighs inputs by their tokens'
+    gradients, and then agrees with ½ E[(gᵀ ΔW x)²] taken token by token. The ratio of the two is 0.4 for SmolLM2's
+    `v_proj`, whose large gradients belong to the few tokens that all others attend to, and 1.0 to 1.3 for other kinds.
+    The first components often correct just such tokens; so they have a factor of their own.
 
     Attributes:
-        head: for what the first `RANK_STEP` components take off.
-        tail: for all the rest.
+        head: factor for what the first `RANK_STEP` components take off.
+        tail: factor for all the rest of the loss.
     """
 
     head: float = 1.0
     tail: float = 1.0
 
     def __call__(self, gains: torch.Tensor, total: float) -> tuple[torch.Tensor, float]:
-        """Gains of components, in the order in which `eora` gives them, and the loss without any, corrected."""
+        """Correct the gains of components and the loss without any.
+
+        Args:
+            gains: of each component, in the order in which `eora` returns them.
+            total: loss without any component.
+
+        Returns:
+            Both, corrected.
+        """
         first = float(gains[:RANK_STEP].sum())
         corrected = torch.cat([gains[:RANK_STEP] * self.head, gains[RANK_STEP:] * self.tail])
         return corrected, self.head * first + self.tail * max(total - first, 0.0)
 
     def scaled(self, factor: float) -> TokenCorrection:
-        """Both times ``factor``."""
+        """Both factors times ``factor``."""
         return TokenCorrection(self.head * factor, self.tail * factor)
 
 
 def kind_of(name: str) -> str:
-    """Of a module: the last part of its name (`q_proj`)."""
+    """The kind of a module: the last part of its full name (`q_proj`)."""
     return name.rsplit(".", 1)[-1]

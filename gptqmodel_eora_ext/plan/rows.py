@@ -1,4 +1,4 @@
-"""What the modules of a layer read, and the gradients at what they give, token by token."""
+"""The inputs of a layer's modules and the gradients at their outputs, kept token by token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..solve import Moment, RowMoment, diagonal_of
 
 
 class InputRows:
-    """Keeps the inputs of modules while it is entered, tokens × in, in the dtype that they have.
+    """Keeps the inputs of modules, tokens × in, in their own dtype, from all forwards within its `with` block.
 
-    Modules that read the same tensor share one copy, under the name of the first.
+    Modules that read the same tensor share one copy, under the name of the first to read it.
 
     Args:
         modules: linear layers by name.
 
     Attributes:
-        keep: tokens of the windows under way that count, windows × tokens; set before each forward.
-        leaders: module → the one whose copy it shares. What no token reached is not there.
+        keep: tokens of the windows under way that count, windows × tokens, bool; set before each forward.
+        leaders: module → the one whose copy it shares. Modules that no token reached are not in it.
     """
 
     def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
@@ -34,7 +34,7 @@ class InputRows:
         self._handles = ExitStack()
 
     def begin(self, keep: torch.Tensor) -> None:
-        """Called before a forward, with the tokens that count."""
+        """To be called before each forward, with the tokens that count: windows × tokens, bool."""
         self.keep = keep
         self._seen = {}
 
@@ -48,12 +48,12 @@ class InputRows:
         self._seen = {}
 
     def rows(self, leader: str) -> torch.Tensor:
-        """All inputs of a module that leads, tokens × in."""
+        """All inputs that were kept under a module's name, tokens × in. It is one of the values of ``leaders``."""
         return torch.cat(self._rows[leader])
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
-            # The tensor is kept beside its id, which another could have once it is gone.
+            # The tensor is kept beside its id: if it were freed, another tensor could get the same id.
             leader = self._seen.setdefault(id(inputs[0]), (inputs[0], name))[1]
             if self.leaders.setdefault(name, leader) == name:
                 self._rows.setdefault(name, []).append(kept(inputs[0].detach(), self.keep))
@@ -62,13 +62,15 @@ class InputRows:
 
 
 class OutputGradients:
-    """Keeps the gradients at the outputs of modules while it is entered, tokens × out, in the dtype that they have.
+    """Keeps the gradients at the outputs of modules, tokens × out, in their own dtype, from all backward passes within
+    its `with` block.
 
     Args:
         modules: linear layers by name.
 
     Attributes:
         keep: as in `InputRows`.
+        gradients: module → its gradients, one tensor a backward pass.
     """
 
     def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
@@ -99,8 +101,8 @@ def kept(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """The rows of tokens that count, tokens × features.
 
     Args:
-        tensor: (…, features), its leading dimensions those of ``keep``, or its tokens in one; of any other shape
-            (tokens that were routed) all rows count.
+        tensor: (…, features). As many rows as ``keep`` has tokens are taken for these tokens, in their order. Any other
+            number was routed to an expert; then all rows count.
         keep: windows × tokens, bool.
     """
     flat = tensor.reshape(-1, tensor.shape[-1])

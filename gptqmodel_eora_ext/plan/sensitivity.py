@@ -1,13 +1,13 @@
-"""What an error at a module's output costs in loss: the second moment of the loss's gradient there, as it is kept.
+"""Sensitivities: what an error at a module's output costs in loss, by the second moment of the loss's gradient there.
 
 With g = ∂(loss summed over the tokens of a window)/∂y at a token, and e the error of the output y at it, the loss rises
-by about ½ E[(gᵀ e)²] ≈ ½ tr(G E) nats a token, G = E[g gᵀ] and E = E[e eᵀ]: the Fisher information, errors taken
-to be independent of gradients and of one another, as in K-FAC (arXiv 1503.05671) and HAWQ (arXiv 1911.03852). With
-labels drawn from the model itself G is the true Fisher, which is the curvature of the divergence from the
-full-precision model; with the text's own labels it is the empirical one.
+by about ½ E[(gᵀ e)²] ≈ ½ tr(G S) nats a token, with G = E[g gᵀ] and S = E[e eᵀ]. G is the Fisher information. Errors
+are taken to be independent of gradients and of one another, as in K-FAC (arXiv 1503.05671) and HAWQ (arXiv 1911.03852).
+With labels drawn from the model itself G is the true Fisher information, which is the curvature of the divergence from
+the full-precision model; with the text's own labels it is the empirical one.
 
-Errors are not quite independent of gradients: a token that all others attend to has large gradients and an input of
-its own. So the squared norm of each token's gradient is kept as well, by which inputs are weighed
+Errors are not quite independent of gradients: a token that all others attend to has large gradients and an unusual
+input. So the squared norm of each token's gradient is kept as well, by which inputs are weighed
 (`ranks.TokenCorrection`).
 """
 
@@ -37,15 +37,15 @@ CONTENTS = "sensitivity.json"
 
 @dataclass(frozen=True)
 class Sensitivity(Mapping[str, Moment]):
-    """G by module, read from its file when it is asked for: out × out float32, or the gradients themselves.
+    """G = E[g gᵀ] of each module, read from its file when it is asked for, so that one is in memory at a time.
 
-    `E[g gᵀ]` of fewer tokens than outputs has at most their rank; then the gradients are kept in the dtype that they
-    were computed in, tokens × out, where they take fewer bytes.
+    A value is a matrix, out × out float32, or a `RowMoment` of the gradients, tokens × out float32. The file holds the
+    gradients, in the dtype that they were computed in, where they take fewer bytes than the matrix.
 
     Attributes:
         folder: where `SensitivityWriter` put the files.
-        files: file by module. What no token reached is not there.
-        tokens: that gradients were taken of.
+        files: full module name → file. Modules that no token reached are not in it.
+        tokens: number of tokens that gradients were taken of.
         kind: "fisher" or "empirical".
         fingerprint: of model, data, kind and seed.
     """
@@ -78,7 +78,7 @@ class Sensitivity(Mapping[str, Moment]):
 
     @classmethod
     def load(cls, folder: Path) -> Sensitivity:
-        """What is kept in a folder.
+        """Open what `SensitivityWriter` has finished in a folder.
 
         Raises:
             ValueError: for a folder of another format.
@@ -94,8 +94,9 @@ class SensitivityWriter:
     """Writes a `Sensitivity` layer by layer.
 
     Attributes:
-        folder: an empty one.
-        tokens: that gradients are taken of.
+        folder: an empty folder.
+        tokens: number of tokens that gradients are taken of.
+        files: full module name → file, as far as they are written.
     """
 
     folder: Path
@@ -105,8 +106,8 @@ class SensitivityWriter:
     def add(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Keep the gradients of a layer's modules, tokens × out each.
 
-        G is the mean over all tokens, also over those that were routed past a module: what it loses at a token that
-        reaches it counts as often as that happens.
+        G is the mean over all tokens, those included that were routed past the module (an expert). So an error counts
+        as often as tokens reach the module.
 
         Raises:
             ValueError: when a gradient holds NaN or infinity.
@@ -125,7 +126,7 @@ class SensitivityWriter:
             save_file(tensors, self.folder / file)
 
     def finish(self, kind: str, fingerprint: str) -> None:
-        """Write what the files hold; without it the folder counts as none."""
+        """Write which file holds what. Without that a folder is not taken for finished."""
         header = {
             "format": FORMAT,
             "tokens": self.tokens,

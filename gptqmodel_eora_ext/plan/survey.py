@@ -1,4 +1,4 @@
-"""What is known of a model before anything of it is quantised: sensitivities from the user's cache, and a sweep."""
+"""What is measured of a model before it is quantised: sensitivities, which are kept in a cache, and forecasts."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .sweep import Question, Swept, sweep
 
 log = logging.getLogger(__name__)
 
-# Tokens of the calibration data that C stands on. More: not tried.
+# C is measured on this many tokens of the calibration data. More were not tried.
 SENSITIVITY_TOKENS = 4096
-# Gradients are taken of the first so many of them alone. A gradient costs three times a forward, and the quantiser and
-# the factors fit themselves to C, not to gradients, so that C is what needs many tokens.
+# Gradients are taken of only the first so many of those tokens. A gradient costs three times a forward; and the
+# quantiser and the factors fit themselves to C, not to gradients, so that C is what needs many tokens.
 GRADIENT_TOKENS = 2048
-# Tokens that each kind of modules is measured on, others than those where there are more.
+# Kinds of modules are measured on this many tokens; not on those of C, where there are others.
 KIND_TOKENS = 512
-# Tokens of a forward and backward pass; a longer window goes alone. A layer's activations are what takes memory.
+# Windows are run together up to this many tokens, and a longer one alone, since a layer's activations take memory.
 PASS_TOKENS = 1024
-# Inputs of layers that stay in memory between the sweep forward and the one back; beyond, they lie on disk.
+# Sets how many bytes of layers' inputs stay in memory between the sweep forward and the one back; the rest is on disk.
 MEMORY_VARIABLE = "EORA_SURVEY_MEMORY"
 DEFAULT_MEMORY = "1GiB"
 # The kind that needs no gradients.
@@ -56,8 +56,8 @@ def survey(
         modules: full names of linear layers.
         batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
         question: what to forecast.
-        kind: of sensitivity.
-        with_kinds: whether to measure what the modules of a kind lose together.
+        kind: of sensitivity, one of `SENSITIVITIES`.
+        with_kinds: whether to measure what all modules of a kind (`q_proj`) lose together.
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
@@ -65,7 +65,7 @@ def survey(
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     validate_choice(kind, SENSITIVITIES, what="kind")
-    # A host's loop may have gradients switched off for good.
+    # A host's loop may run in inference mode, in which no gradient can be taken.
     with torch.inference_mode(False):
         return _survey(model, modules, batches, question, kind=kind, with_kinds=with_kinds, bar=bar)
 
@@ -82,9 +82,10 @@ def _survey(
 ) -> Swept:
     sensitivity = None if kind == RELATIVE else cached_sensitivity(model, modules, batches, kind=kind, bar=bar)
     some = first_tokens(batches, SENSITIVITY_TOKENS)
+    others = unseen_tokens(batches) if with_kinds else []
     log.info(
         "EoRA: forecasting %d modules on %d tokens, layer by layer%s.", len(modules), _count(some),
-        f", and each kind of them on {_count(unseen_tokens(batches))} others" if with_kinds else "",
+        f", and each kind of them on {_count(others)} others" if with_kinds else "",
     )  # fmt: skip
     return sweep(
         model,
@@ -92,7 +93,7 @@ def _survey(
         some,
         sensitivity,
         question,
-        kind_batches=unseen_tokens(batches) if with_kinds else (),
+        kind_batches=others,
         progress=bar("EoRA: forecasting, layer by layer"),
     )
 
@@ -105,7 +106,19 @@ def cached_sensitivity(
     kind: str,
     bar: Bar = lambda title: iter,
 ) -> Sensitivity:
-    """Sensitivities from the cache of the user, or measured and put there."""
+    """Sensitivities by gradients from the user's cache; measured and put there where it has none for this case.
+
+    Args:
+        model: run layer by layer, at full precision.
+        modules: full names of linear layers.
+        batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
+        kind: "fisher" or "empirical".
+        bar: makes a progress bar of that title, which wraps a sequence.
+
+    Raises:
+        ValueError: for NaN or infinity in gradients, or a limit of memory in no known form.
+        NotImplementedError: for a model that cannot be run layer by layer.
+    """
     some = first_tokens(batches, GRADIENT_TOKENS)
     limit = memory_limit()
     named = fingerprint(model, modules, some, kind)
@@ -145,7 +158,10 @@ def _count(batches: Sequence[Mapping[str, Any]]) -> int:
 
 
 def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """`KIND_TOKENS` that sensitivities do not stand on; of little data the last, of a long window the first of it."""
+    """`KIND_TOKENS` tokens that C was not measured on. Little data has no others; then they are its last tokens.
+
+    Of a window longer than that, its first tokens are taken.
+    """
     taken = first_tokens(batches, SENSITIVITY_TOKENS + KIND_TOKENS)
     found: list[Mapping[str, Any]] = []
     left = KIND_TOKENS
@@ -160,7 +176,11 @@ def unseen_tokens(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def first_tokens(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
-    """As many windows as have so many tokens, in passes of `PASS_TOKENS`."""
+    """The first windows that together have at least ``tokens`` tokens, put together into passes of `PASS_TOKENS`.
+
+    Returns:
+        For each pass `input_ids` and `attention_mask`, windows × tokens.
+    """
     taken: list[Mapping[str, Any]] = []
     for batch in batches:
         ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"]))

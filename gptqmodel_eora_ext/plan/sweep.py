@@ -1,12 +1,14 @@
 """Forecasts of all modules in one sweep through the model, a layer at a time.
 
-While a layer is there, its modules' inputs on the calibration data are gathered, their weights rounded as the quantiser
-will, and the error forecast. What the modules of a kind lose together is measured beside it: for each kind (`q_proj`,
-…) some other tokens go through the same layers, with the weights of that kind alone replaced by Ŵ + BA, and the
-scores at the end are compared with those of the full-precision model. Forecasts stand on some thousand tokens, to which
-the quantiser and the factors fit themselves, and what they lose on others is more, and more so the wider the input:
-1.1 times the forecast for SmolLM2's `k_proj`, 2.4 times for its `down_proj`. Errors that all keys of a window share
-cancel in the softmax, and others add up, which second orders do not see either.
+While a layer's weights are in memory, the inputs of its modules are gathered on the calibration data, the weights are
+rounded as the quantiser will round them, and the loss by that error is forecast.
+
+What all modules of a kind (`q_proj`, …) lose together is measured in the same sweep: for each kind, some other tokens
+go through the layers with the weights of that kind alone replaced by Ŵ + BA, and the scores at the end are compared
+with those of the full-precision model. Forecasts need that correction for two reasons. They are made on some thousand
+tokens, to which the quantiser and the factors fit themselves; other tokens lose more, the more so the wider the input:
+1.1 times the forecast for SmolLM2's `k_proj`, 2.4 times for its `down_proj`. And a forecast takes the errors of
+different tokens to be independent, but those that all keys of a window share cancel in the softmax, and others add up.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from .sensitivity import Sensitivity
 
 log = logging.getLogger(__name__)
 
+# In place of 0 where something is divided by it.
 TINY = 1e-30
-# Modules of more weights are worked on one after the other: each keeps all processors busy, and takes memory of its
-# own, some ten times its weights in float32.
+# A layer with a module of more weights has its modules worked on one after the other: each keeps all processors busy,
+# and takes some ten times the memory of its weights in float32.
 LARGE = 1 << 22
-# A module that fewer tokens than this reach is named in the log: 4 of them a component allow rank 64 at most.
+# Modules that fewer tokens reach are told in the log: at 4 tokens a component, so many allow rank 64 at most.
 FEW_TOKENS = 256
 
 
@@ -44,8 +47,8 @@ class Rounding:
     """How a host will round one module's weights.
 
     Attributes:
-        bits: of a code; several to forecast each.
-        grid: groups, symmetry, and the search for scales.
+        bits: widths of the weights to forecast, at least one.
+        grid: group size, symmetry, and the search for scales.
         spreads: whether rounding errors are spread over later columns, as GPTQ does.
     """
 
@@ -59,11 +62,12 @@ class Question:
     """What a sweep is to forecast.
 
     Attributes:
-        rounding: of a module.
-        rank: components to forecast, of a module and a width.
-        quantized: Ŵ of a module from its name and W, where it is known; None to find it by a quick GPTQ.
-        uniform: rank with which the kinds are measured.
-        weighed: whether inputs are weighed by their tokens' gradients; without, the two are taken to be independent.
+        rounding: module's name → how its weights will be rounded.
+        rank: module's name and a width → number of components to forecast.
+        quantized: module's name and W → Ŵ, both out × in, for a finished checkpoint; None to find Ŵ by a quick GPTQ.
+        uniform: rank of the factors with which all modules of a kind are measured together.
+        weighed: whether inputs are weighed by their tokens' gradients (`ranks.TokenCorrection`); without, the two are
+            taken to be independent.
     """
 
     rounding: Callable[[str], Rounding]
@@ -78,12 +82,13 @@ class Swept:
     """What a sweep found.
 
     Attributes:
-        forecasts: by module and width.
-        divergences: by kind of module: nats a token that all its modules cost at the first width of each, with factors
-            of the uniform rank. Empty where kinds were not asked for.
-        output_moments: G by module, that forecasts stand on; of what tokens reached.
-        tokens: that forecasts stand on.
-        reached: of them, by module; all, but for experts that tokens are routed to.
+        forecasts: full module name → width → forecast.
+        divergences: kind of module → nats a token that all its modules cost together, each at its first width with
+            factors of the rank `Question.uniform`. Empty where kinds were not asked for.
+        output_moments: full module name → G that the forecasts were made with. Modules that no token reached are not in
+            it.
+        tokens: number of tokens that forecasts were made on.
+        reached: full module name → how many of them reached it: all, except for experts.
     """
 
     forecasts: Mapping[str, Mapping[int, Forecast]]
@@ -95,13 +100,14 @@ class Swept:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A layer while it is there.
+    """A layer whose weights are in memory, and what its modules read.
 
     Attributes:
         index: of the layer.
-        linears: its modules by full name, their weights in memory.
-        leaders: module → the one that reads the same input. What no token reached is not there.
-        rows: inputs by leader, tokens × in, as the model computed them.
+        linears: its modules by full name.
+        leaders: module → the one under whose name their common input is kept. Modules that no token reached are not in
+            it.
+        rows: leader → inputs, tokens × in, in the dtype that the model computed them in.
     """
 
     index: int
@@ -113,7 +119,14 @@ class LayerInputs:
 def layer_inputs(
     model: LayeredModel, modules: Sequence[str], windows: Sequence[Window], progress: Progress = iter
 ) -> Iterator[LayerInputs]:
-    """Every layer in turn, with what its modules read of some windows, which are one layer further then."""
+    """Run windows through the model, and yield each layer in turn with what its modules read.
+
+    Args:
+        model: run layer by layer.
+        modules: full names of linear layers.
+        windows: as `LayeredModel.begin` returns them. Once a layer is yielded, their `hidden` is its output.
+        progress: wraps the layers.
+    """
     for index in progress(range(len(model))):
         with model.layer(index) as layer:
             linears: dict[str, Any] = {
@@ -141,15 +154,21 @@ def sweep(
 ) -> Swept:
     """Forecast every module, and measure every kind.
 
+    In memory at a time: one layer's weights, the inputs of its modules, and what forecasting them takes (`LARGE`).
+
     Args:
         model: run layer by layer, at full precision.
         modules: full names of linear layers.
-        batches: what C stands on: `input_ids` (and `attention_mask`), windows × tokens each. The sensitivity's are
-            the first of them.
-        sensitivity: None to compare modules by their share of the output, G = I / E‖W x‖².
+        batches: data to measure C on: `input_ids` (and `attention_mask`), windows × tokens each. Gradients were taken
+            of the first of them.
+        sensitivity: G by gradients; None to compare modules by their share of the output, G = I / E‖W x‖².
         question: what to forecast.
-        kind_batches: tokens that kinds are measured on; none for no measurement.
+        kind_batches: data to measure kinds on, in the same form; none for no measurement.
         progress: wraps the layers.
+
+    Raises:
+        ValueError: for NaN or infinity in inputs.
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
     windows = model.begin(batches)
     kinds = _Kinds(model, modules, kind_batches) if kind_batches else None
@@ -173,7 +192,7 @@ def sweep(
                                         for bits in question.rounding(name).bits})  # fmt: skip
         if kinds is not None:
             kinds.step(inputs, replaced)
-        # The next layer comes before the loop lets go of it.
+        # These names would keep the layer's tensors until the next layer is made, and both would be in memory.
         del inputs, replaced
     output_moments = relative if sensitivity is None else sensitivity
     return Swept(forecasts, kinds.divergences() if kinds else {}, output_moments, tokens, counts)
@@ -181,7 +200,14 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Found:
-    """Of a module: its forecasts, Ŵ + BA of the first width in its dtype, and G."""
+    """What was found of a module.
+
+    Attributes:
+        name: full module name.
+        forecasts: width → forecast.
+        compensated: Ŵ + BA at the first width, out × in, in the weight's dtype.
+        output_moment: G.
+    """
 
     name: str
     forecasts: dict[int, Forecast]
@@ -197,7 +223,7 @@ def _of_layer(
     question: Question,
     device: torch.device,
 ) -> list[_Found]:
-    """Forecasts of a layer's modules that tokens reached."""
+    """Forecast the modules of a layer that tokens have reached."""
     moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items()}
     columns = _columns(inputs, moments, question)
 
@@ -227,7 +253,7 @@ def _of_layer(
 
 
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
-    """Say once a layer how many experts had few tokens or none; their ranks are small, or 0."""
+    """Warn, once a layer, about experts that few tokens or none have reached: their ranks are small, or 0."""
     few = [name for name in reached if len(inputs.rows[inputs.leaders[name]]) < min(FEW_TOKENS, tokens)]
     none = len(inputs.linears) - len(reached)
     if few or none:
@@ -241,22 +267,22 @@ def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> N
 def module_moments(
     name: str, weight: torch.Tensor, inputs: Moment, rows: torch.Tensor, tokens: int, sensitivity: Sensitivity | None
 ) -> ModuleMoments:
-    """What a module's forecast stands on.
+    """The second moments that a module's forecast is computed from.
 
     Args:
         name: full module name.
         weight: W, out × in, float32.
-        inputs: C, of ``rows``.
-        rows: inputs, of those of the tokens that reached it, × in.
-        tokens: in all.
-        sensitivity: None for G = I / E‖W x‖², times the share of tokens that reached it.
+        inputs: C, in × in, of ``rows``.
+        rows: inputs of the tokens that reached the module, tokens × in.
+        tokens: number of all tokens, those included that were routed past it.
+        sensitivity: G by gradients; None for G = I / E‖W x‖², times the share of tokens that reached the module.
     """
     if sensitivity is None:
         signal = 2 * error_loss(weight, inputs, torch.ones(len(weight), device=weight.device))
         share = len(rows) / max(tokens, 1)
         return ModuleMoments(inputs, torch.full((len(weight),), share / max(signal, TINY), device=weight.device))
     squares = sensitivity.squares(name).to(weight.device)
-    # Gradients are of the first tokens.
+    # Gradients were taken of the first tokens only.
     weighted = rows[: len(squares)] * squares.sqrt()[:, None]
     output = sensitivity[name].to(weight.device)
     return ModuleMoments(inputs, output, moment_of(weighted, name, max(float(squares.sum()), TINY)))
@@ -269,7 +295,8 @@ def _column_key(leader: str, how: Rounding) -> tuple[str, int, bool]:
 def _columns(
     inputs: LayerInputs, moments: Mapping[str, Moment], question: Question
 ) -> dict[tuple[str, int, bool], ColumnOrder]:
-    """What quick GPTQ needs of each input; one after the other, since it takes several matrices of in × in."""
+    """What a quick GPTQ needs of each input, by `_column_key`. Made one after the other: each takes several matrices of
+    in × in while it is made."""
     found: dict[tuple[str, int, bool], ColumnOrder] = {}
     for name, leader in inputs.leaders.items() if question.quantized is None else ():
         how = question.rounding(name)
@@ -281,7 +308,7 @@ def _columns(
 
 
 class _Kinds:
-    """Windows that go through the layers once as they are and once for each kind of module, its weights replaced."""
+    """Takes windows through the layers, once as they are and once for each kind of module with its weights replaced."""
 
     def __init__(self, model: LayeredModel, modules: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> None:
         self._model = model
@@ -292,7 +319,7 @@ class _Kinds:
 
     @torch.no_grad()
     def step(self, inputs: LayerInputs, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Through the layer that is there."""
+        """Take all windows through the layer that is in memory, whose modules become those of ``replaced``."""
         model, index = self._model, inputs.index
         layer = model.model.get_submodule(model.layers[index])
         for window in self._windows:
@@ -317,11 +344,11 @@ class _Kinds:
                 for start in range(0, len(plain), HEAD_TOKENS):
                     some = slice(start, start + HEAD_TOKENS)
                     likely = head(plain[some]).float().softmax(-1)
-                    # Σ p log p, of each token.
+                    # −Σ p log p of each token.
                     entropies = torch.special.entr(likely).sum(-1)
                     for kind, hidden in counted.items():
                         scores = head(hidden[some]).float()
-                        # Σ p log q, q the softmax of the scores, which is not formed.
+                        # Σ p log q of each token, where q is the softmax of the scores; it is not formed.
                         crossed = torch.linalg.vecdot(likely, scores) - scores.logsumexp(-1)
                         sums[kind] -= float((entropies + crossed).sum(dtype=torch.float64))
         return {kind: total / max(tokens, 1) for kind, total in sums.items()}

@@ -20,7 +20,7 @@ RENAME_EXCHANGE = 2
 
 # Names of files and folders that are being written, which a killed process leaves behind.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(?:tmp|old)|\..+\.unfinished")
-# Files without which nobody opens the folder that they stand in.
+# Files by which a folder is opened: without them it is taken for no model and no adapter.
 NAMES_OTHERS = ("config.json", "adapter_config.json")
 
 
@@ -95,8 +95,11 @@ def replaced_folder(
 
 
 def can_be_swapped(target: Path) -> bool:
-    """Whether another folder can take a folder's place by renaming, without anybody's shell being left in a folder
-    that is gone."""
+    """Whether another folder can take ``target``'s place by renaming.
+
+    Not if ``target`` is a mount point, if its parent cannot be written to, or if this process works in it: the shell
+    that started it would be left in a folder that is gone.
+    """
     if not target.exists():
         return True
     try:
@@ -108,7 +111,7 @@ def can_be_swapped(target: Path) -> bool:
 
 
 def unfinished_folder(target: Path) -> Path:
-    """Where a new folder is filled that more than one process works on before it takes ``target``'s place."""
+    """A folder beside ``target`` that several runs, one after another, fill before it takes ``target``'s place."""
     target = target.resolve()
     return _beside(target) / f".{target.name}.unfinished"
 
@@ -141,7 +144,8 @@ def _kept(old: Path, fresh: Path, obsolete: Callable[[Path], bool]) -> Iterator[
     for folder, names, files in os.walk(old):
         inside = Path(folder).relative_to(old)
         links = [name for name in names if Path(folder, name).is_symlink()]
-        # What is being written is nobody's yet, and below a new file there is no place.
+        # Folders that are still being written are nobody's yet. Where the new folder has a file of the name, nothing
+        # can be put below it.
         names[:] = [name for name in names if name not in links and not TEMPORARY.fullmatch(name)
                     and not _is_there(fresh / inside / name, but=Path.is_dir)]  # fmt: skip
         for name in (*files, *links):
@@ -153,7 +157,7 @@ def _kept(old: Path, fresh: Path, obsolete: Callable[[Path], bool]) -> Iterator[
 
 
 def _is_there(path: Path, *, but: Callable[[Path], bool] = lambda path: False) -> bool:
-    """Whether there is anything of that name, a broken link included, but what ``but`` tells of."""
+    """Whether anything has that name, a broken link included; what ``but`` holds for does not count."""
     return os.path.lexists(path) and not but(path)
 
 

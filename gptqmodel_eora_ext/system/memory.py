@@ -7,7 +7,7 @@ import os
 
 
 def release_free_memory() -> None:
-    """Have glibc return free pages to the system; nothing on other systems.
+    """Have glibc return free pages to the system; on other systems this does nothing.
 
     Compensation keeps small factors between large temporaries. Left alone, glibc's heaps grow by a layer's weights for
     every layer, all of it free but unreturned: 17 % of peak memory on SmolLM2.

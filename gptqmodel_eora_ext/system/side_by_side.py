@@ -1,4 +1,4 @@
-"""Modules worked on side by side: what one takes is mostly small operations, which more processors do not speed up."""
+"""Several modules worked on at the same time: one takes mostly small operations, which more threads do not speed up."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Modules at a time, each with matrices of its own in memory.
+# No more modules than this at a time, since each has matrices of its own in memory.
 MOST_WORKERS = 4
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
-    """Results in the order of ``items``; torch's threads are shared out. On a GPU one after the other.
+    """Yield the results of ``work`` in the order of ``items``. On a CPU the workers share torch's threads among them.
 
     Args:
-        work: what is done to each; called from several threads.
-        items: all are taken at once.
-        device: where it is done.
+        work: what is done to each item; called from several threads. Its error is raised in place of its result.
+        items: what is worked on; all are taken from the iterable at once.
+        device: where the work is done; on a GPU it is done one item after the other.
     """
     threads = torch.get_num_threads()
     workers = min(threads, MOST_WORKERS)
@@ -30,7 +30,7 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], device: 
         return
 
     def with_its_share(item: Item) -> Result:
-        # A setting of the calling thread, and of those that start later.
+        # torch keeps this setting for each thread, so every worker has to set its own.
         torch.set_num_threads(threads // workers)
         return work(item)
 

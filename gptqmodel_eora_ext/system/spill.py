@@ -17,8 +17,8 @@ class Kept:
     """A tensor that a `Spill` keeps.
 
     Attributes:
-        tensor: itself, on the CPU; None where it is on disk.
-        offset: where it begins in the file, in bytes.
+        tensor: the tensor, on the CPU; None where it is on disk.
+        offset: where its bytes begin in the file.
         shape: of the tensor.
         dtype: of the tensor.
     """
@@ -32,11 +32,15 @@ class Kept:
 class Spill:
     """Keeps tensors in memory while they take at most ``limit`` bytes, and the others in a file without a name.
 
-    The system removes such a file when the process ends, however it ends. One thread uses it.
+    The system removes such a file when the process ends, however it ends. Only one thread at a time may use a `Spill`.
 
     Args:
-        limit: bytes in memory.
+        limit: bytes that may be in memory.
         folder: where the file is made, once there is something for it; made if it is missing.
+
+    Attributes:
+        in_memory: bytes that are kept in memory now.
+        on_disk: bytes that were written to the file.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -66,7 +70,11 @@ class Spill:
         return kept
 
     def read(self, kept: Kept, device: torch.device | str = "cpu") -> torch.Tensor:
-        """A tensor that is kept, on a device. What lies in memory is given as it is, not copied."""
+        """Give back a tensor that is kept, on ``device``. One that is in memory and there already is not copied.
+
+        Raises:
+            OSError: when the file is shorter than what was written to it.
+        """
         if kept.tensor is not None:
             return kept.tensor.to(device)
         assert self._file is not None
@@ -78,12 +86,12 @@ class Spill:
         return tensor.to(device)
 
     def drop(self, kept: Kept) -> None:
-        """Count what a tensor took in memory as free; the caller lets go of ``kept``."""
+        """Count a tensor's bytes in memory as free. The caller must not use ``kept`` any more."""
         if kept.tensor is not None:
             self.in_memory -= kept.tensor.nbytes
 
     def close(self) -> None:
-        """Give up the file."""
+        """Close the file, which removes it."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -91,7 +99,7 @@ class Spill:
 
 @contextmanager
 def spilling(limit: int, folder: Path) -> Iterator[Spill]:
-    """A `Spill` that is closed at the end."""
+    """Yield a `Spill`, and close it when the block ends."""
     spill = Spill(limit, folder)
     try:
         yield spill
@@ -100,5 +108,5 @@ def spilling(limit: int, folder: Path) -> Iterator[Spill]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    # Numpy has no bfloat16; bytes are bytes.
+    # As bytes, since numpy has no bfloat16.
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)

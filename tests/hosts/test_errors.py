@@ -14,9 +14,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.adapter.factors import ModuleFactors
 from gptqmodel_eora_ext.hosts.autoround.config import EoRAConfig
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.loop.run import ModuleError
+from gptqmodel_eora_ext.loop.run import ModuleError, Run
 
 SEQLEN, MODULES = 32, 14
 Quantize = Callable[..., None]
@@ -126,8 +127,24 @@ def test_token_ids_that_the_model_does_not_embed(
 
 
 @HOSTS
-def test_a_generator_of_calibration(quantize: Quantize, place: str, base: Path, windows: Any) -> None:
+def test_a_generator_of_calibration(
+    quantize: Quantize, place: str, base: Path, windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is read, though checks look at it before the host does: every module sees every token that counts.
+
+    AutoRound leaves out the last token of a sample, which has no label.
+    """
+    found: dict[str, int] = {}
+    record = Run.record
+
+    def counted(self: Run, name: str, factors: ModuleFactors) -> None:
+        found[name] = factors.tokens
+        record(self, name, factors)
+
+    monkeypatch.setattr(Run, "record", counted)
     quantize(base, iter(windows))
+    assert len(found) == MODULES
+    assert set(found.values()) == {len(windows) * (SEQLEN - (quantize is by_autoround))}
 
 
 @HOSTS

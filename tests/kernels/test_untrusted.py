@@ -108,15 +108,18 @@ def write(folder: Path, bits: int) -> PackedWeight:
     return weight
 
 
-def multiply(folder: Path, weight: PackedWeight) -> None:
-    """Read the adapter, multiply with it, and compare with the oracle over what was read."""
+def multiply(folder: Path, weight: PackedWeight) -> list[str]:
+    """Read the adapter, multiply with it, and compare with the oracle over what was read: names of the modules."""
     opened = AdapterFolder.open(folder)
-    for _, read in opened.factors(list(opened.keys)):
+    names = []
+    for name, read in opened.factors(list(opened.keys)):
+        names.append(name)
         factors = Factors(*read.packed) if read.packed else Factors(read.lora_A, read.lora_B.T)
         factors.check(weight)
         x = random_input(1, IN)
         y = FusedLinear(repack_weight(weight), factors)(x)
         assert same(y, linear(x.double(), weight, factors, accumulate=torch.float64))
+    return names
 
 
 def damage_tensor(folder: Path, rng: random.Random) -> str:
@@ -179,7 +182,8 @@ def test_packed_factors(tmp_path: Path, bits: int, damage: Callable[[Path, rando
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_undamaged_factors(tmp_path: Path, bits: int) -> None:
-    multiply(tmp_path, write(tmp_path, bits))
+    """The same files without the damage are read, and compute what the oracle does."""
+    assert multiply(tmp_path, write(tmp_path, bits)) == [NAME]
 
 
 def test_a_message_names_what_was_found_and_what_to_do(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from ...plan.sweep import Rounding
 from ...solve import Grid
 from .moments import IGNORED_TOKEN
 
-# AutoRound tunes rounding and clipping by gradients; forecasts stand in for that by a quick GPTQ that searches scales.
+# AutoRound tunes rounding and clipping by gradients, which takes too long for a forecast. Forecasts round by a quick
+# GPTQ that searches for scales in place of it.
 SCALE_SEARCH = 2.4
 
 
@@ -29,12 +30,13 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
 
     Args:
         orchestrator: AutoRound's object for the run, its model at full precision, in memory or on disk.
-        options: with a budget.
-        token_ids: calibration, 1 × tokens each.
+        options: what was asked of the adapter, with a budget.
+        token_ids: calibration samples, 1 × tokens each; `IGNORED_TOKEN` does not count.
 
     Raises:
         NotImplementedError: for a model that cannot be run layer by layer.
-        ValueError: for a model without linear layers to compensate, or without calibration tokens.
+        ValueError: for a budget that buys nothing, a model without linear layers to compensate, or no calibration
+            tokens.
     """
     model = orchestrator.model_context.model
     groups = orchestrator.quant_block_list or get_block_names(model)
@@ -58,7 +60,7 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
 
 
 def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
-    """The model as AutoRound holds it; where that keeps weights on disk, its checkpoint's, layer by layer."""
+    """The model as AutoRound holds it; where weights are on disk, a model that reads them layer by layer from there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # AutoRound leaves empty tensors, or some on the meta device, in the place of what is on disk.
     absent = [name for name, one in model.named_parameters() if one.is_meta or not one.numel()]
@@ -78,5 +80,6 @@ def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A calibration sample as `input_ids` and `attention_mask`, 1 × tokens each."""
     keep = ids.reshape(1, -1) != IGNORED_TOKEN
     return {"input_ids": ids.reshape(1, -1).clamp_min(0), "attention_mask": keep.long()}

@@ -1,4 +1,4 @@
-"""What compensation in AutoRound's loop does not compose with, told before any work."""
+"""What compensation in AutoRound's loop cannot be combined with is refused before any work."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def _field(scheme: Any, name: str) -> Any:
 def check_dataset(orchestrator: Any) -> None:
     """Refuse token ids that the model does not embed, and data of which AutoRound keeps nothing.
 
-    Texts and names of data sets are AutoRound's to read. A generator is read here, and kept as a list.
+    Only samples of token ids are checked; AutoRound reads texts and data sets itself. A generator can be read only
+    once, so it becomes a list here, which AutoRound then gets.
 
     Raises:
         ValueError: naming what was found.

@@ -17,12 +17,11 @@ LOOP_OBJECTIVES = tuple(name for name in OBJECTIVES if name != "output")
 
 
 class EoRAConfig(QuantizationConfig):
-    """Compensate each block right after AutoRound has quantised it.
-
-    ``AutoRound(model, scheme="W2A16", alg_configs=["signround", EoRAConfig(rank=64)])``; ``"eora"`` for the defaults.
+    """Compensate each block right after AutoRound has quantised it. The string "eora" stands for the defaults.
 
     Args:
-        rank: components per module; 32 where neither it nor ``budget`` is given. Cut to min(out, in) with a warning.
+        rank: components per module; 32 where neither it nor ``budget`` is given. A rank above min(out, in) of a module
+            is cut to that, with a warning.
         budget: in place of a rank: bytes of all factors, as a number or "300MB", "0.25bpw" or "r32". Each module gets
             the rank that takes most off the loss.
         sensitivity: for a budget, what an error in a module is taken to cost: "fisher", "empirical" or "relative".
@@ -33,6 +32,11 @@ class EoRAConfig(QuantizationConfig):
     Raises:
         ValueError: for a rank that is no positive integer, a rank beside a budget, a budget in no known form, or an
             unknown objective, sensitivity or width.
+
+    Example:
+        >>> from auto_round import AutoRound
+        >>> rounder = AutoRound("Qwen/Qwen3-8B", scheme="W2A16", alg_configs=["signround", EoRAConfig(rank=64)])
+        >>> rounder.quantize_and_save("out", format="auto_round")  # the adapter goes into the folder `eora` of `out`
     """
 
     need_calib = True

@@ -1,13 +1,13 @@
 """Compensation in AutoRound's block loop: right after a block is quantised, before anything reads its output.
 
 1. AutoRound tunes and quantises a block: each weight W becomes Ŵ.
-2. A forward of the quantised block over the inputs that AutoRound holds for it gives the second moments of what q/k/v
-   read. It ends there.
-3. The factors are solved for, and each of their weights becomes Ŵ + BA. The same for o, gate/up and down in turn, so
-   that each is compensated for what it will read.
-4. AutoRound computes the block's outputs, parts that are known by then excepted; the next block is tuned on them (where
-   it propagates quantised inputs).
-5. Ŵ comes back; AutoRound packs it as ever.
+2. The quantised block is run over the inputs that AutoRound holds for it, up to where q, k and v read theirs. That
+   gives the second moments of their inputs.
+3. Their factors are solved for, and each of these weights becomes Ŵ + BA. Then o, gate/up and down follow in the same
+   way, so that each module is compensated for what it will really read.
+4. AutoRound computes the block's outputs. Parts of the block whose outputs are known by then are not computed again.
+   Where AutoRound propagates quantised inputs, it tunes the next block on these outputs.
+5. Ŵ is put back, and AutoRound packs it as usual.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class EoRATransform(BasePreprocessor):
-    """AutoRound's pipeline member for `EoRAConfig`. One serves one run of one model."""
+    """AutoRound's pipeline member for `EoRAConfig`. One object serves one run of one model.
+
+    In memory beside AutoRound's own: W and Ŵ of the block under way, and what `BlockInputs` keeps.
+    """
 
     config: EoRAConfig
 
@@ -55,7 +58,7 @@ class EoRATransform(BasePreprocessor):
         """Called when AutoRound has resolved scheme, layers and formats, before it looks at any data.
 
         Raises:
-            ValueError: for options that do not hold together, calibration of another tokenizer, or weights with NaN.
+            ValueError: for options that contradict each other, calibration of another tokenizer, or weights with NaN.
             NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with.
         """
         super().bind(orchestrator)
@@ -66,7 +69,7 @@ class EoRATransform(BasePreprocessor):
         if orchestrator.formats is not None:
             check_formats(orchestrator.formats)
         self.run = LoopRun(self.config, orchestrator)
-        # The instance's own attribute hides the method; another run of another object is not touched.
+        # An attribute of the instance hides the method, so that other objects and their runs are not touched.
         save: Callable[..., Any] = orchestrator.save_quantized
         orchestrator.save_quantized = functools.wraps(save)(functools.partial(self._save_quantized, save))
 
@@ -124,11 +127,11 @@ class EoRATransform(BasePreprocessor):
             self._weights = {}
 
     def register_fp_input_forward_hooks(self, block: torch.nn.Module) -> list[Any]:
-        """None: what is wanted is the inputs of the quantised block."""
+        """No hooks: the inputs of the quantised block are wanted here, not those of the full-precision one."""
         return []
 
     def pre_quantize_block(self, ctx: Any) -> None:
-        """Keep W."""
+        """Keep a copy of each weight W of the block."""
         if self._inputs is None:
             raise NotImplementedError(
                 "EoRA: compensation runs in AutoRound's own loop (`quantize`, `quantize_and_save`), not through "
@@ -159,7 +162,8 @@ class EoRATransform(BasePreprocessor):
             ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)
 
     def _error_moment(self, modules: dict[str, Any], name: str) -> OutputErrorMoment | None:
-        """To sum in place of x xᵀ where that takes fewer operations and tells all that is asked."""
+        """The moment of a module's output error, to be summed in place of x xᵀ; None where x xᵀ takes fewer operations,
+        or where the factors that are asked for need it."""
         linear = modules[name]
         if not self.run.recipe(name).is_plain or not isinstance(linear, torch.nn.Linear):
             return None

@@ -1,8 +1,9 @@
 """Second moments of a block's module inputs, by forwards of AutoRound's own runner over its own cached inputs.
 
-A forward stops at the input that it is for. A part of the block whose modules are all compensated (the attention, once
-`o_proj` is) computes each batch once more, from the input of its last module where that is known, and then gives what
-it gave; to AutoRound as well, when it computes the block's outputs over the same inputs.
+A forward stops at the input that it is run for. Once all modules of a part of the block are compensated (the attention,
+after `o_proj`), the part's output cannot change any more. It is then computed once for each batch, from the input of
+the part's last module where that is known, and kept: for later forwards, and for AutoRound when it computes the block's
+outputs over the same inputs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,22 @@ from ...loop.computed_once import KEPT_BYTES, ReusedBlock
 
 Moment = SecondMoment | OutputErrorMoment
 
-# AutoRound's calibrator gives this id to tokens that count for nothing: padding, and repetitions at a sample's end.
+# AutoRound's calibrator gives this id to tokens that count for nothing: padding, repetitions at a sample's end, and the
+# last token of each sample, which has no label.
 IGNORED_TOKEN = -100
-
-
-# A dense block has four: q/k/v, o, gate/up, down. Each is a forward up to there; beyond, all modules share one forward.
+# A dense block has four stages: q/k/v, o, gate/up, down. Each takes a forward up to its input. Where a block has more
+# stages than this, one forward serves all its modules.
 MOST_STAGES = 8
 
 
 class BlockInputs:
     """A quantised block, and the inputs that AutoRound holds for it.
 
+    It keeps outputs of the block's parts for all batches, where the block's inputs take at most `KEPT_BYTES`, and as
+    many bytes of the inputs of last modules, until `release`.
+
     Args:
-        block: as it is now.
+        block: the block, its weights Ŵ.
         modules: its quantised linear layers by full name.
         runner: AutoRound's `BlockForwardRunner`; its batching, device and autocast are used, not its compiled forward.
         inputs: hidden states, a list of samples (or a dict of them), as the runner takes them.
@@ -74,10 +78,11 @@ class BlockInputs:
         self._handles = ExitStack()
 
     def stages(self) -> list[list[str]]:
-        """Modules that read one input, in the order in which the block runs them; all in one where that is too many.
+        """Group the modules by the input that they read, in the order in which the block runs them.
 
-        Compensating stage by stage lets each see what the ones before it now give. Found on the first sample: a module
-        that it does not reach (an expert) makes one stage of all.
+        Compensating stage by stage lets each module see what those before it give once they are compensated. The stages
+        are found on the first sample. If that does not reach every module (experts), or if there are more than
+        `MOST_STAGES`, all modules are one stage.
         """
         watch = _Watch(self._modules)
         with torch.no_grad(), watch:
@@ -95,8 +100,11 @@ class BlockInputs:
         """Second moments of the inputs of a stage's modules; a module that no token reached has none.
 
         Args:
-            stage: of `stages`.
-            errors: an empty moment to sum in place of x xᵀ, for a module that is alone in its stage; or none.
+            stage: one of `stages`.
+            errors: for a module that is alone in its stage, an empty moment to sum in place of x xᵀ, or None.
+
+        Returns:
+            Full module name → moment; modules that read the same input share one object.
         """
         alone = len(stage) < len(self._modules)
         single = stage[0] if alone and len(stage) == 1 else None
@@ -104,7 +112,7 @@ class BlockInputs:
         sums: dict[str, Moment] = {} if single is None or found is None else {single: found}
         watch = _Watch({name: self._modules[name] for name in stage}, stop=alone, sums=sums)
         self._rows = {}
-        # What comes last in the block is not computed again.
+        # Inputs are kept to compute a part of the block once more. The part that comes last is not computed again.
         room = KEPT_BYTES if single is not None and len(self._open) > 1 else 0
         with torch.no_grad(), watch:
             for number, batch in enumerate(self._batches):
@@ -130,7 +138,10 @@ class BlockInputs:
                     self._reused.append(ReusedBlock(part, lambda: self._current, last, self._rows if last else None))
 
     def expect_outputs(self) -> None:
-        """The next forwards of the block are AutoRound's, batch by batch over the same inputs."""
+        """To be called when the next forwards of the block are AutoRound's, batch by batch over the same inputs.
+
+        A batch is recognised by comparing its input; one that is another is computed in full.
+        """
         numbers = iter(range(len(self._batches)))
 
         def recognise(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,10 +171,11 @@ class BlockInputs:
 
 
 class _Reached(Exception):
-    """The input that a forward ran for is there."""
+    """Ends a forward: the input that it was run for is known."""
 
 
 def _keep_mask(token_ids: Sequence[torch.Tensor] | None, batch: Sequence[int]) -> torch.Tensor | None:
+    """Which tokens of some samples count, samples × tokens, bool; None for all of them, also where that is unknown."""
     if token_ids is None or len(token_ids) <= batch[-1]:
         return None
     chosen = [token_ids[index].reshape(1, -1) for index in batch]
@@ -176,9 +188,9 @@ class _Watch:
     """Hooks that sum x xᵀ, once for modules that read the same tensor.
 
     Args:
-        modules: to watch, by name.
-        stop: end the forward at the first of them.
-        sums: to add to.
+        modules: the modules to watch, by name.
+        stop: whether to end the forward at the first of them.
+        sums: module's name → moment to add to; a new one is made for others.
     """
 
     def __init__(
@@ -191,13 +203,13 @@ class _Watch:
         self.sums = dict(sums)
         # The last input that was added.
         self.rows: torch.Tensor | None = None
-        # Module → the one whose sum is also its own; in the order in which they ran.
+        # Module → the one that read the same input first and has the sum; in the order in which they ran.
         self.leaders: dict[str, str] = {}
         self._modules = modules
         self._stop = stop
         self._handles = ExitStack()
         self._keep: torch.Tensor | None = None
-        # Inputs of the batch under way, kept so that no other tensor takes their identity.
+        # Inputs of the batch under way by their `id`, kept so that no other tensor gets the same `id`.
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
 
     def __enter__(self) -> None:
@@ -230,7 +242,7 @@ class _Watch:
             moment = self.sums.get(name)
             if moment is None:
                 moment = self.sums[name] = SecondMoment(rows.shape[-1], name)
-            # The block runs under autocast, which would take the products to 16 bits.
+            # The block runs under autocast, which would compute these products in 16 bits.
             with torch.autocast(rows.device.type, enabled=False):
                 moment.add(rows, keep)
             self.rows = rows

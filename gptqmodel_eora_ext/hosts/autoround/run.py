@@ -24,19 +24,19 @@ from .moments import IGNORED_TOKEN
 
 log = logging.getLogger(__name__)
 
-# AutoRound's record of the blocks whose weights are on disk, one for each group of blocks. It skips them when the run
-# is started again; their factors are written before that record is.
+# AutoRound's record of the blocks whose weights are on disk, one file for each group of blocks. It skips those blocks
+# when the run is started again; their factors are written before that record is.
 MANIFESTS = "group_*/resume_manifest.json"
-# What AutoRound keeps a scale and a zero point in, beside a group of weights.
+# Bits of a group's scale. A zero point takes as many as a weight.
 SCALE_BITS = 16
 
 
 class LoopRun(Run):
-    """State of one run.
+    """State of one run in AutoRound's loop.
 
     Args:
         config: what the user asked for.
-        orchestrator: AutoRound's object for the run.
+        orchestrator: AutoRound's `BaseOrchestrator` for the run.
     """
 
     def __init__(self, config: EoRAConfig, orchestrator: Any) -> None:
@@ -49,10 +49,12 @@ class LoopRun(Run):
     def begin(self) -> None:
         """Called before the first block of the run.
 
-        Where AutoRound writes each block's weights as soon as it is packed, it is sent to the new folder from here on.
+        Where AutoRound writes each block's weights as soon as it is packed, it writes them into the new folder from
+        here on. Where an interrupted run is resumed, the factors of its finished blocks are read.
 
         Raises:
             ValueError: when the blocks that an interrupted run has finished were compensated with other options.
+            NotImplementedError: for a run under a budget that is to be resumed.
             OSError: when there is too little space for the export.
         """
         self.factors = {}
@@ -75,7 +77,14 @@ class LoopRun(Run):
                 log.info("EoRA: %d modules were compensated before the run was interrupted.", len(self.factors))
 
     def allocate(self, token_ids: Sequence[torch.Tensor] | None) -> None:
-        """Called with the calibration tokens before each block; the first call tells them apart and plans a budget."""
+        """Called with the calibration tokens before each block; the first fingerprints them and gives out a budget.
+
+        Args:
+            token_ids: of each sample, 1 × tokens; None where AutoRound keeps none.
+
+        Raises:
+            ValueError, NotImplementedError: under a budget, as `allocate_ranks`.
+        """
         if self.calibration:
             return
         known = token_ids or ()

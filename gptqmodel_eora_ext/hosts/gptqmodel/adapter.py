@@ -23,10 +23,11 @@ from ...kernels.versions import counting_writes, unchanged, version
 from ...plan import Plan
 from .installed import require_installed
 
-# The path of an adapter that has no folder and no factors, and says only that the plugin's kernels are wanted. The host
-# takes an adapter without a path for one whose factors lie among the weights, and makes room for them.
+# The path of an adapter that has no folder and no factors, and only says that the plugin's kernels are wanted. Without
+# a path the host would take it for an adapter whose factors lie among the weights, and make room for them.
 KERNELS_ALONE = "(none: the plugin's kernels alone)"
-# Tells adapters apart that captured graphs apply at the same time (`kernels.triton.ops.add_correction`).
+# Each adapter's number, by which launches of several adapters in captured graphs use counters of their own
+# (`kernels.triton.ops.add_correction`).
 _slots = itertools.count()
 
 
@@ -37,17 +38,20 @@ def _uses(tensor: torch.Tensor) -> int:
 
 
 def _references(values: Sequence[Any]) -> list[int]:
-    """How many refer to each of the values in a list; as many as to new objects in one, if nobody else does."""
+    """Reference counts of the values in a list. One that nobody else refers to has the count of a new object there."""
     return [sys.getrefcount(value) for value in values]
 
 
 class EoRA(Lora):
     """Training-free low-rank compensation of the quantisation error.
 
-    Quantising: ``model.quantize(calibration, adapter=EoRA(rank=64))``, or ``QuantizeConfig(adapter=EoRA(rank=64))``.
-    Loading: ``GPTQModel.load(path)`` finds the adapter that the checkpoint names;
-    ``GPTQModel.load(path, adapter=EoRA(path=folder))`` loads another one, and
-    ``GPTQModel.load(path, adapter=EoRA())`` none: it has the plugin's kernels serve a checkpoint without an adapter.
+    Example:
+        >>> model = GPTQModel.load("Qwen/Qwen3-8B", QuantizeConfig(bits=2, group_size=64))
+        >>> model.quantize(calibration, adapter=EoRA(rank=64))
+        >>> model.save("out")
+        >>> model = GPTQModel.load("out")  # finds the adapter that the checkpoint names
+        >>> model = GPTQModel.load("out", adapter=EoRA(path="adapters/r64"))  # loads another one
+        >>> model = GPTQModel.load("plain", adapter=EoRA())  # no adapter: the plugin's kernels for a plain checkpoint
 
     Args:
         rank: components per module, at least 1; when loading, the folder tells. A rank above min(out, in) of a module
@@ -64,8 +68,8 @@ class EoRA(Lora):
         sensitivity: under a budget, what an error in a module is taken to cost: "fisher" (gradients of the loss,
             labels drawn from the model), "empirical" (the text's own labels), "relative" (its share of the module's
             output; no gradients); or "uniform" for one rank for all. Left out, what the preset says, or "fisher".
-        rounds: times that GPTQ quantises a module, each time what the last round's factors leave of it; the best round
-            is kept. Costs a quantisation each. Left out, what the preset says, or 1.
+        rounds: how often GPTQ quantises a module: first W, then W − BA with the last round's factors. The best round is
+            kept. Each costs a quantisation. Left out, what the preset says, or 1.
         preset: "fast", "balanced" or "best": factor_bits, sensitivity and rounds that go together (docs/budget.md).
         plan: a `Plan` of `eora plan`, or its file, in place of ``rank``: the ranks and the bits of the factors. The
             model has to be loaded with `QuantizeConfig(**plan.quantize_config())`, which names them module by module.
@@ -196,9 +200,9 @@ class EoRA(Lora):
         }
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Add (x Aᵀ) Bᵀ to the kernel's output, in place; a module without factors is left as it is.
+        """Add (x Aᵀ) Bᵀ to the kernel's output, … × out, in place, and return it; without factors nothing is added.
 
-        The product is taken in x's dtype; the factors stay in their own, whatever x comes in.
+        The product is computed in the dtype of x, … × in. The adapter's own factors stay in theirs.
         """
         if not self.has_factors:
             return out
@@ -209,16 +213,16 @@ class EoRA(Lora):
             add_correction(x, lora_A.T, lora_B, out, self._slot)
             return out
         if x.is_cuda and out.is_contiguous():
-            # Two launches where stock makes three, and one pass over the output less.
+            # Two launches where GPTQModel's `Lora` makes three, and one pass less over the output.
             out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ lora_A, lora_B)
             return out
-        # Some kernels hand over x flattened and out not, others the reverse.
+        # Some kernels flatten x to rows and leave out in its shape, others do the reverse.
         return out.add_(((x @ lora_A) @ lora_B).reshape(out.shape))
 
     def _like(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in x's dtype and on its device: themselves, or copies that are kept until one of these changes."""
+        """Aᵀ and Bᵀ in x's dtype and on its device: the factors, or copies that are kept until either side changes."""
         if torch.compiler.is_compiling() or self.trained:
-            # A gradient has to reach the factors, and a trace must not keep what it cannot see change.
+            # A gradient has to reach the factors; and a trace would keep a copy without seeing that factors change.
             lora_A, lora_B = self.lora_A, self.lora_B
             assert lora_A is not None and lora_B is not None
             return lora_A.to(x.device, x.dtype), lora_B.to(x.device, x.dtype)
@@ -292,7 +296,7 @@ class EoRA(Lora):
         return self._floats[0], self._floats[1], self._packed
 
     def state(self) -> tuple[Any, ...]:
-        """What is another object or number once the factors are others or were written to."""
+        """Objects and counts of writes; one of them at least differs once the factors are others or were written to."""
         return (*self.stored(), *self._versions())
 
     def _versions(self) -> tuple[int, int]:
@@ -309,13 +313,13 @@ class EoRA(Lora):
         """Let go of what was unpacked for somebody who only looked, as the host's loader does at each module."""
         if self._packed is None or self._versions() != self._unpacked_at:
             return
-        # Nobody else can write to it where no other Python object refers to it, and no view does.
+        # Nobody else can write to a tensor that no other Python object and no view refers to.
         unseen = _references(self._floats) == _references([object(), object()])
         if unseen and all(one is not None and _uses(one) == 1 for one in self._floats):
             self._floats, self._unpacked_at = [None, None], None
 
     def _set_float(self, index: int, value: torch.Tensor | None) -> None:
-        self._float(1 - index)  # the other one stays what it is, also where it is packed still
+        self._float(1 - index)  # unpacks the other factor where it is packed, so that it keeps its values
         self._floats[index] = None if value is None else counting_writes(value)
         self._packed = self._unpacked_at = None
 
@@ -323,7 +327,7 @@ class EoRA(Lora):
         """Aᵀ and Bᵀ of packed factors, float32, in the layouts that stock `Lora` multiplies with."""
         assert self._packed is not None
         with torch.inference_mode(False), torch.no_grad():
-            # Not a view of something else, so that views of it are counted as its own (`_forget_unpacked`).
+            # A copy in place of a view of something else: `_forget_unpacked` counts the views of this tensor alone.
             return self._packed[0].dequantize().T.clone(), self._packed[1].dequantize()
 
     def factors(self, device: torch.device) -> Factors | None:
@@ -349,7 +353,7 @@ class EoRA(Lora):
         return (lora_A is not None and lora_A.requires_grad) or (lora_B is not None and lora_B.requires_grad)
 
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
-        """Take a module's factors; packed ones are kept as they were stored, and unpacked where somebody asks."""
+        """Take a module's factors onto ``device``; packed ones stay packed, and are unpacked where somebody asks."""
         self.rank = factors.lora_A.shape[0]
         self._device = device
         if factors.packed is not None:

@@ -22,12 +22,13 @@ from gptqmodel.utils.model import get_layers_with_prefixes
 
 from .known_weights import dequantize
 
-# A norm weight in bfloat16 has 8 bits; native and checkpoint agree to two roundings once s is moved.
+# Largest relative difference between the two models' norms once s is moved: bfloat16 keeps 8 bits, and each side has
+# been rounded.
 NORM_TOLERANCE = 2**-6
 
 
 class _AnyFeature(dict[str, torch.Tensor]):
-    """Stands for captured activations where only the grouping of modules is asked for."""
+    """In place of captured activations, for GPTQModel's grouping of modules, which asks only whether they are there."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -73,6 +74,7 @@ def move_scales(model: Any, norms: Mapping[str, torch.Tensor], kernels: Mapping[
 
 
 def _ratio(native: torch.Tensor, checkpoint: torch.Tensor) -> torch.Tensor:
+    """The scale of each channel of a norm, float32; 1 where the quotient is no positive number."""
     native, checkpoint = native.to(torch.float32), checkpoint.to(native.device, torch.float32)
     ratio = native / checkpoint
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
@@ -81,7 +83,8 @@ def _ratio(native: torch.Tensor, checkpoint: torch.Tensor) -> torch.Tensor:
 def _fit(
     layer: torch.nn.Module, layer_name: str, readers: list[str], kernels: Mapping[str, BaseQuantLinear]
 ) -> torch.Tensor:
-    # Weights that read the same input have the same columns, so all readers count as one tall weight.
+    """The scale of each input column of weights that read the same input, by least squares, float32."""
+    # Their columns have the same scales, so the weights count as one tall weight.
     native = torch.cat([layer.get_parameter(f"{name}.weight").data.to(torch.float32) for name in readers])
     quantized = torch.cat([dequantize(kernels[f"{layer_name}.{name}"]) for name in readers])
     fitted = (native * quantized.to(native.device, torch.float32)).sum(0) / native.square().sum(0)
@@ -89,6 +92,7 @@ def _fit(
 
 
 def _check_norm(name: str, moved: torch.Tensor, checkpoint: torch.Tensor) -> None:
+    """Refuse a norm that, once the scales are moved, is not the checkpoint's."""
     moved, checkpoint = moved.to(torch.float32), checkpoint.to(moved.device, torch.float32)
     gap = float((moved - checkpoint).norm() / checkpoint.norm())
     if not gap <= NORM_TOLERANCE:

@@ -1,4 +1,4 @@
-"""Is a full-precision model the one that a checkpoint was quantised from? Told from the files of both."""
+"""Whether a full-precision model is the one that a checkpoint was quantised from, by comparing the files of both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PART_ROWS = 8
 
 
 def check_embeddings(checkpoint: Path, base: Path, named: str) -> None:
-    """Compare what no quantiser touches. Says nothing where files or names do not allow it.
+    """Compare the embeddings, which no quantiser touches. Where none is found in the files of both, nothing is checked.
 
     Args:
         checkpoint: folder of the quantised model.
@@ -53,7 +53,7 @@ def _gap(native: torch.Tensor, stored: torch.Tensor) -> float:
 
 
 def _shared(checkpoint: Path, base: Path, *, dimensions: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, the base's, the checkpoint's) of parameters that both store in floating point; large ones in part."""
+    """Yield (name, the base's, the checkpoint's) of weights that both store under one name; of large ones some rows."""
     places = {key: path for path in sorted(base.glob("*.safetensors")) for key in _keys(path)}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

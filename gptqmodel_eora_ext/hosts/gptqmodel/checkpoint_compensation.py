@@ -1,10 +1,11 @@
 """Compensating a finished checkpoint, whose Ŵ is known before the data is seen: less to sum, less to compute.
 
 GPTQModel runs a layer once for every subset of modules (q/k/v, then o, gate/up, down), and once more for its outputs.
-Here a subset's forward stops before the module whose input it is there for. A part of the layer that has no module left
-to compensate (the attention block, once `o_proj` is done) computes each batch once more and then gives what it gave; if
-its output is that of its last module, whose input is known, it computes that module alone. A part that has none to
-compensate (a norm) gives what it gave wherever its input is what it was.
+Three things shorten that here. A subset's forward stops before the module whose input it is run for. A part of the
+layer with no module left to compensate (the attention block, once `o_proj` is done) is computed once for each batch,
+and its output is kept for later forwards; where the output is that of its last module, whose input is known, only that
+module is computed. A part with nothing to compensate at all (a norm) keeps its output, too, and returns it again where
+its input is the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .compensation import Compensation, Moment
 
 
 class CheckpointCompensation(Compensation):
-    """Mixin for `CheckpointProcessor`."""
+    """Mixin for `CheckpointProcessor`. It keeps, for the layer under way, what `loop.computed_once` keeps."""
 
     quantized: Any
     quantized_weight: Callable[[NamedModule], torch.Tensor]
@@ -41,7 +42,7 @@ class CheckpointCompensation(Compensation):
         self._kept_bytes = 0
 
     def _trim_memory(self) -> None:
-        """Once a layer (`_enter_layer`): nothing is quantised here, so there is less to give back."""
+        """Nothing: `_enter_layer` gives memory back once a layer, which is enough where nothing is quantised."""
 
     def _new_moment(self, module: NamedModule, *, alone: bool) -> Moment:
         weight = module.module.weight.data
@@ -63,7 +64,7 @@ class CheckpointCompensation(Compensation):
             self._enter_layer(model, modules[0].full_name.removesuffix(f".{modules[0].name}"))
         self._inputs = {}
         self._only = modules[0] if len(modules) == 1 else None
-        # Where all of a subset read one input, nothing beyond it is wanted.
+        # Where all modules of a subset read one input, the forward may end there.
         if len(self._moments) == 1 and not is_lm_head_module and self.run.full_precision_inputs is None:
             self._stopping = next(iter(self._moments))
             self._stop = self._modules[self._stopping].module.register_forward_pre_hook(self._capture_and_stop)

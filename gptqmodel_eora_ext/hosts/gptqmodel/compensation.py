@@ -1,8 +1,8 @@
 """Compensation inside GPTQModel's layer loop: right after a module is quantised, before anything reads its output.
 
-`Compensation` is mixed into whatever processor quantises. The module's weight becomes Ŵ + BA
-for the rest of the layer's forwards, so that later modules and layers are calibrated on what the compensated model
-computes; Ŵ alone comes back before packing.
+`Compensation` is mixed into whatever processor quantises. The module's weight becomes Ŵ + BA for the rest of the
+layer's forwards, so that later modules and layers are calibrated on what the compensated model computes. Before the
+module is packed, its weight becomes Ŵ again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ QUANTIZED_WEIGHT = "eora_quantized_weight"
 
 
 class Compensation:
-    """Mixin for a `LoopProcessor` that quantises one module per `process()` call."""
+    """Mixin for a `LoopProcessor` that quantises one module per `process()` call.
+
+    In memory for the subset under way: one in × in float32 sum for each input that its modules read, and Ŵ of each
+    module on the CPU until it is packed.
+    """
 
     run: CompensationRun
     tasks: Any
@@ -63,7 +67,8 @@ class Compensation:
     def begin_shared_input_capture(
         self, model: Any, subset_names: list[str], is_lm_head_module: bool = False
     ) -> dict[str, str]:
-        """Called before hooks are set for a subset: drop the last subset's sums, elect who captures for whom."""
+        """Called before hooks are set for a subset: drop the last subset's sums, and elect for each input that several
+        modules read the one that captures it."""
         host_leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)  # type: ignore[misc]
         self._trim_memory()
         if self.run.allocation is not None:
@@ -132,7 +137,8 @@ class Compensation:
         return hook
 
     def _add_cross(self, name: str, batch: int | None, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
-        """Pair the inputs with the full-precision model's. An expert may get other tokens now; it has no such pairs."""
+        """Pair the inputs with the full-precision model's. An expert may get other tokens in the two models; then its
+        inputs cannot be paired, and what was summed is dropped."""
         full_precision_inputs = self.run.full_precision_inputs
         if full_precision_inputs is None or name not in self._cross_moments:
             return
@@ -143,7 +149,8 @@ class Compensation:
             self._cross_moments[name].add(original, rows, keep)
 
     def _keep_mask(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """The batch's attention mask where the host left masking to the processor; otherwise rows are masked."""
+        """The batch's attention mask, shaped like the rows, where the host leaves masking to the processor; None where
+        the host has left padding out already."""
         if not getattr(self, "preserve_batch_keep_mask", False):
             return None
         mask = getattr(getattr(self, "_mask_tls", None), "value", None)

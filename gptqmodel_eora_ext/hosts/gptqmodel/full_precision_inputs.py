@@ -46,7 +46,7 @@ class FullPrecisionInputs(NativeProcessor):
         return hook
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:
-        """Nothing: the inputs stay until the next layer's take their place."""
+        """Nothing to do here. The inputs stay until those of the next layer replace them."""
 
     def submodule_finalize(self, module: NamedModule, model: Any, **kwargs: Any) -> None:
         """Nothing to finish."""

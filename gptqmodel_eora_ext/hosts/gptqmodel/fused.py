@@ -26,19 +26,19 @@ from ...kernels.shared_input import Joint, SharedInput, SharesInput
 from ...kernels.versions import counting_writes
 from .adapter import EoRA
 
-# The buffers that a weight consists of.
+# Names of the buffers that a packed weight consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A layer, and what it was made from.
+    """A layer, and what it was made from; when that changes, the layer has to be made again.
 
     Attributes:
-        source: the repacked weight whose packed tensors were given up, or these (`PACKED`); the bias, A, B and the
-            packed factors.
-        counted: those of them that tell how often they were written to.
-        versions: how often each was.
+        source: the weight, then the bias, A, B and the packed factors. The weight is the four packed tensors
+            (`PACKED`) or, once they were given up, the repacked weight and three times None.
+        counted: the tensors of ``source``, which count how often they were written to.
+        versions: those counts when the layer was made.
         weight: the repacked weight.
         layer: the layer.
     """
@@ -64,14 +64,14 @@ class _Metadata(_LinearWeightMetadata):
 class EoRAFusedLinear(SharesInput, TorchLinear):
     """GPTQ weights and an `EoRA` adapter in one pass on the CPU; on another device, what `TorchLinear` does.
 
-    Once they are repacked, the checkpoint's packed tensors are given up, so that a weight takes its bytes once. They
-    are had back from the repacked form, bit for bit, by whoever asks:
+    Once they are repacked, the checkpoint's packed tensors are given up, so that a weight is in memory once. They are
+    restored from the repacked form, bit for bit, for whoever asks:
 
     - `state_dict`, `named_buffers`, copies and pickles, and with them saving, get tensors of their own.
     - A move or a cast gives them to torch and repacks what it made of them, unless that lies on another device.
-    - One that is asked for as an attribute (`module.scales`) stays, with the others, since whoever asked may write to
-      it: that is seen, and the layer made again. So does what the torch path asks for: training of this weight's input
-      in a dtype without a kernel, say.
+    - One that is asked for as an attribute (`module.scales`) stays from then on, with the others, since whoever asked
+      may write to it; a write is noticed, and the layer is made again. The torch path asks in the same way, for an
+      input in a dtype without a kernel, say.
 
     `buffers()` of a whole model passes over what is given up.
     """
@@ -220,7 +220,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         return made.layer
 
     def _source(self, adapter: EoRA | None) -> tuple[Any, ...]:
-        """As `_Made.source`, as they are now."""
+        """What `_Made.source` would be if the layer were made now."""
         buffers, repacked = self._buffers, self._repacked
         weight = tuple(map(buffers.__getitem__, PACKED)) if repacked is None else (repacked, None, None, None)
         return (*weight, buffers.get("bias"), *((None, None, None) if adapter is None else adapter.stored()))
@@ -232,7 +232,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
                 self._buffers[name] = counting_writes(buffer)
         source = self._source(adapter)
         counted = tuple(one for one in source if isinstance(one, torch.Tensor))
-        # Read first: who writes meanwhile has another layer made.
+        # The counts are read before the values, so that the next call notices a write that comes in between.
         versions = [one._version for one in counted]
         weight = self._repacked or self._same_weight(source, made) or repack_weight(self.packed())
         factors = None if adapter is None else adapter.factors(weight.codes.device)
@@ -247,7 +247,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
     @staticmethod
     def _same_weight(source: tuple[Any, ...], made: _Made | None) -> RepackedWeight | None:
-        """The weight of the layer before, where it was made from these very packed tensors as they are now."""
+        """The last layer's weight, where it was made from these very tensors and none was written to since; or None."""
         packed = len(PACKED)
         if made is None or not all(map(operator.is_, source[:packed], made.source)):
             return None
@@ -259,10 +259,10 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         return True
 
     def _given_back(self) -> dict[str, torch.Tensor]:
-        """The packed tensors that were given up, new ones each time; none where they are here."""
+        """The packed tensors, restored anew at each call; empty where they were not given up."""
         if self._repacked is None:
             return {}
-        # Not of inference mode, whose tensors do not tell who writes to them.
+        # Tensors that are made in inference mode do not count how often they are written to.
         with torch.inference_mode(False), torch.no_grad():
             return unpack_weight(self._repacked)
 
@@ -272,7 +272,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         self._repacked = None
 
     def like_scales(self) -> torch.Tensor:
-        """A tensor of the weight's dtype and device, whatever of it is here."""
+        """A tensor of the dtype and device of the scales: these, or an empty one where they were given up."""
         scales = self._buffers["scales"]
         if scales is None:
             assert self._repacked is not None
@@ -300,7 +300,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
             self._asked_for = True
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """As of any module; of what was given up, tensors of their own."""
+        """As of any module; for buffers that were given up, new tensors of the same values."""
         with self._lent():
             found = list(super().named_buffers(*args, **kwargs))
         return iter(found)
@@ -311,7 +311,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[None]:
-        """What was given up is there meanwhile."""
+        """Have the packed tensors that were given up in their place within the block."""
         lent = self._given_back()
         self._buffers.update(lent)
         try:
@@ -352,8 +352,8 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: the buffers, from which it repacks by itself. It is alone with its input;
-        `share_inputs` is for whole models."""
+        """What a copy or a pickle holds: the buffers, from which it repacks by itself. It shares its input with nobody,
+        until `share_inputs` is called for a whole model."""
         buffers = {**self._buffers, **self._given_back()}
         own = {"_repacked": None, "_asked_for": False, "_made": None, "shared": None}
         return {**self.__dict__, "_buffers": buffers, **own}

@@ -31,7 +31,7 @@ from .run import CompensationRun, batches_required, rounds_to_make
 
 log = logging.getLogger(__name__)
 
-# Why `generate` makes one round.
+# Why `generate` makes one round only, for the message.
 FINISHED = "the checkpoint is quantised already"
 
 # Kernels that dequantise on any device, by the checkpoint's method.
@@ -42,7 +42,15 @@ def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """GPTQModel's `adapter.generate`: an `EoRA` is made here, any other adapter by `original`.
 
     `adapter.path` is where to write; a relative path counts from the working directory; left out, the adapter goes
-    into the checkpoint, which then names it.
+    into the checkpoint, which then names it. Errors are those of `generate_adapter`.
+
+    Example:
+        >>> GPTQModel.adapter.generate(
+        ...     adapter=EoRA(rank=64),
+        ...     model_id_or_path="Qwen/Qwen3-8B",  # full precision
+        ...     quantized_model_id_or_path="out",  # the finished checkpoint
+        ...     calibration_dataset=calibration,
+        ... )
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     call.apply_defaults()
@@ -86,6 +94,11 @@ def generate_adapter(
         base: the full-precision model that the checkpoint was quantised from.
         checkpoint: its folder.
         calibration: what GPTQModel's `quantize` takes.
+        batch_size: windows per forward.
+        calibration_concat_size: as in GPTQModel's `quantize`, like the next two.
+        calibration_sort: see above.
+        calibration_concat_separator: see above.
+        tokenizer: for calibration in texts; the base model's by default.
         loading: passed to `GPTQModel.load` for both models.
         report: called with (layers done, layers in all).
 

@@ -39,6 +39,6 @@ class Guarded:
         return guarded
 
     def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
-        """Pack."""
+        """Pack the module; an error is remembered."""
         with self.run.guarded(module.full_name):
             super().submodule_finalize(module, *args, **kwargs)  # type: ignore[misc]

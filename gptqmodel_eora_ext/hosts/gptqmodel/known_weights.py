@@ -18,7 +18,7 @@ from gptqmodel.quantization.config import clone_weight_only_config_for_module
 
 
 class _CalibratedProcessor(LoopProcessor):
-    """What a processor without statistics of its own needs to be driven by calibration data."""
+    """Base of processors that need no statistics themselves, but are to see calibration data for compensation."""
 
     def __init__(self, **calibration: Any) -> None:
         LoopProcessor.__init__(
@@ -64,9 +64,9 @@ class CheckpointProcessor(_CalibratedProcessor):
         return dequantize(self.quantized[module.full_name])
 
     def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Ŵ of a module by its full name, float32, beside W; W itself where the checkpoint keeps that."""
+        """Ŵ of a module by its full name, out × in, float32, on the device of W; W where the checkpoint keeps that."""
         kernel = self.quantized.get(name)
-        # Kernels are where the checkpoint was loaded to, W where sensitivities are measured.
+        # The kernel lies where the checkpoint was loaded to, which may be another device.
         return (weight if kernel is None else dequantize(kernel)).to(device=weight.device, dtype=torch.float32)
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:

@@ -16,13 +16,15 @@ from ...plan.layered import LayeredModel
 
 
 def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
-    """The full-precision model, to be run layer by layer: a copy of GPTQModel's shell, or its model in memory.
+    """The full-precision model, to be run layer by layer.
 
-    In a shell, experts are linear layers of their own. GPTQModel's object is not touched.
+    GPTQModel may load a model as a shell, whose weights stay in the checkpoint's files and whose experts are linear
+    layers of their own. Then a copy of the shell is used, otherwise the model in memory. GPTQModel's object is not
+    changed.
 
     Args:
         model: GPTQModel's model object, before its loop.
-        shapes: what it quantises.
+        shapes: the modules that it quantises.
 
     Raises:
         NotImplementedError: for modules that are not in one list of layers.
@@ -37,7 +39,7 @@ def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
 
 
 class ShellWeights:
-    """Weights of GPTQModel's shell, by its own reader, which knows how checkpoints name and lay out what a model has.
+    """Reads the weights of GPTQModel's shell, by GPTQModel's reader: it knows how checkpoints name and lay out tensors.
 
     Args:
         source: GPTQModel's `LazyTurtle`.
@@ -57,7 +59,7 @@ class ShellWeights:
             tie_weights=False,
             show_progress=False,
         )
-        # It leaves out a head that is tied to the embeddings.
+        # GPTQModel's reader leaves out a head that is tied to the embeddings.
         self._checkpoint.fill(model, name)
 
     def samples(self, rows: int) -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
@@ -78,7 +80,7 @@ def module_shapes(model: Any) -> list[ModuleShape]:
 
 
 def linear_shapes(model: Any) -> list[ModuleShape]:
-    """The same; empty for a model without any."""
+    """As `module_shapes`, but empty for a model without any linear module."""
     config = model.quantize_config
     known = dict(model.model.named_modules())
     names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]

@@ -1,4 +1,4 @@
-"""Plans and sizes, checked against GPTQModel's model before its loop starts."""
+"""A plan, or the size that an adapter will have, is checked against GPTQModel's model before its loop starts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_plan(model: Any, plan: Plan) -> None:
 def warn_if_dominated(model: Any, adapter: EoRA) -> None:
     """Warn when the adapter makes the model larger than plain weights of the next width.
 
-    A plan has weighed that already. Sizes are those of the GPTQ format.
+    Sizes are those of the GPTQ format. An adapter of a plan is passed over: the plan has compared these sizes itself.
     """
     config = model.quantize_config
     if adapter.plan is not None or config.method != METHOD.GPTQ or config.bits not in NEXT_BITS:

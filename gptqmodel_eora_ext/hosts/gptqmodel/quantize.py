@@ -46,8 +46,21 @@ SUPPORTED_METHODS = (METHOD.GPTQ, METHOD.AWQ, METHOD.QQQ)
 def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run `original` (GPTQModel's `quantize`) with compensation when the adapter is an `EoRA`.
 
-    The adapter is taken out of the host's sight meanwhile: its own second pass over the data and its `Lora` branches
-    stay off, and `CompensatingLooper` finds the run on the model.
+    While it runs, the host sees no adapter, so that its own second pass over the data and its branches for `Lora` stay
+    off; `CompensatingLooper` finds the run on the model.
+
+    Args:
+        original: GPTQModel's `quantize`.
+        model: GPTQModel's model object; the other arguments are those of its `quantize`.
+
+    Raises:
+        ValueError: for a plan or a budget that does not fit, broken weights, or calibration data that is empty or of
+            another tokenizer.
+        NotImplementedError: for a method or an option that compensation cannot be combined with.
+        ModuleError: when quantising or compensating a module fails.
+
+    Example:
+        >>> model.quantize(calibration, adapter=EoRA(rank=64))
     """
     call = inspect.signature(original).bind(model, *args, **kwargs)
     call.apply_defaults()
@@ -58,7 +71,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         return original(*call.args, **call.kwargs)
     adapter.settle_for_making()
     for name in ("calibration", "adapter_calibration_dataset"):
-        # Looked at before the host takes it, which a generator allows once.
+        # The data is looked at before the host reads it, and a generator can be read only once.
         if isinstance(options[name], Iterator):
             options[name] = list(options[name])
     _check_supported(model, adapter, options)
@@ -179,7 +192,7 @@ class CompensatingLooper(ModuleLooper):
             if run.rank == AUTO and run.options.sensitivity == UNIFORM:
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
-                # AWQ's Ŵ stands for a rescaled W; it is forecast as if it were not known.
+                # AWQ's Ŵ belongs to a rescaled W. It cannot be compared with W, so forecasts round W by themselves.
                 finished = model.quantize_config.method == METHOD.GPTQ
                 run.allocation = allocate_ranks(
                     model,
@@ -194,13 +207,13 @@ class CompensatingLooper(ModuleLooper):
         super().__init__(model, processors, *args, **kwargs)
 
     def _subset_event_dispatch(self, **event: Any) -> None:
-        """Called on the main thread as a subset of modules goes from step to step: where workers' errors come out."""
+        """Called on the main thread as a subset of modules goes from step to step; here workers' errors are raised."""
         super()._subset_event_dispatch(**event)
         if self._run is not None:
             self._run.raise_failure()
 
     def loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The whole loop. What fails because a worker's error came before is not what the caller should hear of."""
+        """Run the whole loop. Where a worker's error has made something else fail, the worker's error is raised."""
         try:
             return super().loop(*args, **kwargs)
         finally:
@@ -231,7 +244,7 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
 
 @contextlib.contextmanager
 def logs_out_of_the_way() -> Iterator[None]:
-    """Have GPTQModel write its per-processor logs to a temporary folder, not to `./logs` where the user stands."""
+    """Have GPTQModel write its processors' logs to a temporary folder, not to `logs` in the working directory."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     previous = loop_processor._PROJECT_LOG_DIR
     loop_processor._PROJECT_LOG_DIR = Path(tempfile.gettempdir()) / f"gptqmodel_logs_{user}"

@@ -1,10 +1,10 @@
 """`EoRA(rounds=n)`: weight and adapter chosen for each other, by GPTQModel's own GPTQ.
 
-GPTQ rounds W; the adapter takes up the strongest part of the error. What it can take up need not be in the weight at
-all: so GPTQ rounds W − BA next, with the Hessian it rounded W with, and the adapter is solved anew for what is left.
-Each round starts from the last one's factors; the first that leaves no less of the error ends them. With GPTQModel's
-search for scales (`mse`) a round takes a few percent off the error; without it at 2 bits none does, since W − BA has
-larger extremes than W (docs/method.md).
+GPTQ rounds W, and the adapter takes up the strongest part of the error. What the adapter takes up need not be in the
+quantised weight. So in the next round GPTQ rounds W − BA, with the same Hessian, and the adapter is solved for again,
+for what is left. Each round starts from the last one's factors; the first round that leaves no less of the error is the
+last. With GPTQModel's search for scales (`mse`) a round takes a few percent off the error. Without it, none does in
+SmolLM2's first layer at 2 bits (docs/method.md).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Solve = Callable[[torch.Tensor, bool], ModuleFactors]
 
 
 class JointRounds:
-    """Stands for the `quantize` of one module's `GPTQ` task.
+    """Takes the place of `quantize` of one module's `GPTQ` task, and calls it once for each round.
 
     Args:
-        task: of the module; its weight is W until the host has taken the result.
+        task: the module's task; the module's weight is W until the host has taken the result.
         rounds: times to quantise, at least 2.
         solve: factors for a Ŵ; its second argument tells whether it is the first round.
 
@@ -43,16 +43,16 @@ class JointRounds:
     def quantize(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What `GPTQ.quantize` returns, of the best round."""
         task = self._task
-        # GPTQ calls itself again where a loss is not a number; that is no round.
+        # GPTQ calls its `quantize` again where a loss is not a number; that call must not start rounds of its own.
         task.quantize = self._original
         hessian = None if task.H is None else task.H.clone()
         weight = task.clone_module()
         kept: tuple[Any, ...] = self._original(*args, **kwargs)
         self.factors = self._solve(kept[0], True)
-        # Without a Hessian the host has fallen back to rounding, which would round W again.
+        # Without a Hessian the host has fallen back to plain rounding, which reads W, so a round would change nothing.
         for _ in range(self._rounds - 1 if hessian is not None and self.factors.rank else 0):
             task.H = hessian.clone()  # type: ignore[union-attr]
-            # The shared inverse is of other modules' making, and the first round has used it up.
+            # GPTQ shares the Hessian's inverse among modules that read one input. The first round has used it up.
             task.clear_shared_hessian_cache()
             task.module_copy = weight - self._update(self.factors, weight)
             found = self._original(*args, **kwargs)

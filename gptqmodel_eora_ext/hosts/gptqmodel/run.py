@@ -22,7 +22,7 @@ class CompensationRun(Run):
     """State shared by the processors of one `quantize` or `generate` call.
 
     Args:
-        adapter: what the user asked for, settled.
+        adapter: what the user asked for; presets and defaults have been filled in.
         dynamic: GPTQModel's per-module overrides; `{"adapter": {"rank": …}}` there overrides the rank, 0 for none.
         method: quantisation method, for the record.
         adapter_batches: prepared batches of `adapter_calibration_dataset`; empty when the quantiser's are used.
@@ -59,7 +59,7 @@ class CompensationRun(Run):
         return self.recipe(full_name, self.fixed_rank(qcfg, full_name), first=first)
 
     def fixed_rank(self, qcfg: Any, full_name: str) -> int | None:
-        """The rank that `dynamic` names for a module, if any."""
+        """The rank that `dynamic` names for a module; None where it names none."""
         rank = qcfg.dynamic_get(full_name, key="adapter", sub_key="rank", default=None) if self._ranks else None
         return None if rank is None else int(rank)
 
@@ -77,7 +77,11 @@ class CompensationRun(Run):
 
 
 def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:
-    """Refuse calibration of another tokenizer before any layer runs.
+    """Refuse calibration data of another tokenizer before any layer runs.
+
+    Args:
+        batches: `input_ids`, windows × tokens each.
+        vocabulary: number of ids that the model embeds.
 
     Raises:
         ValueError: when a token id has no embedding.
@@ -88,10 +92,13 @@ def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> No
 
 @contextlib.contextmanager
 def batches_required(model: Any) -> Iterator[None]:
-    """Refuse calibration data of which GPTQModel keeps nothing; left alone, it divides by the number of batches.
+    """Within the block, refuse calibration data of which GPTQModel keeps nothing; it would divide by zero later.
 
     Args:
         model: GPTQModel's model object.
+
+    Raises:
+        ValueError: from `model.prepare_dataset`, where it returns no batch.
     """
     prepare = model.prepare_dataset
 
@@ -104,7 +111,7 @@ def batches_required(model: Any) -> Iterator[None]:
             )
         return batches
 
-    # The instance's own attribute hides the method.
+    # An attribute of the instance hides the method until it is deleted.
     model.prepare_dataset = checked
     try:
         yield
@@ -113,7 +120,11 @@ def batches_required(model: Any) -> Iterator[None]:
 
 
 def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:
-    """The rounds of an adapter, where ``single_round`` does not say why there can be only one.
+    """The number of rounds to make.
+
+    Args:
+        adapter: what was asked for.
+        single_round: why there can be only one round, for the message; None where there can be several.
 
     Raises:
         NotImplementedError: for several rounds, asked for by name, where only one is possible.
@@ -127,6 +138,7 @@ def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:
 
 
 def _dynamic_ranks(dynamic: Mapping[str, Any] | None) -> dict[str, int]:
+    """Pattern → rank, of the entries of `dynamic` that name a rank; each is checked."""
     ranks = {}
     for pattern, override in (dynamic or {}).items():
         options = override.get("adapter") if isinstance(override, Mapping) else None

@@ -49,10 +49,10 @@ OLDEST_HOST = Version("7.7.0")
 NEWEST_TESTED_HOST = Version("7.7.0")
 # The host's own model loader asks its CPU pool for two workers.
 LEAST_CPU_WORKERS = 2
-# Stands for a backend in the host's automatic order, where it only names what was tried.
+# Keys of the plugin's kernels in the host's automatic order, whose other keys are backends. The host uses a key only to
+# name in messages what it has tried.
 FUSED_KEY = "gptq_eora_fused"
 TRITON_KEY = "gptq_eora_triton"
-
 
 
 def install_or_log() -> None:
@@ -107,7 +107,7 @@ def host_known() -> HostVersion:
 
 
 def list_seams() -> list[Seam]:
-    """The attributes to replace, with what must be true of each."""
+    """The attributes to replace, each with the parameters that it must have."""
     import gptqmodel
     from gptqmodel.looper import awq_processor, gptq_processor, module_looper, qqq_processor
     from gptqmodel.models import auto, loader
@@ -160,7 +160,7 @@ def list_seams() -> list[Seam]:
 
 
 def _without_lock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The lock guards two dictionaries that belong to the call alone."""
+    """Pack without the lock. It guards two dictionaries that belong to this call alone, so nothing is lost."""
     kwargs["lock"] = None
     return original(*args, **kwargs)
 
@@ -244,6 +244,7 @@ def _register_kernels() -> None:
 
 
 def _register_adapter() -> None:
+    """Make the type known to the dict form of `QuantizeConfig`, and to the kernels that take a `Lora`."""
     from gptqmodel.adapter.adapter import ADAPTER_MAPPING, Lora
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 

@@ -1,4 +1,4 @@
-"""What `EoRA(budget=…)` and `eora plan` have to know of GPTQModel's model before its layer loop starts."""
+"""What `EoRA(budget=…)` and `eora plan` measure of GPTQModel's model before its layer loop starts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def allocate_ranks(
 
     Args:
         model: GPTQModel's model object, full precision, before its loop.
-        options: with a budget.
-        batches: prepared calibration batches.
-        fixed_rank: rank that `dynamic` names for a module, None where it names none.
-        quantized: Ŵ of a module from its name and W, for a finished checkpoint; by default from a quick GPTQ.
+        options: what was asked of the adapter, with a budget.
+        batches: calibration batches as the host prepares them: `input_ids` and `attention_mask`, windows × tokens.
+        fixed_rank: module's name → rank that `dynamic` names for it, None where it names none.
+        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
 
     Raises:
-        ValueError: for a budget in no known form, or a model without modules to compensate.
+        ValueError: for a budget in no known form or one that buys nothing, or a model without modules to compensate.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     shapes = module_shapes(model)
@@ -58,12 +58,12 @@ def survey_model(
     kind: str,
     bar: Bar | None = None,
 ) -> Swept:
-    """Forecasts of what the loop will quantise.
+    """Forecast the modules that the loop will quantise.
 
     Args:
         model: GPTQModel's model object, full precision, before its loop.
         shapes: its `module_shapes`.
-        batches: prepared calibration batches.
+        batches: calibration batches, as for `allocate_ranks`.
         question: what to forecast.
         kind: of sensitivity.
         bar: makes a progress bar of a title; GPTQModel's own by default.

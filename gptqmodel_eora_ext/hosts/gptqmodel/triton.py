@@ -1,4 +1,5 @@
-"""The kernel class for CUDA and ROCm: packed weights and an `EoRA` adapter, two launches for all that reads an input.
+"""The kernel class for CUDA and ROCm: packed weights and an `EoRA` adapter, in two launches for all modules that read
+the same input.
 
 Results were checked on an H100 and under Triton's interpreter, the selection with GPTQModel's own selector.
 """
@@ -32,7 +33,7 @@ class EoRATritonLinear(EoRAFusedLinear):
     Weights stay as the checkpoint has them; nothing is repacked or copied but the factors A, which are stacked.
     """
 
-    # The host reads what a class supports from its own body, so nothing of it can be left to the base.
+    # The host looks for these attributes in the class itself and not in its bases, so all of them stand here again.
     SUPPORTS_BACKENDS = [BACKEND.GPTQ_TRITON]
     SUPPORTS_BACKEND_SELECTION = False
     SUPPORTS_RAW_PACKING = False
@@ -89,7 +90,7 @@ class EoRATritonLinear(EoRAFusedLinear):
 
     @property
     def _gives_up(self) -> bool:
-        """As of the base: the launches read the packed tensors."""
+        """As of the base class, but on a GPU the kernels read the packed tensors, which therefore stay."""
         return not runs_on(self.runtime_device())
 
     def state(self) -> tuple[Any, ...]:
@@ -115,10 +116,11 @@ class EoRATritonLinear(EoRAFusedLinear):
 
 
 def candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The kernels that a model's modules are tried with: an explicit `BACKEND.GPTQ_TRITON` means this one, too.
+    """The kernel classes that the host tries for a model's modules, in their order.
 
-    An `EoRA()` with nothing to load is told here that it stands for the kernels alone, before modules are made with it.
-    The automatic order has it already (`seams`). Modules that it cannot serve go to the host's.
+    With an explicit `BACKEND.GPTQ_TRITON` and an `EoRA`, this file's class comes first; modules that it cannot serve go
+    to the host's. In the automatic order it stands already (`seams`). An `EoRA()` with nothing to load is told here,
+    before modules are made with it, that it stands for the kernels alone.
     """
     asked = inspect.signature(original).bind(*args, **kwargs).arguments
     if isinstance(asked.get("adapter"), EoRA) and not asked.get("pack"):

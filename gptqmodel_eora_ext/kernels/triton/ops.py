@@ -141,13 +141,11 @@ def fused_linears(
     factor_bits: int,
 ) -> list[torch.Tensor]:
     """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `StackedLinears`."""
-    return _linears(
-        x,
-        StackedLinears(
-            list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
-            list(up_scales), bits, group_size, factor_bits, x.shape[1],
-        ),
+    fused = StackedLinears(
+        list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
+        list(up_scales), bits, group_size, factor_bits, x.shape[1],
     )  # fmt: skip
+    return _linears(x, fused)
 
 
 @fused_linears.register_fake
@@ -180,10 +178,7 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tens
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
     partials, locks = _meeting_place(x, fused, chosen, sum(outs), m_tiles * tiles)
-    if fused.down is None:
-        parts, part_count = partials, 1
-    else:
-        parts, part_count = _shrink(x, fused, fused.down, locks, processors)
+    parts, part_count = (partials, 1) if fused.down is None else _shrink(x, fused, fused.down, locks, processors)
     arguments = (
         x, parts, tuple(ys), tuple(fused.qweights), tuple(fused.qzeros), tuple(fused.scales), tuple(fused.g_idx),
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,

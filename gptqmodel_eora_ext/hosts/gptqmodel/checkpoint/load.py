@@ -24,13 +24,13 @@ from .save import adapted_kernels
 
 log = logging.getLogger(__name__)
 
-# Layers that are several in one, in some models: their halves or thirds read the same input.
+# Names of layers that some models make of several, gate and up or q, k and v.
 JOINED_LAYERS = frozenset({"gate_up_proj", "qkv_proj"})
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 def is_supported(original: Callable[..., bool], config: Any) -> bool:
-    """Whether a model's config tells of a quantisation that GPTQModel loads: AutoRound's packed integers are, too."""
+    """Whether GPTQModel loads a model of this config as a quantised one; with the plugin also AutoRound's integers."""
     found = getattr(config, "quantization_config", None)
     if not isinstance(found, dict) or not autoround.is_autoround(found):
         return original(config)
@@ -42,10 +42,15 @@ def is_supported(original: Callable[..., bool], config: Any) -> bool:
 
 
 def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read a checkpoint's config; an adapter folder that holds `eora.json` becomes an `EoRA`, and so does no adapter
-    where a plan made the checkpoint.
+    """Read a checkpoint's config.
 
-    A checkpoint that AutoRound made is read in GPTQModel's terms where it has no `quantize_config.json`.
+    An adapter whose folder holds `eora.json` becomes an `EoRA`. A checkpoint that a plan made without an adapter gets
+    an `EoRA()`, so that the plugin's kernels serve it. The config of AutoRound's checkpoint is translated into
+    GPTQModel's terms, where there is no `quantize_config.json`.
+
+    Raises:
+        AdapterError: for an entry of the adapter in a form that cannot be.
+        NotImplementedError: for AutoRound's checkpoint with layers that GPTQModel splits.
     """
     place = Path(args[0] if args else kwargs["save_dir"])
     _refuse_joined_layers(place)
@@ -53,12 +58,12 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
         from gptqmodel import QuantizeConfig
 
         return QuantizeConfig.from_quant_config(autoround.quantize_config(place))
-    # GPTQModel tells of an entry of a wrong form by the exception that it happens to cause.
+    # Read first for a clear message: GPTQModel fails with whatever exception a wrong entry happens to cause.
     entry = read_entry(place)
     config = original(*args, **kwargs)
     stock = config.adapter
     if stock is None and config.meta_get(PLAN_MARK):
-        # Without any factors: it says that the plugin's kernels are wanted.
+        # It has no factors, and only says that the plugin's kernels are wanted.
         config.adapter = EoRA()
         return config
     source = getattr(stock, "_gptqmodel_checkpoint_source", None)
@@ -104,8 +109,11 @@ def _is_ours(checkpoint: Path, entry: AdapterEntry) -> bool:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Kernels loaded meanwhile are not compiled: GPTQModel's torch kernel compiles its unpacking anew for every shape,
-    for more time than it then saves where each weight is unpacked once."""
+    """Have kernels that are loaded within the block not compiled.
+
+    GPTQModel's torch kernel compiles its unpacking for every shape. Where each weight is unpacked only once, that takes
+    more time than it saves.
+    """
     token = _uncompiled.set(True)
     try:
         yield
@@ -114,8 +122,12 @@ def uncompiled() -> Iterator[None]:
 
 
 def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Give every kernel its factors, checked against its shape, before GPTQModel initialises the kernels; then let
-    those that read the same input be computed together."""
+    """Give every kernel its factors before GPTQModel initialises the kernels; then let those that read the same input
+    be computed together.
+
+    Raises:
+        AdapterError: for an adapter that cannot be used, or whose shapes are not the checkpoint's.
+    """
     kernels = adapted_kernels(model)
     if kernels:
         adapter = next(iter(kernels.values())).adapter
@@ -128,7 +140,7 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
     if kernels:
-        # The kernels have given up the packed tensors; glibc keeps a quarter of the model's size of it otherwise.
+        # The kernels have given up their packed tensors. glibc would keep a quarter of the model's size of that memory.
         release_free_memory()
     return model
 
@@ -154,7 +166,12 @@ def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> No
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Have the kernels of a loaded model compute without their adapters."""
+    """Have the kernels of a loaded model compute without their adapters within the block.
+
+    Example:
+        >>> with adapters_off(model):
+        ...     plain = model(ids).logits
+    """
     kernels = adapted_kernels(model)
     adapters = {name: kernel.adapter for name, kernel in kernels.items()}
     for kernel in kernels.values():

@@ -26,8 +26,15 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save by GPTQModel's writer into a new folder, the adapter beside it and its name in `quantize_config.json`; then
-    that folder takes the place of what was there (`adapter.checkpoint`)."""
+    """Save a model with its adapter in one step.
+
+    GPTQModel's writer writes into a new folder; the adapter and its name in `quantize_config.json` are added there;
+    then that folder takes the place of what was there (`adapter.checkpoint`). A model without an `EoRA` is saved by
+    ``original``.
+
+    Raises:
+        OSError: when there is too little space, or a file cannot be written.
+    """
     config = model.quantize_config
     adapter = config.adapter
     if not isinstance(adapter, EoRA):
@@ -58,7 +65,7 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
 
 
 def _remember_weights(loaded: Any, checkpoint: Path) -> None:
-    """Where a model was saved over the folder that it was loaded from, tell it which file is read by its next save."""
+    """Tell a model that was saved over the folder it was loaded from which file there its next save has to read."""
     read = getattr(loaded, "checkpoint_file_name", None)
     if isinstance(read, str) and Path(read).resolve().parent == checkpoint:
         index = checkpoint / WEIGHTS_INDEX
@@ -116,6 +123,7 @@ def _details(folder: Path) -> dict[str, Any]:
 
 
 def adapted_kernels(model: Any) -> dict[str, BaseQuantLinear]:
+    """Full module name → quantised linear, of those that have an `EoRA`."""
     return {
         name: module
         for name, module in model.named_modules()
