@@ -35,8 +35,8 @@ class _Made:
     """A layer, and what it was made from.
 
     Attributes:
-        source: the repacked weight whose packed tensors were given up, or these (`PACKED`); the bias, A, B and the
-            packed factors.
+        source: the repacked weight whose packed tensors were given up, or these (`PACKED`); the bias, and what the
+            adapter has (`KeepsFactors.stored`).
         counted: those of them that tell how often they were written to.
         versions: how often each was.
         weight: the repacked weight.
@@ -235,7 +235,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         # Read first: who writes meanwhile has another layer made.
         versions = [one._version for one in counted]
         weight = self._repacked or self._same_weight(source, made) or repack_weight(self.packed())
-        factors = None if adapter is None else adapter.factors(weight.codes.device)
+        factors = None if adapter is None else adapter.repacked()
+        if factors is not None and factors is adapter.form:
+            source = (*source[:-1], factors)  # the adapter gave up another form for it just now
         layer = FusedLinear(weight, factors, self._buffers.get("bias"), self._off, self.name)
         if self._repacked is None and not self._asked_for and weight.rest.complete and self._gives_up:
             self._repacked = weight
