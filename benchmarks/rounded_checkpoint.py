@@ -26,7 +26,7 @@ ADAPTER = "eora"
 # Widths of a model that takes next to nothing: two groups, and heads of a usual width.
 TINY = {
     "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 64, "layer_types": None, "max_window_layers": 1,
+    "num_key_value_heads": 2, "head_dim": 64, "layer_types": ["full_attention"], "max_window_layers": 1,
     "vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 

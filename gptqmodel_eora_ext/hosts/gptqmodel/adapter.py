@@ -236,8 +236,7 @@ class EoRA(KeepsFactors, Lora):
         """Take a module's factors, in the form that they are stored in; plain tensors are made where somebody asks."""
         self.rank = factors.lora_A.shape[0]
         packed = factors.packed
-        # B lies as stock `Lora` multiplies with it, so that logits agree to the last bit.
-        self._attach(Factors(*packed) if packed else Factors(factors.lora_A, factors.lora_B.T.contiguous()), device)
+        self._attach(Factors(*packed) if packed else Factors(factors.lora_A, factors.lora_B.T), device)
 
     def post_init(
         self,

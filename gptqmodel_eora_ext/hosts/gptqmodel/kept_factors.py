@@ -14,7 +14,10 @@ that nobody has any more and nobody wrote to are let go.
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +36,15 @@ def _uses(tensor: torch.Tensor) -> int:
 def _references(values: Sequence[Any]) -> list[int]:
     """How many refer to each of the values in a list; as many as to new objects in one, if nobody else does."""
     return [sys.getrefcount(value) for value in values]
+
+
+class _LookedAt(threading.local):
+    """The adapter of which a thread was given a plain tensor last."""
+
+    last: weakref.ref[KeepsFactors] | None = None
+
+
+_looked_at = _LookedAt()
 
 
 class KeepsFactors:
@@ -131,7 +143,9 @@ class KeepsFactors:
         """Take factors that nobody else writes to; 16-bit ones are moved to ``device``."""
         self._device = device
         self._floats, self._same_at = [None, None], None
-        self._keep(factors if factors.packed else factors.to(device))
+        # Copies, since a tensor that was read from a file may keep all of the file in memory.
+        down, up = map(_copied, (factors.down, factors.up))
+        self._keep(Factors(down, up) if factors.packed else Factors(down, up).to(device))
 
     def _move(self, device: torch.device) -> None:
         """Have plain tensors, and 16-bit factors that are kept as they were stored, lie on ``device``."""
@@ -163,6 +177,11 @@ class KeepsFactors:
                 # Tensors of their own and not views, so that views of them are counted as theirs (`_forget_unseen`).
                 self._floats = [one.to(self._device, copy=True) for one in self._pair()]
             self._same_at = self._versions()
+            # Who goes over a whole model, as the host's loader does, holds one adapter's at a time.
+            last = None if _looked_at.last is None else _looked_at.last()
+            _looked_at.last = weakref.ref(self)
+            if last is not None and last is not self:
+                last._forget_unseen()
         return self._floats[index]
 
     def _pair(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +204,7 @@ class KeepsFactors:
         return Factors(lora_A.detach().T, lora_B.detach())
 
     def _forget_unseen(self) -> None:
-        """Let go of plain tensors that somebody only looked at, as the host's writer does at each module."""
+        """Let go of plain tensors that somebody only looked at."""
         if self._form is None or self.trained or self._versions() != self._same_at:
             return
         # Nobody else can write to it where no other Python object refers to it, and no view does.
@@ -208,6 +227,12 @@ class KeepsFactors:
             "_same_at": None,
         }
         return {**self.__dict__, **kept, "_factors": None, "_converted": None}
+
+
+def _copied(factor: torch.Tensor | QuantizedFactor) -> torch.Tensor | QuantizedFactor:
+    if isinstance(factor, QuantizedFactor):
+        return replace(factor, codes=factor.codes.clone(), scales=factor.scales.clone())
+    return factor.clone(memory_format=torch.contiguous_format)
 
 
 def _stored(form: Factors | RepackedFactors) -> Factors:
