@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ INTEGER_KINDS = {8: 3, 4: 4}
 LONGEST_SEGMENT = 1024
 # Of x86-64 and arm64. One row by 4096 × 4096 at 2 bits takes 0.21 ms instead of 0.25 when page tables are out of cache.
 LARGE_PAGE = 2 << 20
+# Of an anonymous mapping: one that processes share, which is the default, gets no large pages. Windows knows no flags.
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 @dataclass(frozen=True)
@@ -305,12 +308,13 @@ def _zeros(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
     kernels = library()
     assert kernels is not None
-    # What lies before and after is never touched, so that the system gives no memory for it.
-    memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
-    begin = -memory.data_ptr() % LARGE_PAGE
-    aligned = memory[begin : begin + size]
+    # Of the system and not of an allocator: nobody has touched it, so that it is zero, may still get large pages, and
+    # takes no memory before and after the part that is used.
+    memory = mmap.mmap(-1, size + LARGE_PAGE, **PRIVATE)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
+    aligned = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=size)
     kernels.eora_large_pages(aligned.data_ptr(), size // LARGE_PAGE * LARGE_PAGE)
-    return aligned.zero_()
+    return aligned
 
 
 def _narrow(scales: torch.Tensor) -> torch.Tensor:
