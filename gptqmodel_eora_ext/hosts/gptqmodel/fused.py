@@ -236,7 +236,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         versions = [one._version for one in counted]
         weight = self._repacked or self._same_weight(source, made) or repack_weight(self.packed())
         factors = None if adapter is None else adapter.repacked()
-        if factors is not None and factors is adapter.form:
+        if adapter is not None and factors is adapter.form:
             source = (*source[:-1], factors)  # the adapter gave up another form for it just now
         layer = FusedLinear(weight, factors, self._buffers.get("bias"), self._off, self.name)
         if self._repacked is None and not self._asked_for and weight.rest.complete and self._gives_up:
