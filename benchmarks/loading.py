@@ -2,11 +2,19 @@
 
 logits   from one folder: GPTQModel with the plugin, GPTQModel without it (another process), and transformers + PEFT.
          Beside it, the same comparison of GPTQModel with PEFT for an adapter that GPTQModel's own `Lora` made.
-memory   a process of its own loads the checkpoint at 2 bits and generates (Linux): bytes of all tensors, and resident
-         memory that loading and generating added (without pages of files, which are libraries' code), over the bytes of
-         packed weights, adapter and embeddings on disk; seconds from there to the first token; tokens per second after
+memory   a process of its own loads a checkpoint at 2 bits and generates on the CPU (Linux). Beside the bytes of packed
+         weights, adapter and embeddings on disk (`stored`) stand
+           resident   memory that loading and generating added: anonymous pages of the process, and pages of the
+                      checkpoint's files that are mapped. Pages of libraries' files do not count.
+           any model  what a model of the same architecture and tokenizer adds that takes next to nothing (one layer of
+                      128 features): modules that are imported on the way, the tokenizer, what torch keeps
+           own        resident without that: what this model takes
+           tensors    bytes of all tensors
+         and seconds from the start of loading to the first token, and tokens per second after it. Weights
+         are rounded to nearest and factors random (`rounded_checkpoint.py`): nothing here depends on their values.
 
     python benchmarks/loading.py --json
+    python benchmarks/loading.py --model qwen-coder --parts memory
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.adapter.adapter import Lora
 from peft import PeftModel
+from rounded_checkpoint import rounded_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
 
 from gptqmodel_eora_ext import EoRA
@@ -34,19 +43,24 @@ from gptqmodel_eora_ext.hosts.terminal import quiet
 RANK = 32
 TOKENS = 256
 
-MEMORY_RANK, MEMORY_SAMPLES, NEW_TOKENS, MEMORY_REPEATS = 32, 16, 64, 3
+MEMORY_BITS, MEMORY_GROUP, MEMORY_RANK, NEW_TOKENS, MEMORY_REPEATS = 2, 64, 32, 64, 3
 
 MEMORY = """
 import gc, json, sys, time
-from pathlib import Path
 import torch
 from gptqmodel import GPTQModel
 torch.set_num_threads(2)
 
 def resident():
     gc.collect()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+    found, ours = 0, False
+    with open("/proc/self/smaps") as lines:  # line by line: read at once it would take ten megabytes itself
+        for line in lines:
+            if "-" in line.split(" ", 1)[0]:
+                ours = ".safetensors" in line  # the first line of a mapping ends with its file
+            elif line.startswith("Rss:" if ours else "Anonymous:"):
+                found += int(line.split()[1]) << 10
+    return found
 
 def generate(tokens):
     start = time.perf_counter()
@@ -56,13 +70,14 @@ def generate(tokens):
 
 before, start = resident(), time.perf_counter()
 model = GPTQModel.load(sys.argv[1], dtype=torch.bfloat16).model
-prompt = torch.tensor([[504, 2240, 282, 260, 6585, 4264]])
+prompt = torch.tensor([[50, 22, 28, 26, 65, 42]])
 generate(1)
 first = time.perf_counter() - start
 one, many = generate(1), generate(int(sys.argv[2]))
+added = resident() - before  # before a list of all objects takes some itself
 storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
 tensors = {one.data_ptr(): one.nbytes() for one in storages}
-found = {"resident_bytes": resident() - before, "tensor_bytes": sum(tensors.values()), "first_token_seconds": first,
+found = {"resident_bytes": added, "tensor_bytes": sum(tensors.values()), "first_token_seconds": first,
          "tokens_per_second": (int(sys.argv[2]) - 1) / (many - one)}
 print("FOUND", json.dumps(found))
 """
@@ -103,23 +118,31 @@ def without_plugin(checkpoint: Path, ids: torch.Tensor, folder: Path) -> torch.T
 
 def memory(base: common.Subject, folder: Path) -> dict[str, float]:
     """What a model at 2 bits takes, and how fast it is; medians over processes."""
-    with quiet():
-        model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=2, group_size=64))
-        data = common.calibration(base, MEMORY_SAMPLES, 128)
-        model.quantize(data, batch_size=common.BATCH_SIZE, adapter=EoRA(rank=MEMORY_RANK))
-        model.save(str(folder))
-    del model
-    found = []
-    for _ in range(MEMORY_REPEATS):
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(folder), str(NEW_TOKENS)], check=True,
-                              capture_output=True, text=True)  # fmt: skip
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-        found.append(json.loads(line.removeprefix("FOUND")))
+    layout = {"bits": MEMORY_BITS, "group_size": MEMORY_GROUP, "rank": MEMORY_RANK}
+    rounded_checkpoint(base.folder, folder / "model", **layout)
+    tiny_model(base.folder, folder / "tiny_full")
+    rounded_checkpoint(folder / "tiny_full", folder / "tiny", **layout)
+    # One process of each in turn, so that a machine that slows down slows both.
+    runs = [(loaded(folder / "model"), loaded(folder / "tiny")) for _ in range(MEMORY_REPEATS)]
+    found = {name: statistics.median(whole[name] for whole, _ in runs) for name in runs[0][0]}
+    found["any_model_bytes"] = statistics.median(tiny["resident_bytes"] for _, tiny in runs)
+    found["own_bytes"] = found["resident_bytes"] - found["any_model_bytes"]
     # The files hold the packed weights and the embeddings, and the adapter; their headers are some kilobytes.
-    stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
-    over = {f"{name}_over_stored": medians[f"{name}_bytes"] / stored for name in ("resident", "tensor")}
-    return {**medians, "stored_bytes": stored, **over}
+    stored = sum(path.stat().st_size for path in (folder / "model").rglob("*.safetensors"))
+    over = {f"{name}_over_stored": found[f"{name}_bytes"] / stored for name in ("resident", "own", "tensor")}
+    return {**found, "stored_bytes": stored, **over}
+
+
+def loaded(checkpoint: Path) -> dict[str, float]:
+    """What a process says that loads a checkpoint and generates."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(checkpoint), str(NEW_TOKENS)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"loading `{checkpoint}` failed:\n{done.stderr[-2000:]}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    found: dict[str, float] = json.loads(line.removeprefix("FOUND"))
+    return found
 
 
 def compared(base: common.Subject, folder: Path, bits: int) -> dict[str, float]:
@@ -156,7 +179,7 @@ def main() -> None:
         path = base.results("loading")
         result = common.kept(path)
         if "memory" in options.parts:
-            found = memory(base, folder / "two_bits")
+            found = memory(base, folder)
             result["memory"] = {"measured": common.measured(base), **found}
             common.table(("memory", "found"), list(found.items()))
         if "logits" in options.parts:

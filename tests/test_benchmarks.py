@@ -14,6 +14,10 @@ from gptqmodel.adapter.adapter import Lora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import common  # type: ignore[import-not-found]
+import rounded_checkpoint  # type: ignore[import-not-found]
+
+from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
+from gptqmodel_eora_ext.kernels.reference import dequantize
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -103,3 +107,16 @@ def test_computes_what_a_loaded_adapter_computes(shape: tuple[int, ...]) -> None
     with torch.inference_mode():
         shipped = Lora(rank=3, lora_A=down, lora_B=up).apply(x, linear(x))
         assert torch.equal(common.Corrected(linear, down, up)(x), shipped)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_rounded_checkpoint_holds_the_nearest_codes(bits: int) -> None:
+    weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    packed = rounded_checkpoint._packed(weight, bits, 32)
+    found = dequantize(PackedWeight(**packed, bits=bits, group_size=32, in_features=100, out_features=40,
+                                    stores_zero_minus_one=True))  # fmt: skip
+    step = packed["scales"].float().T.repeat_interleave(32, dim=1)[:, :100]
+    # The largest of a group may lie one step above the largest code.
+    assert bool(((found.float() - weight.float()).abs() <= 1.01 * step).all())
+    inside = weight.float() < 0
+    assert bool(((found.float() - weight.float()).abs() <= 0.51 * step)[inside].all())

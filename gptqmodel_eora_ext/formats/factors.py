@@ -174,6 +174,15 @@ class Factors:
         return rows(self.down)
 
     @property
+    def packed(self) -> bool:
+        """Whether they are integers."""
+        return isinstance(self.down, QuantizedFactor)
+
+    def to(self, device: torch.device | str) -> Factors:
+        """The same on ``device``."""
+        return Factors(self.down.to(device), self.up.to(device))
+
+    @property
     def in_features(self) -> int:
         return features(self.down)
 

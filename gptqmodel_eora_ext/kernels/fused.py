@@ -9,7 +9,7 @@ import torch
 
 from ..formats.factors import Factors
 from .cpu.linear import CpuLinear, CpuLinears
-from .cpu.repack import RepackedWeight, repack_factors
+from .cpu.repack import RepackedFactors, RepackedWeight, repack_factors, unpack_factors
 from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
 
 
@@ -20,7 +20,7 @@ class FusedLinear:
 
     Args:
         weight: Ŵ (`repack_weight`).
-        factors: A and B; None for none.
+        factors: A and B, repacked here if they are not (`repack_factors`); None for none.
         bias: of length out.
         off: what is not to be used (`dispatch.switched_off`).
         name: the module's, for messages.
@@ -32,12 +32,13 @@ class FusedLinear:
     def __init__(
         self,
         weight: RepackedWeight,
-        factors: Factors | None = None,
+        factors: Factors | RepackedFactors | None = None,
         bias: torch.Tensor | None = None,
         off: frozenset[str] = frozenset(),
         name: str = "layer",
     ) -> None:
-        self.cpu = CpuLinear(weight, repack_factors(factors) if factors is not None else None, bias, name)
+        repacked = repack_factors(factors) if isinstance(factors, Factors) else factors
+        self.cpu = CpuLinear(weight, repacked, bias, name)
         self._alone = CpuLinears([self.cpu])
         self._off = off
         self._choices: dict[tuple[torch.dtype, bool], Choice] = {}
@@ -84,7 +85,7 @@ class FusedLinear:
         for begin, end, tile in self.cpu.dequantized(self.choice(grad.dtype, len(grad)).isa):
             result.addmm_(rows[:, begin:end], tile.T)
         if self.cpu.factors is not None:
-            down, up = self.cpu.factors.source.dense()
+            down, up = unpack_factors(self.cpu.factors).dense()
             result.addmm_(rows @ up.T, down)
         return result.to(grad.dtype)
 

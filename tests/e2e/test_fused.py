@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gptqmodel import BACKEND, QuantizeConfig
+from safetensors.torch import load_file
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.formats.names import PLAN_MARK, QUANTIZE_CONFIG
@@ -73,6 +74,12 @@ def test_saved_again_it_is_the_same_checkpoint(checkpoint: Path, token_ids: list
         host.save(str(tmp_path / "again"))
     again = helpers.load(tmp_path / "again", dtype=torch.float32, backend=BACKEND.AUTO)
     assert torch.equal(again(prompt).logits, logits)
+    # The kernel had given up the tensors of both files, and had them back.
+    for name in ("model.safetensors", "eora/adapter_model.safetensors"):
+        first, second = (load_file(folder / name) for folder in (checkpoint, tmp_path / "again"))
+        assert first.keys() == second.keys()
+        # The scales are in the dtype that the model was loaded in.
+        assert all(torch.equal(one, second[key].to(one.dtype)) for key, one in first.items())
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +136,5 @@ def test_a_loaded_checkpoint_takes_its_packed_bytes_once(checkpoint: Path, token
     kernels = helpers.kernels(model)
     assert kernels and all(kernel._buffers["qweight"] is None for kernel in kernels.values())
     assert [kernel.adapter.stored()[:2] for kernel in kernels.values()] == [(None, None)] * len(kernels)
+    # The adapter has no other form of the factors than the one that the kernel multiplies with.
+    assert all(kernel.adapter.form is kernel._made.layer.cpu.factors for kernel in kernels.values())

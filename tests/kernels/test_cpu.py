@@ -215,8 +215,9 @@ def test_blocks_of_rows_that_are_not_full(rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_rows_than_are_taken_at_a_time(dtype: torch.dtype) -> None:
     weight = packed_weight(2, 20, 32, 16)
-    layer, x = prepared(weight, random_factors(weight, 3)), random_input(MATMUL_ROWS + 7, 32, dtype)
-    expected = linear(x.double(), weight, layer.factors.source, accumulate=torch.float64)
+    factors, x = random_factors(weight, 3), random_input(MATMUL_ROWS + 7, 32, dtype)
+    layer = prepared(weight, factors)
+    expected = linear(x.double(), weight, factors, accumulate=torch.float64)
     assert error(codes(layer, x, best_isa()), expected) < TOLERANCE[dtype]
     if dtype == torch.bfloat16 and HAS_BF16:
         assert error(matmul(layer, x), expected) < MATMUL_TOLERANCE

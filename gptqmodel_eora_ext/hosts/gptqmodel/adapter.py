@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,13 @@ from gptqmodel.utils.logger import setup_logger
 from ...adapter.folder import AdapterFolder, ReadFactors
 from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import AUTO
-from ...formats.factors import Factors, QuantizedFactor
+from ...formats.factors import Factors
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.triton import runs_on
-from ...kernels.versions import counting_writes, unchanged, version
+from ...kernels.versions import unchanged
 from ...plan import Plan
 from .installed import require_installed
+from .kept_factors import KeepsFactors
 
 # The path of an adapter that has no folder and no factors, and only says that the plugin's kernels are wanted. Without
 # a path the host would take it for an adapter whose factors lie among the weights, and make room for them.
@@ -31,18 +30,7 @@ KERNELS_ALONE = "(none: the plugin's kernels alone)"
 _slots = itertools.count()
 
 
-def _uses(tensor: torch.Tensor) -> int:
-    """How many things refer to a tensor's storage, views included; 0 where this torch cannot tell."""
-    count = getattr(tensor, "_use_count", None)
-    return 0 if count is None else int(count())
-
-
-def _references(values: Sequence[Any]) -> list[int]:
-    """Reference counts of the values in a list. One that nobody else refers to has the count of a new object there."""
-    return [sys.getrefcount(value) for value in values]
-
-
-class EoRA(Lora):
+class EoRA(KeepsFactors, Lora):
     """Training-free low-rank compensation of the quantisation error.
 
     Example:
@@ -115,15 +103,10 @@ class EoRA(Lora):
             "objective": objective, "factor_bits": factor_bits, "sensitivity": sensitivity, "rounds": rounds,
         }  # fmt: skip
         self.options = AdapterOptions.settle(rank=rank, budget=budget, preset=preset, **self._asked)
-        self._floats: list[torch.Tensor | None] = [None, None]
-        self._packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
-        self._unpacked_at: tuple[int, int] | None = None
-        self._device = torch.device("cpu")
-        self._factors: tuple[tuple[Any, ...], Factors] | None = None
-        self._converted: tuple[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] | None = None
+        KeepsFactors.__init__(self)
         self._off = switched_off()
         self._slot = next(_slots)
-        super().__init__(rank=self.options.rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
+        Lora.__init__(self, rank=self.options.rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     @property
     def budget(self) -> int | str | None:
@@ -223,18 +206,17 @@ class EoRA(Lora):
         """Aᵀ and Bᵀ in x's dtype and on its device: the factors, or copies that are kept until either side changes."""
         if torch.compiler.is_compiling() or self.trained:
             # A gradient has to reach the factors; and a trace would keep a copy without seeing that factors change.
-            lora_A, lora_B = self.lora_A, self.lora_B
-            assert lora_A is not None and lora_B is not None
+            lora_A, lora_B = self._pair()
             return lora_A.to(x.device, x.dtype), lora_B.to(x.device, x.dtype)
-        first = self._floats[0]
+        first, second = self._floats
+        if first is None and isinstance(self._form, Factors) and not self._form.packed:
+            first, second = self._pair()
         if first is not None and first.dtype == x.dtype and first.device == x.device:
-            second = self._floats[1]
             assert second is not None
             return first, second
         state = (*self.state(), x.dtype, x.device)
         if self._converted is None or not unchanged(self._converted[0], state):
-            lora_A, lora_B = self._unpacked() if first is None else self._floats
-            assert lora_A is not None and lora_B is not None
+            lora_A, lora_B = self._pair()
             self._converted = (state, (lora_A.to(x.device, x.dtype), lora_B.to(x.device, x.dtype)))
         return self._converted[1]
 
@@ -254,114 +236,11 @@ class EoRA(Lora):
             and not (torch.is_grad_enabled() and (self.trained or x.requires_grad or out.requires_grad))
         )
 
-    @property
-    def lora_A(self) -> torch.Tensor | None:
-        """Aᵀ, in_features × rank; packed factors are unpacked for whoever asks, float32."""
-        return self._float(0)
-
-    @lora_A.setter
-    def lora_A(self, value: torch.Tensor | None) -> None:
-        self._set_float(0, value)
-
-    @property
-    def lora_B(self) -> torch.Tensor | None:
-        """Bᵀ, rank × out_features, likewise."""
-        return self._float(1)
-
-    @lora_B.setter
-    def lora_B(self, value: torch.Tensor | None) -> None:
-        self._set_float(1, value)
-
-    @property
-    def packed(self) -> tuple[QuantizedFactor, QuantizedFactor] | None:
-        """A and Bᵀ in integers as they were stored; None where they were not, or were written to since."""
-        if self._unpacked_at is not None and self._unpacked_at != self._versions():
-            return None
-        return self._packed
-
-    @packed.setter
-    def packed(self, value: tuple[QuantizedFactor, QuantizedFactor] | None) -> None:
-        self._packed = value
-        self._unpacked_at = None if self._floats[0] is None else self._versions()
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether the module has any; asking for `lora_A` would unpack it."""
-        return self._packed is not None or all(one is not None for one in self._floats)
-
-    def stored(self) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
-        """Aᵀ, Bᵀ and the packed factors as they lie here: nothing is unpacked."""
-        if self._unpacked_at is not None:
-            self._forget_unpacked()
-        return self._floats[0], self._floats[1], self._packed
-
-    def state(self) -> tuple[Any, ...]:
-        """Objects and counts of writes; one of them at least differs once the factors are others or were written to."""
-        return (*self.stored(), *self._versions())
-
-    def _versions(self) -> tuple[int, int]:
-        first, second = (0 if one is None else version(one) for one in self._floats)
-        return first, second
-
-    def _float(self, index: int) -> torch.Tensor | None:
-        if self._floats[index] is None and self._packed is not None:
-            self._floats = [one.to(self._device) for one in self._unpacked()]
-            self._unpacked_at = self._versions()
-        return self._floats[index]
-
-    def _forget_unpacked(self) -> None:
-        """Let go of what was unpacked for somebody who only looked, as the host's loader does at each module."""
-        if self._packed is None or self._versions() != self._unpacked_at:
-            return
-        # Nobody else can write to a tensor that no other Python object and no view refers to.
-        unseen = _references(self._floats) == _references([object(), object()])
-        if unseen and all(one is not None and _uses(one) == 1 for one in self._floats):
-            self._floats, self._unpacked_at = [None, None], None
-
-    def _set_float(self, index: int, value: torch.Tensor | None) -> None:
-        self._float(1 - index)  # unpacks the other factor where it is packed, so that it keeps its values
-        self._floats[index] = None if value is None else counting_writes(value)
-        self._packed = self._unpacked_at = None
-
-    def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Aᵀ and Bᵀ of packed factors, float32, in the layouts that stock `Lora` multiplies with."""
-        assert self._packed is not None
-        with torch.inference_mode(False), torch.no_grad():
-            # A copy in place of a view of something else: `_forget_unpacked` counts the views of this tensor alone.
-            return self._packed[0].dequantize().T.clone(), self._packed[1].dequantize()
-
-    def factors(self, device: torch.device) -> Factors | None:
-        """The factors on ``device`` as kernels take them, packed if they are stored so; None without any."""
-        if not self.has_factors:
-            return None
-        state = (*self.state(), device)
-        if self._factors is None or not unchanged(self._factors[0], state):
-            packed = self.packed
-            if packed is not None:
-                found = Factors(packed[0].to(device), packed[1].to(device))
-            else:
-                lora_A, lora_B = self._floats
-                assert lora_A is not None and lora_B is not None
-                found = Factors(lora_A.detach().T.to(device), lora_B.detach().to(device))
-            self._factors = (state, found)
-        return self._factors[1]
-
-    @property
-    def trained(self) -> bool:
-        """Whether a factor wants a gradient."""
-        lora_A, lora_B = self._floats
-        return (lora_A is not None and lora_A.requires_grad) or (lora_B is not None and lora_B.requires_grad)
-
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
-        """Take a module's factors onto ``device``; packed ones stay packed, and are unpacked where somebody asks."""
+        """Take a module's factors, in the form that they are stored in; plain tensors are made where somebody asks."""
         self.rank = factors.lora_A.shape[0]
-        self._device = device
-        if factors.packed is not None:
-            self._floats, self._unpacked_at, self._packed = [None, None], None, factors.packed
-            return
-        # The layouts stock `Lora` multiplies with, so that logits agree to the last bit.
-        self.lora_A = factors.lora_A.to(device).T
-        self.lora_B = factors.lora_B.to(device).T.contiguous()
+        packed = factors.packed
+        self._attach(Factors(*packed) if packed else Factors(factors.lora_A, factors.lora_B.T), device)
 
     def post_init(
         self,
@@ -382,8 +261,4 @@ class EoRA(Lora):
             for _, factors in folder.factors([name for name in folder.keys if name == weight_key]):
                 self.attach(factors, device)
         else:
-            self._device = device
-            if any(one is not None and one.device != device for one in self._floats):
-                packed = self.packed
-                self._floats = [None if one is None else one.to(device) for one in self._floats]
-                self.packed = packed
+            self._move(device)

@@ -35,8 +35,8 @@ class _Made:
     """A layer, and what it was made from; when that changes, the layer has to be made again.
 
     Attributes:
-        source: the weight, then the bias, A, B and the packed factors. The weight is the four packed tensors
-            (`PACKED`) or, once they were given up, the repacked weight and three times None.
+        source: the weight, then the bias, and what the adapter has (`KeepsFactors.stored`). The weight is the four
+            packed tensors (`PACKED`) or, once they were given up, the repacked weight and three times None.
         counted: the tensors of ``source``, which count how often they were written to.
         versions: those counts when the layer was made.
         weight: the repacked weight.
@@ -235,7 +235,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         # The counts are read before the values, so that the next call notices a write that comes in between.
         versions = [one._version for one in counted]
         weight = self._repacked or self._same_weight(source, made) or repack_weight(self.packed())
-        factors = None if adapter is None else adapter.factors(weight.codes.device)
+        factors = None if adapter is None else adapter.repacked()
+        if adapter is not None and factors is adapter.form:
+            source = (*source[:-1], factors)  # the adapter gave up another form for it just now
         layer = FusedLinear(weight, factors, self._buffers.get("bias"), self._off, self.name)
         if self._repacked is None and not self._asked_for and weight.rest.complete and self._gives_up:
             self._repacked = weight

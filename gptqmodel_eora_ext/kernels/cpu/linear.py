@@ -10,7 +10,7 @@ import torch
 from ...formats.factors import to_dense
 from ...formats.packed_weights import LayoutError
 from .build import library, require_fine
-from .repack import KINDS, LANES, RepackedFactors, RepackedWeight
+from .repack import KINDS, LANES, RepackedFactors, RepackedWeight, unpack_down, unpack_factors
 
 # Outputs of Ŵ that are dequantised at a time.
 TILE_OUTPUTS = 512
@@ -92,7 +92,7 @@ class CpuLinear:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
         wide = x.to(torch.float32)
         if self.factors is not None:
-            down, up = self.factors.source.dense()
+            down, up = unpack_factors(self.factors).dense()
             wide = torch.cat([wide, wide @ down.T], dim=1)
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
@@ -184,7 +184,7 @@ class CpuLinears:
         x Aᵀ are rounded to bfloat16, sums are float32."""
         ys = [torch.empty(x.shape[0], layer.out_features, dtype=x.dtype) for layer in self._layers]
         ranks = [0 if layer.factors is None else layer.factors.rank for layer in self._layers]
-        downs = [to_dense(layer.factors.source.down, x.dtype) for layer in self._layers if layer.factors is not None]
+        downs = [to_dense(unpack_down(layer.factors), x.dtype) for layer in self._layers if layer.factors is not None]
         down = torch.cat(downs) if downs else None
         for begin in range(0, x.shape[0], MATMUL_ROWS):
             rows = x[begin : begin + MATMUL_ROWS]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import torch
 
-from ...formats.factors import Factors, QuantizedFactor
+from ...formats.factors import Factors, QuantizedFactor, pack
 from ...formats.packed_weights import WORD_BITS, PackedWeight, pack_words, words
 from .build import library, require_fine
 
@@ -19,6 +20,8 @@ INTEGER_KINDS = {8: 3, 4: 4}
 LONGEST_SEGMENT = 1024
 # Of x86-64 and arm64. One row by 4096 × 4096 at 2 bits takes 0.21 ms instead of 0.25 when page tables are out of cache.
 LARGE_PAGE = 2 << 20
+# Of an anonymous mapping: one that processes share, which is the default, gets no large pages. Windows knows no flags.
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,10 @@ class RepackedFactors:
         up_scales: float16, groups × rank; None for floating factors.
         down_kind: dtype of A as csrc/linear.h numbers them.
         up_kind: dtype of Bᵀ.
-        source: what they were made from.
+        rank: components.
+        in_features: inputs.
+        out_features: outputs.
+        complete: whether `unpack_factors` gives back what they were made from, to the last bit.
     """
 
     down: torch.Tensor
@@ -119,19 +125,15 @@ class RepackedFactors:
     up_scales: torch.Tensor | None
     down_kind: int
     up_kind: int
-    source: Factors
+    rank: int
+    in_features: int
+    out_features: int
+    complete: bool
 
     @property
-    def rank(self) -> int:
-        return self.source.rank
-
-    @property
-    def in_features(self) -> int:
-        return self.source.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.source.out_features
+    def packed(self) -> bool:
+        """Whether they are integers."""
+        return self.down_kind in INTEGER_KINDS.values()
 
     @property
     def nbytes(self) -> int:
@@ -246,8 +248,40 @@ def repack_factors(factors: Factors) -> RepackedFactors:
         up_scales=None if up_scales is None else up_scales.T.contiguous(),
         down_kind=down_kind,
         up_kind=up_kind,
-        source=factors,
+        rank=factors.rank,
+        in_features=factors.in_features,
+        out_features=factors.out_features,
+        complete=_restorable(factors.down) and _restorable(factors.up),
     )
+
+
+def _restorable(factor: torch.Tensor | QuantizedFactor) -> bool:
+    if isinstance(factor, QuantizedFactor):
+        # The last half of a byte that no feature fills should say zero, as writers have it; here it does in any case.
+        odd = factor.bits == 4 and factor.features % 2 == 1
+        return not odd or bool((factor.codes[:, -1] >> 4 == 8).all())
+    return factor.dtype in KINDS
+
+
+def unpack_factors(factors: RepackedFactors) -> Factors:
+    """The inverse of `repack_factors`, bit for bit; `RepackedFactors.complete` tells whether this can be asked.
+
+    Floating factors that are not `complete` were float64 and come back rounded to float32. A may share the memory of
+    the repacked one; nobody may write to it.
+    """
+    return Factors(unpack_down(factors), _unpack_up(factors))
+
+
+def unpack_down(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
+    """A alone, as `unpack_factors`."""
+    values = _unpack_factor(factors.down, factors.down_kind)[:, : factors.in_features]
+    return _factor(values.contiguous(), factors.down_scales, factors.down_kind)
+
+
+def _unpack_up(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
+    values = _from_strips(_unpack_factor(factors.up, factors.up_kind), factors.out_features)
+    scales = None if factors.up_scales is None else factors.up_scales.T
+    return _factor(values.contiguous(), scales, factors.up_kind)
 
 
 def _segments(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -274,9 +308,11 @@ def _zeros(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
     kernels = library()
     assert kernels is not None
-    memory = torch.zeros(size + LARGE_PAGE, dtype=torch.uint8)
-    begin = -memory.data_ptr() % LARGE_PAGE
-    aligned = memory[begin : begin + size]
+    # Of the system and not of an allocator: nobody has touched it, so that it is zero, may still get large pages, and
+    # takes no memory before and after the part that is used.
+    memory = mmap.mmap(-1, size + LARGE_PAGE, **PRIVATE)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
+    aligned = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=size)
     kernels.eora_large_pages(aligned.data_ptr(), size // LARGE_PAGE * LARGE_PAGE)
     return aligned
 
@@ -330,3 +366,18 @@ def _pack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
     if kind != INTEGER_KINDS[4]:
         return values.contiguous()
     return _nibbles((values + 8).to(torch.uint8).unflatten(-1, (-1, LANES))).flatten(-2)
+
+
+def _unpack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
+    """The inverse of `_pack_factor`."""
+    if kind != INTEGER_KINDS[4]:
+        return values
+    return _from_nibbles(values.unflatten(-1, (-1, LANES // 2))).flatten(-2).to(torch.int8) - 8
+
+
+def _factor(values: torch.Tensor, scales: torch.Tensor | None, kind: int) -> torch.Tensor | QuantizedFactor:
+    """The inverse of `_numbers`."""
+    if scales is None:
+        return values
+    bits = next(bits for bits, number in INTEGER_KINDS.items() if number == kind)
+    return QuantizedFactor(pack(values, bits), scales.contiguous(), bits, values.shape[1])

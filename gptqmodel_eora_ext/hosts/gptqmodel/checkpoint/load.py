@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
@@ -139,10 +140,20 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
                 module.optimized = True
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
-    if kernels:
-        # The kernels have given up their packed tensors. glibc would keep a quarter of the model's size of that memory.
-        release_free_memory()
     return model
+
+
+def from_quantized(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint, and give the system back what is free then.
+
+    The kernels have given up the packed tensors and the files' factors, and the host's loader lets go of the modules
+    that they replaced when it returns. glibc would keep a quarter of the model's size of that.
+    """
+    loaded = original(*args, **kwargs)
+    model = getattr(loaded, "model", None)
+    if isinstance(model, torch.nn.Module) and adapted_kernels(model):
+        release_free_memory()
+    return loaded
 
 
 def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> None:
