@@ -119,7 +119,7 @@ def layer_inputs(
             linears: dict[str, Any] = {
                 name: model.model.get_submodule(name) for name in modules if name.startswith(f"{model.layers[index]}.")
             }
-            with InputRows(linears) as watch, torch.no_grad():
+            with InputRows(model.layers[index], layer, linears) as watch, torch.no_grad():
                 for window in windows:
                     watch.begin(window.keep)
                     window.hidden = model.run(layer, index, window.hidden, window)
