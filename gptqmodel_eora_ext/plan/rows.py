@@ -105,6 +105,9 @@ class OutputGradients:
         path = name.removeprefix(f"{self._name}.")
 
         def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                # What picks tokens (DeepSeek-V3.2's indexer) is run without, and has no sensitivity.
+                return
             real = self._routed.real(path, inputs[0])
 
             def add(gradient: torch.Tensor) -> None:

@@ -229,12 +229,12 @@ def _of_layer(
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
     """Say once a layer how many experts had few tokens or none; their ranks are small, or 0."""
     few = [name for name in reached if len(inputs.rows[inputs.leaders[name]]) < min(FEW_TOKENS, tokens)]
-    none = len(inputs.linears) - len(reached)
+    none = [name for name in inputs.linears if name not in inputs.leaders]
     if few or none:
         log.warning(
             "EoRA: layer %d: of %d modules %d were reached by fewer than %d of %d calibration tokens and get small "
             "ranks, and %d by none and get no adapter, for instance %s.", inputs.index, len(inputs.linears), len(few),
-            FEW_TOKENS, tokens, none, min([name for name in inputs.linears if name not in reached] or few),
+            FEW_TOKENS, tokens, len(none), min(none or few),
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from ...adapter.layers import is_linear, shape_of
 from ...formats.sizes import ModuleShape
 from ...plan.checkpoint import CheckpointWeights
 from ...plan.layered import LayeredModel
+
+# Experts × out × in.
+EXPERTS_DIMENSIONS = 3
 
 
 def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
@@ -75,6 +79,23 @@ def module_shapes(model: Any) -> list[ModuleShape]:
     if not shapes:
         raise ValueError("EoRA: the model has no linear module to compensate.")
     return shapes
+
+
+def check_experts(model: Any) -> None:
+    """Refuse a model whose experts GPTQModel's loader has not taken apart, and so would leave as they are.
+
+    Raises:
+        NotImplementedError: naming the model type and the tensor.
+    """
+    layers = tuple(f"{path}." for path in model.extract_layers_node())
+    for name, parameter in model.model.named_parameters():
+        if parameter.ndim == EXPERTS_DIMENSIONS and "expert" in name and name.startswith(layers):
+            raise NotImplementedError(
+                f"EoRA: models of type {model.model.config.model_type} keep their experts in one tensor ({name}, "
+                f"{tuple(parameter.shape)}), which GPTQModel {version('gptqmodel')} neither takes apart nor quantises: "
+                f"the adapter would be of the other modules alone. Quantise without an adapter, or with a release of "
+                f"GPTQModel and its Defuser that knows the type."
+            )
 
 
 def linear_shapes(model: Any) -> list[ModuleShape]:
