@@ -258,6 +258,6 @@ def _layers_name(model: torch.nn.Module, modules: Sequence[str]) -> str:
             return name
     raise NotImplementedError(
         f"EoRA: the modules to quantise, for instance {min(modules, default='none')}, are not all in one list of "
-        f"layers of {type(model).__name__}{_type_of(model)}, so sensitivities cannot be measured layer by layer. Name a rank in "
-        f"place of the budget."
+        f"layers of {type(model).__name__}{_type_of(model)}, so sensitivities cannot be measured layer by layer. "
+        f"Name a rank in place of the budget."
     )
