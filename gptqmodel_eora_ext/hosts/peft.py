@@ -43,6 +43,7 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
     from peft.tuners.lora.gptq import GPTQLoraLinear
 
     folder = AdapterFolder.open(path)
+    _check_experts(model, folder)
     if folder.is_packed:
         raise AdapterError(
             f"Adapter: `{path}` has factors in {folder.factor_bits} bits, which PEFT cannot hold. Make a plain copy: "
@@ -55,7 +56,6 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
         config._register_custom_module(dict.fromkeys(kernels, GPTQLoraLinear))
     if not any(EXPERTS in module for module in folder.keys):
         return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)
-    _check_experts(model, folder)
     with _modules_as_they_are():
         return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)
 

@@ -49,8 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "DeepseekV3Config": DEEPSEEK,
     "GptOssConfig": {"num_local_experts": EXPERTS, "head_dim": 32},
 }
-# GPTQModel's loader leaves the experts of these in one tensor.
-LEFT_IN_ONE_TENSOR: dict[str, dict[str, Any]] = {
+# GPTQModel quantises no expert of these.
+LEFT_ALONE: dict[str, dict[str, Any]] = {
     "GraniteMoeConfig": {"num_local_experts": EXPERTS},
     "MiniMaxM2Config": {"num_local_experts": EXPERTS, "head_dim": 32},
 }
@@ -69,7 +69,7 @@ for name, sizes in json.loads(sys.argv[1]).items():
 def made(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny random models whose experts lie in one tensor in transformers, by the names of their configs."""
     folder = tmp_path_factory.mktemp("experts")
-    every = MODELS | LEFT_IN_ONE_TENSOR
+    every = MODELS | LEFT_ALONE
     sizes = {name: {**SIZES, **own, "vocab_size": len(tokenizer)} for name, own in every.items()}
     subprocess.run([sys.executable, "-c", SAVING, json.dumps(sizes), str(folder)], check=True)
     for name in sizes:
@@ -133,7 +133,7 @@ def test_ranks_under_a_budget(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     caplog.set_level(logging.WARNING)
     folder, config = tmp_path / "model", QuantizeConfig(bits=2, group_size=32)
-    done = quantize(made / name, folder, config, calibration, adapter=EoRA(budget="2bpw", factor_bits=16))
+    done = quantize(made / name, folder, config, calibration, adapter=EoRA(budget="2bpw", factor_bits=4))
     report = done.host._eora_run.allocation.report()
     assert 0.7 * report["budget"] < report["spent"] <= report["budget"]
     assert any(".experts." in module and factors.rank for module, factors in done.factors.items())
@@ -143,18 +143,21 @@ def test_ranks_under_a_budget(
     ids = torch.tensor([calibration[0]["input_ids"][:16]])
     with torch.inference_mode():
         assert torch.isfinite(load(folder)(ids).logits).all()
+    if name == "MixtralConfig":
+        # GPTQModel has replaced transformers' class of its experts for this process.
+        return
     # Transformers has the experts in one tensor, and makes up what it holds.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu")
     with pytest.raises(AdapterError, match=f"models of type {model.config.model_type} in one tensor"):
         load_peft(model, folder / "eora")
 
 
-@pytest.mark.parametrize("name", LEFT_IN_ONE_TENSOR)
-def test_experts_that_are_left_in_one_tensor_are_refused(name: str, made: Path, calibration: Batches) -> None:
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_experts_that_gptqmodel_leaves_as_they_are_are_refused(name: str, made: Path, calibration: Batches) -> None:
     with quiet():
         host = GPTQModel.load(str(made / name), QuantizeConfig(bits=2, group_size=32))
     model_type = host.model.config.model_type
-    with pytest.raises(NotImplementedError, match=f"type {model_type} keep their experts in one tensor"):
+    with pytest.raises(NotImplementedError, match=f"of models of type {model_type} GPTQModel .* quantises no expert"):
         host.quantize(calibration, adapter=EoRA(rank=4))
 
 

@@ -15,7 +15,8 @@ from ...formats.sizes import ModuleShape
 from ...plan.checkpoint import CheckpointWeights
 from ...plan.layered import LayeredModel
 
-# Experts × out × in.
+# What stands in the path of an expert, and the dimensions of a tensor of all: experts × out × in.
+EXPERTS = ".experts."
 EXPERTS_DIMENSIONS = 3
 
 
@@ -82,20 +83,28 @@ def module_shapes(model: Any) -> list[ModuleShape]:
 
 
 def check_experts(model: Any) -> None:
-    """Refuse a model whose experts GPTQModel's loader has not taken apart, and so would leave as they are.
+    """Refuse a mixture of experts of which GPTQModel would quantise none, since the adapter would be of the rest alone.
+
+    Its loader may leave experts in one tensor, or its definition of the model look for them under other names. What
+    `dynamic` leaves out is the user's choice.
 
     Raises:
-        NotImplementedError: naming the model type and the tensor.
+        NotImplementedError: naming the model type and an expert.
     """
+    subsets = model.simple_layer_modules(model.model.config, model.quantize_config)
+    listed = tuple(f".{name}.weight" for subset in subsets for name in subset if EXPERTS in name)
     layers = tuple(f"{path}." for path in model.extract_layers_node())
-    for name, parameter in model.model.named_parameters():
-        if parameter.ndim == EXPERTS_DIMENSIONS and "expert" in name and name.startswith(layers):
-            raise NotImplementedError(
-                f"EoRA: models of type {model.model.config.model_type} keep their experts in one tensor ({name}, "
-                f"{tuple(parameter.shape)}), which GPTQModel {version('gptqmodel')} neither takes apart nor quantises: "
-                f"the adapter would be of the other modules alone. Quantise without an adapter, or with a release of "
-                f"GPTQModel and its Defuser that knows the type."
-            )
+    experts = [
+        name
+        for name, parameter in model.model.named_parameters()
+        if EXPERTS in name and name.startswith(layers) and parameter.ndim in (2, EXPERTS_DIMENSIONS)
+    ]
+    if experts and not any(name.endswith(listed) for name in experts):
+        raise NotImplementedError(
+            f"EoRA: of models of type {model.model.config.model_type} GPTQModel {version('gptqmodel')} quantises no "
+            f"expert ({experts[0]} for instance stays as it is), so that an adapter would be of the other modules "
+            f"alone. Quantise without an adapter, or with a release of GPTQModel that knows their experts."
+        )
 
 
 def linear_shapes(model: Any) -> list[ModuleShape]:
