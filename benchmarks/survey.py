@@ -3,11 +3,13 @@
 A survey reads the model layer by layer from its files. Measured, a process each: its peak of memory over that of a
 process that only imported the same libraries, and its time, beside the time that GPTQModel takes to quantise the same
 layers without an adapter; and the peak for models of few and of many layers of one width, which may differ by the
-inputs of layers that are kept between the sweep forward and the one back.
+inputs of layers that are kept between the sweep forward and the one back. With `--parts experts`, what an expert adds:
+random models of Qwen3-MoE's architecture, with few and with as many experts a layer as Qwen3-30B-A3B has.
 
     python benchmarks/survey.py --model qwen-coder --json
     python benchmarks/survey.py --model qwen-coder --parts memory --counts 4 16
     python benchmarks/survey.py --model qwen-coder --parts time --counts 3
+    python benchmarks/survey.py --parts experts --json
 
 Seconds are of the processor too (`cpu`), summed over threads, which tell more than the clock where others use the
 machine.
@@ -41,8 +43,22 @@ SAMPLES, SEQLEN = 128, 512
 FEW, MANY = 4, 16
 # Of the model, for the time beside quantising.
 TIMED = 3
-PARTS = ("memory", "time")
+# The last is of models of its own.
+PARTS = ("memory", "time", "experts")
 ACTIONS = ("import", "survey", "quantize")
+# Experts a layer: few, and Qwen3-30B-A3B's count. Of both, as there, each token is routed to 8.
+EXPERTS = (32, 128)
+EXPERT_SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+# In a process of its own, since transformers saves experts in another layout where GPTQModel is imported.
+MAKE_EXPERTS = """
+import json, sys, torch, transformers
+torch.manual_seed(0)
+config = transformers.Qwen3MoeConfig(**json.loads(sys.argv[1]))
+transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(sys.argv[2])
+"""
 
 
 def first_layers(model: common.Subject, layers: int, folder: Path) -> common.Subject:
@@ -129,14 +145,44 @@ def beside_quantising(model: common.Subject, layers: int, samples: int) -> dict[
     }
 
 
+def of_experts(model: common.Subject, counts: list[int], samples: int) -> list[dict[str, Any]]:
+    """One row a number of experts a layer; the last also tells what each expert more took, of time and of the peak."""
+    rows: list[dict[str, Any]] = []
+    vocabulary = common.tokenizer(model)
+    for count in counts:
+        with common.scratch() as folder:
+            sizes = {**EXPERT_SIZES, "num_experts": count, "vocab_size": len(vocabulary)}
+            subprocess.run([sys.executable, "-c", MAKE_EXPERTS, json.dumps(sizes), str(folder / "model")], check=True)
+            vocabulary.save_pretrained(folder / "model")
+            made = replace(model, name="random Qwen3-MoE", folder=folder / "model", bits=None)
+            bare, found = (in_a_process(made, action, samples) for action in ("import", "survey"))
+        row: dict[str, Any] = {
+            "experts a layer": count,
+            "peak over imports, GB": (found["peak bytes"] - bare["peak bytes"]) / 1e9,
+            "seconds": found["seconds"],
+            "cpu": found["cpu"],
+        }
+        more = EXPERT_SIZES["num_hidden_layers"] * (count - rows[0]["experts a layer"]) if rows else 0
+        peak = "peak over imports, GB"
+        row |= {
+            "ms an expert": 1e3 * (row["seconds"] - rows[0]["seconds"]) / more if more else None,
+            "cpu ms an expert": 1e3 * (row["cpu"] - rows[0]["cpu"]) / more if more else None,
+            "MB an expert": 1e3 * (row[peak] - rows[0][peak]) / more if more else None,
+            "measured": common.measured(made),
+        }
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_model(parser, layers=False)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="by default all that the model serves for")
     parser.add_argument(
         "--counts", nargs="+", type=int, help=f"of layers: {FEW} and {MANY} for memory, {TIMED} for time"
     )
+    parser.add_argument("--experts", nargs="+", type=int, default=EXPERTS, help="a layer, for the part of that name")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {SEQLEN} tokens")
     parser.add_argument("--one", choices=ACTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,13 +197,17 @@ def main() -> None:
         }  # fmt: skip
         result = common.kept(model.results("survey"), setup)
         result["setup"] = setup
-        if "memory" in options.parts:
+        parts = common.parts(options.parts, PARTS[2:], PARTS[:2], model)
+        if "memory" in parts:
             result["memory"] = memory(model, options.counts or [FEW, MANY], options.samples)
             common.keep(model.results("survey"), result)
-        if "time" in options.parts:
+        if "time" in parts:
             result["time"] = [beside_quantising(model, count, options.samples) for count in options.counts or [TIMED]]
+            common.keep(model.results("survey"), result)
+        if "experts" in parts:
+            result["experts"] = of_experts(model, options.experts, options.samples)
         common.keep(model.results("survey"), result, as_json=options.json)
-        for rows in (result.get("memory"), result.get("time")):
+        for rows in map(result.get, PARTS):
             if rows:
                 header = [key for key in rows[0] if key != "measured"]
                 common.table(header, [[row[key] for key in header] for row in rows])

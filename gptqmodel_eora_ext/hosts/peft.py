@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -12,6 +15,8 @@ from ..adapter.folder import AdapterFolder
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."
+# What stands in a path before the number of an expert.
+EXPERTS = ".experts."
 
 
 def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
@@ -27,8 +32,8 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
         The `PeftModel`; it keeps the factors in float32 and adds (x Aᵀ) Bᵀ to what each kernel gives.
 
     Raises:
-        AdapterError: for a folder that is no adapter, one with values that cannot be, or one of packed factors, which
-            PEFT cannot hold.
+        AdapterError: for a folder that is no adapter, one with values that cannot be, one of packed factors, which
+            PEFT cannot hold, or one with factors for experts that transformers keeps in one tensor.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
@@ -38,6 +43,7 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
     from peft.tuners.lora.gptq import GPTQLoraLinear
 
     folder = AdapterFolder.open(path)
+    _check_experts(model, folder)
     if folder.is_packed:
         raise AdapterError(
             f"Adapter: `{path}` has factors in {folder.factor_bits} bits, which PEFT cannot hold. Make a plain copy: "
@@ -48,4 +54,49 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
     if kernels:
         # PEFT's way for layers it does not know. Its layer for GPTQ kernels adds the product to whatever they give.
         config._register_custom_module(dict.fromkeys(kernels, GPTQLoraLinear))
-    return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)
+    if not any(EXPERTS in module for module in folder.keys):
+        return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)
+    with _modules_as_they_are():
+        return peft.PeftModel.from_pretrained(model, str(folder.path), config=config)
+
+
+def _check_experts(model: torch.nn.Module, folder: AdapterFolder) -> None:
+    """Refuse experts that are no modules: PEFT would leave their factors out, and transformers has made them up.
+
+    Raises:
+        AdapterError: naming the module and the model type.
+    """
+    tensors = {name.rpartition(".")[0]: name for name, one in model.named_parameters() if one.ndim == 3}
+    for module in folder.keys:
+        block, found, _ = module.partition(EXPERTS)
+        if found and f"{block}{EXPERTS.rstrip('.')}" in tensors:
+            raise AdapterError(
+                f"Adapter: `{folder.path}` has factors for {module}, and transformers has the experts of models of "
+                f"type {getattr(getattr(model, 'config', None), 'model_type', 'unknown')} in one tensor "
+                f"({tensors[block + EXPERTS.rstrip('.')]}), into which it reads no quantised ones. Open the checkpoint "
+                f"with GPTQModel.load."
+            )
+
+
+@contextmanager
+def _modules_as_they_are() -> Iterator[None]:
+    """Have PEFT take the modules that an adapter names.
+
+    For mixtures of experts it renames those of experts to tensors of all experts, which a model has as long as it is
+    not quantised. Older releases do not do so.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        yield
+        return
+    with ExitStack() as stack:
+        for name, stand_in in (("convert_peft_config_for_transformers", lambda *args, **kwargs: None),
+                               ("convert_peft_adapter_state_dict_for_transformers", _unchanged)):  # fmt: skip
+            if hasattr(conversion, name):
+                stack.enter_context(mock.patch.object(conversion, name, stand_in))
+        yield
+
+
+def _unchanged(*args: Any, adapter_state_dict: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+    return adapter_state_dict

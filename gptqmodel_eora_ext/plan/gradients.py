@@ -68,7 +68,7 @@ def measure_gradients(
                     gradients = _gradients_of_outputs(model, windows, kind, seed)
                 of_layer = _of(modules, model.layers[index])
                 linears: Mapping[str, Any] = {name: model.model.get_submodule(name) for name in of_layer}
-                with OutputGradients(linears) as watch:
+                with OutputGradients(model.layers[index], layer, linears) as watch:
                     for position, window in enumerate(windows):
                         watch.keep = window.keep
                         given = inputs[position].pop()

@@ -156,12 +156,13 @@ class LayeredModel:
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=self.device).reshape(ids.shape)
         for tuples in (False, True) if self._tuples is None else (self._tuples,):
             window = self._recorded(ids, mask, tuples)
-            if window is not None:
+            if window is not None and window.hidden.shape[:-1] == ids.shape:
                 self._tuples = tuples
                 return window
         raise NotImplementedError(
-            f"EoRA: {type(self.model).__name__} does not call the layers of `{self.list_name}` one after another, each "
-            f"on the output of the one before, so sensitivities cannot be measured. Name a rank in place of the budget."
+            f"EoRA: {type(self.model).__name__}{_type_of(self.model)} does not call the layers of `{self.list_name}` "
+            f"one after another, each on the output of the one before, one vector a token, so sensitivities cannot be "
+            f"measured. Name a rank in place of the budget."
         )
 
     def _recorded(self, ids: torch.Tensor, mask: torch.Tensor, tuples: bool) -> Window | None:
@@ -262,6 +263,12 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
+def _type_of(model: torch.nn.Module) -> str:
+    """A model's type as its config names it, for messages; nothing where it has none."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return f" (model type {found})" if found else ""
+
+
 def _layers_name(model: torch.nn.Module, modules: Sequence[str]) -> str:
     """The full name of the outermost `ModuleList` that holds all modules."""
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -270,6 +277,6 @@ def _layers_name(model: torch.nn.Module, modules: Sequence[str]) -> str:
             return name
     raise NotImplementedError(
         f"EoRA: the modules to quantise, for instance {min(modules, default='none')}, are not all in one list of "
-        f"layers of {type(model).__name__}, so sensitivities cannot be measured layer by layer. Name a rank in "
-        f"place of the budget."
+        f"layers of {type(model).__name__}{_type_of(model)}, so sensitivities cannot be measured layer by layer. "
+        f"Name a rank in place of the budget."
     )

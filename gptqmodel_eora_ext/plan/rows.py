@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
-from ..capture import SecondMoment, require_finite
+from ..capture import RoutedRows, SecondMoment, require_finite
 from ..solve import Moment, RowMoment, diagonal_of
 
 
 class InputRows:
-    """Keeps the inputs of modules, tokens × in, in their own dtype, from all forwards within its `with` block.
+    """Keeps the inputs of modules, tokens × in without padding, in their own dtype, from all forwards within its `with`
+    block.
 
     Modules that read the same tensor share one copy, under the name of the first to read it.
 
     Args:
-        modules: linear layers by name.
+        name: full name of a layer.
+        layer: that layer, its weights in memory.
+        modules: linear layers in it, by full name.
 
     Attributes:
         keep: tokens of the windows under way that count, windows × tokens, bool; set before each forward.
         leaders: module → the one whose copy it shares. Modules that no token reached are not in it.
     """
 
-    def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
+    def __init__(self, name: str, layer: torch.nn.Module, modules: Mapping[str, torch.nn.Linear]) -> None:
         self.keep = torch.empty(0)
         self.leaders: dict[str, str] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._name = name
         self._modules = modules
+        self._routed = RoutedRows(layer, lambda: self.keep)
         self._handles = ExitStack()
 
     def begin(self, keep: torch.Tensor) -> None:
@@ -39,6 +43,7 @@ class InputRows:
         self._seen = {}
 
     def __enter__(self) -> InputRows:
+        self._handles.enter_context(self._routed)
         for name, module in self._modules.items():
             self._handles.callback(module.register_forward_pre_hook(self._hook(name)).remove)
         return self
@@ -52,34 +57,44 @@ class InputRows:
         return torch.cat(self._rows[leader])
 
     def _hook(self, name: str) -> Callable[..., None]:
+        path = name.removeprefix(f"{self._name}.")
+
         def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = _real_rows(inputs[0].detach(), self._routed.real(path, inputs[0]))
+            if not len(rows):
+                return
             # The tensor is kept beside its id: if it were freed, another tensor could get the same id.
             leader = self._seen.setdefault(id(inputs[0]), (inputs[0], name))[1]
             if self.leaders.setdefault(name, leader) == name:
-                self._rows.setdefault(name, []).append(kept(inputs[0].detach(), self.keep))
+                self._rows.setdefault(name, []).append(rows)
 
         return hook
 
 
 class OutputGradients:
-    """Keeps the gradients at the outputs of modules, tokens × out, in their own dtype, from all backward passes within
-    its `with` block.
+    """Keeps the gradients at the outputs of modules, in their own dtype and in the order of `InputRows`, from all
+    backward passes within its `with` block.
 
     Args:
-        modules: linear layers by name.
+        name: full name of a layer.
+        layer: that layer, its weights in memory.
+        modules: linear layers in it, by full name.
 
     Attributes:
         keep: as in `InputRows`.
-        gradients: module → its gradients, one tensor a backward pass.
+        gradients: module → its gradients, tokens × out, one tensor a backward pass.
     """
 
-    def __init__(self, modules: Mapping[str, torch.nn.Linear]) -> None:
+    def __init__(self, name: str, layer: torch.nn.Module, modules: Mapping[str, torch.nn.Linear]) -> None:
         self.keep = torch.empty(0)
         self.gradients: dict[str, list[torch.Tensor]] = {}
+        self._name = name
         self._modules = modules
+        self._routed = RoutedRows(layer, lambda: self.keep)
         self._handles = ExitStack()
 
     def __enter__(self) -> OutputGradients:
+        self._handles.enter_context(self._routed)
         for name, module in self._modules.items():
             self._handles.callback(module.register_forward_hook(self._hook(name)).remove)
         return self
@@ -88,25 +103,27 @@ class OutputGradients:
         self._handles.close()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def add(gradient: torch.Tensor) -> None:
-            self.gradients.setdefault(name, []).append(kept(gradient.detach(), self.keep))
+        path = name.removeprefix(f"{self._name}.")
 
-        def hook(module: torch.nn.Linear, inputs: Any, output: torch.Tensor) -> None:
+        def hook(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                # What picks tokens (DeepSeek-V3.2's indexer) is run without, and has no sensitivity.
+                return
+            real = self._routed.real(path, inputs[0])
+
+            def add(gradient: torch.Tensor) -> None:
+                rows = _real_rows(gradient.detach(), real)
+                if len(rows):
+                    self.gradients.setdefault(name, []).append(rows)
+
             output.register_hook(add)
 
         return hook
 
 
-def kept(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The rows of tokens that count, tokens × features.
-
-    Args:
-        tensor: (…, features). As many rows as ``keep`` has tokens are taken for these tokens, in their order. Any other
-            number was routed to an expert; then all rows count.
-        keep: windows × tokens, bool.
-    """
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat[keep.reshape(-1).to(flat.device)] if len(flat) == keep.numel() else flat
+def _real_rows(tensor: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The rows of (…, features) that are no padding, by a mask of the leading dimensions: tokens × features."""
+    return tensor.reshape(-1, tensor.shape[-1]) if real is None else tensor[real]
 
 
 def moment_of(rows: torch.Tensor, name: str, count: float | None = None) -> Moment:

@@ -132,7 +132,7 @@ def layer_inputs(
             linears: dict[str, Any] = {
                 name: model.model.get_submodule(name) for name in modules if name.startswith(f"{model.layers[index]}.")
             }
-            with InputRows(linears) as watch, torch.no_grad():
+            with InputRows(model.layers[index], layer, linears) as watch, torch.no_grad():
                 for window in windows:
                     watch.begin(window.keep)
                     window.hidden = model.run(layer, index, window.hidden, window)
@@ -255,12 +255,12 @@ def _of_layer(
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
     """Warn, once a layer, about experts that few tokens or none have reached: their ranks are small, or 0."""
     few = [name for name in reached if len(inputs.rows[inputs.leaders[name]]) < min(FEW_TOKENS, tokens)]
-    none = len(inputs.linears) - len(reached)
+    none = [name for name in inputs.linears if name not in inputs.leaders]
     if few or none:
         log.warning(
             "EoRA: layer %d: of %d modules %d were reached by fewer than %d of %d calibration tokens and get small "
             "ranks, and %d by none and get no adapter, for instance %s.", inputs.index, len(inputs.linears), len(few),
-            FEW_TOKENS, tokens, none, min([name for name in inputs.linears if name not in reached] or few),
+            FEW_TOKENS, tokens, len(none), min(none or few),
         )  # fmt: skip
 
 

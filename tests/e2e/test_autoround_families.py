@@ -52,8 +52,8 @@ def found(base: Path, tokenizer: Any, calibration: Batches, form: str, out: Path
                         dataset=data)  # fmt: skip
     try:
         folder = Path(rounder.quantize_and_save(str(out), format=form)[1])
-    except RuntimeError as error:
-        assert "Failed to materialize" in str(error)
+    except NotImplementedError as error:
+        assert "of type mixtral in its files, and would stop" in str(error)
         return "not made"
     with torch.inference_mode():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu")

@@ -14,10 +14,10 @@ from ...adapter.layers import is_linear, shape_of
 from ...adapter.options import AdapterOptions
 from ...loop.allocation import RankAllocation
 from ...loop.budgeting import allocate_budget
-from ...plan.checkpoint import CheckpointWeights, skeleton
 from ...plan.layered import LayeredModel
 from ...plan.sweep import Rounding
 from ...solve import Grid
+from .disk import DiskWeights, shell
 from .moments import IGNORED_TOKEN
 
 # AutoRound tunes rounding and clipping by gradients, which takes too long for a forecast. Forecasts round by a quick
@@ -76,7 +76,7 @@ def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
         ) from error
     # Model code beside the weights has run already, if there is any: AutoRound holds an instance of it.
     remote = type(model).__module__.startswith("transformers_modules")
-    return LayeredModel(skeleton(folder, trust_remote_code=remote), CheckpointWeights(folder), names, device)
+    return LayeredModel(shell(folder, trust_remote_code=remote), DiskWeights(folder), names, device)
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:

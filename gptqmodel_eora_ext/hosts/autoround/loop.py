@@ -27,7 +27,7 @@ from ...adapter.layers import is_linear, oriented
 from ...capture import OutputErrorMoment, SecondMoment
 from ...loop.place import put_in_place
 from ...loop.weights import check_weights
-from .checks import check_composition, check_dataset, check_formats
+from .checks import check_composition, check_dataset, check_experts, check_formats
 from .config import EoRAConfig
 from .moments import BlockInputs, Moment
 from .run import LoopRun
@@ -59,11 +59,13 @@ class EoRATransform(BasePreprocessor):
 
         Raises:
             ValueError: for options that contradict each other, calibration of another tokenizer, or weights with NaN.
-            NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with.
+            NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with, or a
+            mixture of experts that AutoRound does not serve.
         """
         super().bind(orchestrator)
         self.config.validate()
         check_composition(orchestrator)
+        check_experts(orchestrator)
         check_dataset(orchestrator)
         check_weights(orchestrator.model_context.model.named_parameters())
         if orchestrator.formats is not None:

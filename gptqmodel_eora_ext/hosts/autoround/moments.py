@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from auto_round.compressors.utils import block_forward
 
-from ...capture import OutputErrorMoment, SecondMoment
+from ...capture import OutputErrorMoment, RoutedRows, SecondMoment
 from ...loop.computed_once import KEPT_BYTES, ReusedBlock
 
 Moment = SecondMoment | OutputErrorMoment
@@ -84,7 +84,7 @@ class BlockInputs:
         are found on the first sample. If that does not reach every module (experts), or if there are more than
         `MOST_STAGES`, all modules are one stage.
         """
-        watch = _Watch(self._modules)
+        watch = _Watch(self._block, self._modules)
         with torch.no_grad(), watch:
             self._forward(watch, self._batches[0][:1])
         stages: dict[str, list[str]] = {}
@@ -110,7 +110,7 @@ class BlockInputs:
         single = stage[0] if alone and len(stage) == 1 else None
         found = errors(single) if single is not None else None
         sums: dict[str, Moment] = {} if single is None or found is None else {single: found}
-        watch = _Watch({name: self._modules[name] for name in stage}, stop=alone, sums=sums)
+        watch = _Watch(self._block, {name: self._modules[name] for name in stage}, stop=alone, sums=sums)
         self._rows = {}
         # Inputs are kept to compute a part of the block once more. The part that comes last is not computed again.
         room = KEPT_BYTES if single is not None and len(self._open) > 1 else 0
@@ -188,13 +188,15 @@ class _Watch:
     """Hooks that sum x xᵀ, once for modules that read the same tensor.
 
     Args:
-        modules: the modules to watch, by name.
+        block: the block that is run.
+        modules: modules of it to watch, by name.
         stop: whether to end the forward at the first of them.
         sums: module's name → moment to add to; a new one is made for others.
     """
 
     def __init__(
         self,
+        block: torch.nn.Module,
         modules: Mapping[str, torch.nn.Module],
         *,
         stop: bool = False,
@@ -205,7 +207,9 @@ class _Watch:
         self.rows: torch.Tensor | None = None
         # Module → the one that read the same input first and has the sum; in the order in which they ran.
         self.leaders: dict[str, str] = {}
-        self._modules = modules
+        paths = {id(module): path for path, module in block.named_modules()}
+        self._modules = {name: (module, paths[id(module)]) for name, module in modules.items()}
+        self._routed = RoutedRows(block, lambda: self._keep)
         self._stop = stop
         self._handles = ExitStack()
         self._keep: torch.Tensor | None = None
@@ -213,8 +217,9 @@ class _Watch:
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
 
     def __enter__(self) -> None:
-        for name, module in self._modules.items():
-            self._handles.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+        self._handles.enter_context(self._routed)
+        for name, (module, path) in self._modules.items():
+            self._handles.callback(module.register_forward_pre_hook(self._hook(name, path)).remove)
 
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
@@ -226,7 +231,7 @@ class _Watch:
         self._seen = {}
         self.rows = None
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str, path: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0]
             first = self._seen.setdefault(id(rows), (rows, name))[1]
@@ -238,7 +243,7 @@ class _Watch:
                         f"block cannot be compensated in AutoRound's loop. Use `eora generate` on its checkpoint."
                     )
                 return
-            keep = self._keep if self._keep is not None and self._keep.shape == rows.shape[:-1] else None
+            keep = self._routed.real(path, rows)
             moment = self.sums.get(name)
             if moment is None:
                 moment = self.sums[name] = SecondMoment(rows.shape[-1], name)

@@ -95,6 +95,7 @@ def problems() -> list[str]:
     from auto_round.algorithms.quantization import config
     from auto_round.algorithms.transforms import base
     from auto_round.compressors import base as compressors
+    from auto_round.utils import disk_stream_util
 
     expected: list[tuple[Any, str, tuple[str, ...]]] = [
         (registry, "register_algorithm", ("name", "config_factory", "summary")),
@@ -110,5 +111,8 @@ def problems() -> list[str]:
         (composer.AlgorithmComposer, "compress_block",
          ("block", "fp_inputs", "input_others", "block_ctx", "q_inputs", "input_ids")),
         (compressors.BaseOrchestrator, "save_quantized", ("output_dir", "return_folders")),
+        (disk_stream_util, "get_safetensors_index", ("checkpoint_dir",)),
+        (disk_stream_util, "materialize_module", ("module", "module_name", "index", "device")),
+        (disk_stream_util, "unfuse_meta_moe_", ("model",)),
     ]  # fmt: skip
     return [problem for place in expected if (problem := problem_at(*place))]

@@ -20,7 +20,7 @@ from gptqmodel.nn_modules.hooked_linear import STOP_FORWARD_EXCEPTION
 from ...capture import OutputErrorMoment
 from ...loop.computed_once import KEPT_BYTES, RememberedBlock, ReusedBlock
 from ...system.memory import release_free_memory
-from .compensation import Compensation, Moment
+from .compensation import Compensation, Moment, layer_of
 
 
 class CheckpointCompensation(Compensation):
@@ -61,7 +61,7 @@ class CheckpointCompensation(Compensation):
         leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)
         modules = [self._modules[name] for name in subset_names if name in self._modules]
         if modules:
-            self._enter_layer(model, modules[0].full_name.removesuffix(f".{modules[0].name}"))
+            self._enter_layer(model, layer_of(modules[0]))
         self._inputs = {}
         self._only = modules[0] if len(modules) == 1 else None
         # Where all modules of a subset read one input, the forward may end there.
@@ -87,8 +87,7 @@ class CheckpointCompensation(Compensation):
         raise STOP_FORWARD_EXCEPTION.with_traceback(None)
 
     def _capture(self, rows: torch.Tensor) -> None:
-        mask = getattr(self._mask_tls, "value", None)
-        keep = mask if torch.is_tensor(mask) and mask.shape == rows.shape[:-1] else None
+        keep = self._keep_mask(str(self._stopping), rows)
         batch = self.current_batch_index()
         with self.lock:
             self._moments[str(self._stopping)].add(rows, keep)

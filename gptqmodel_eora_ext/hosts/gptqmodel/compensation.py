@@ -20,7 +20,7 @@ from gptqmodel.quantization.gptq import GPTQ
 from ...adapter.compensate import compensate
 from ...adapter.factors import ModuleFactors
 from ...adapter.layers import is_linear, oriented
-from ...capture import CrossMoment, OutputErrorMoment, SecondMoment, require_finite, shared_leaders
+from ...capture import CrossMoment, OutputErrorMoment, RoutedRows, SecondMoment, require_finite, shared_leaders
 from ...loop.place import put_in_place
 from ...system.memory import release_free_memory
 from .rounds import JointRounds
@@ -55,6 +55,7 @@ class Compensation:
         self._cross_moments: dict[str, CrossMoment] = {}
         self._leaders: dict[str, str] = {}
         self._modules: dict[str, NamedModule] = {}
+        self._routed: RoutedRows | None = None
         self._threads = self._threads_each = torch.get_num_threads()
 
     # Capture ---------------------------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ class Compensation:
         if self.run.allocation is not None:
             self.run.allocation.begin([self._modules[name].full_name for name in subset_names if name in self._modules])
         widths = {name: _width(self._modules[name]) for name in subset_names if name in self._modules}
+        self._watch_routing(model, next(iter(widths), None))
         self._threads = torch.get_num_threads()
         self._threads_each = max(1, self._threads // max(1, len(widths)))
         self._moments.clear()
@@ -88,6 +90,24 @@ class Compensation:
                 self._cross_moments[name] = CrossMoment(width, self._modules[name].full_name)
         return host_leaders
 
+    def _watch_routing(self, model: Any, name: str | None) -> None:
+        """Have a layer's modules watched for padding among the tokens that are routed to them, until `_end_watch`."""
+        self._end_watch()
+        if name is not None:
+            # A head is in no layer, and is called by itself.
+            layer = layer_of(self._modules[name]) or name
+            self._routed = RoutedRows(model.model.get_submodule(layer), self._batch_mask)
+            self._routed.__enter__()
+
+    def _end_watch(self) -> None:
+        if self._routed is not None:
+            self._routed.__exit__()
+            self._routed = None
+
+    def _batch_mask(self) -> torch.Tensor | None:
+        mask = getattr(getattr(self, "_mask_tls", None), "value", None)
+        return mask if torch.is_tensor(mask) else None
+
     def _trim_memory(self) -> None:
         release_free_memory()
 
@@ -101,6 +121,7 @@ class Compensation:
         It runs on the main thread, where an error reaches the caller; one in a worker thread ends the process.
         """
         telemetry = super().end_shared_input_capture(subset_names)  # type: ignore[misc]
+        self._end_watch()
         for name in subset_names:
             if name not in self._modules:
                 continue
@@ -123,18 +144,35 @@ class Compensation:
 
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
             batch = self.current_batch_index()
+            rows = inputs[0]
+            keep = self._keep_mask(name, rows)
             if self.run.for_quantiser(batch):
-                host_hook(module, inputs, output)
+                self._call_host(host_hook, name, module, inputs, output, keep)
             if not self.run.for_adapter(batch):
                 return
-            rows = inputs[0]
-            keep = self._keep_mask(rows)
             with self.lock:
                 if moment is not None:
                     moment.add(rows, keep)
                 self._add_cross(name, batch, rows, keep)
 
         return hook
+
+    def _call_host(
+        self,
+        host_hook: Callable[..., Any],
+        name: str,
+        module: torch.nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+        output: Any,
+        keep: torch.Tensor | None,
+    ) -> None:
+        """GPTQ leaves out padding of windows, but not among the tokens that are routed to an expert."""
+        rows = inputs[0]
+        if keep is not None and rows.ndim == 2 and self._reads_hessian(name):
+            if not keep.any():
+                return
+            inputs, output = (rows[keep], *inputs[1:]), output[keep] if torch.is_tensor(output) else output
+        host_hook(module, inputs, output)
 
     def _add_cross(self, name: str, batch: int | None, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
         """Pair the inputs with the full-precision model's. An expert may get other tokens in the two models; then its
@@ -148,15 +186,9 @@ class Compensation:
         else:
             self._cross_moments[name].add(original, rows, keep)
 
-    def _keep_mask(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """The batch's attention mask, shaped like the rows, where the host leaves masking to the processor; None where
-        the host has left padding out already."""
-        if not getattr(self, "preserve_batch_keep_mask", False):
-            return None
-        mask = getattr(getattr(self, "_mask_tls", None), "value", None)
-        if torch.is_tensor(mask) and rows.ndim >= 3 and mask.shape == rows.shape[:2]:
-            return mask.reshape(mask.shape + (1,) * (rows.ndim - 3)).expand(rows.shape[:-1])
-        return None
+    def _keep_mask(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """Which rows are no padding; None where all count, or where the host has left padding out already."""
+        return self._routed.real(name, rows) if self._routed is not None else None
 
     def _moment(self, name: str) -> Moment:
         """The second moment of a module's inputs, one object for all modules that read the same input.
@@ -269,6 +301,11 @@ def _awq_scales(scales_list: list[Any], module: NamedModule, in_features: int) -
         if module.full_name in layer_names:
             total *= scales.reshape(-1).to(device="cpu", dtype=torch.float32)
     return total
+
+
+def layer_of(module: NamedModule) -> str:
+    """Full name of the layer that a module is in; empty for one that is in none."""
+    return str(module.full_name.removesuffix(module.name).removesuffix("."))
 
 
 def _width(module: NamedModule) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from ...adapter.layers import is_linear, shape_of
 from ...formats.sizes import ModuleShape
 from ...plan.checkpoint import CheckpointWeights
 from ...plan.layered import LayeredModel
+
+# What stands in the path of an expert, and the dimensions of a tensor of all: experts × out × in.
+EXPERTS = ".experts."
+EXPERTS_DIMENSIONS = 3
 
 
 def layered(model: Any, shapes: Sequence[ModuleShape]) -> LayeredModel:
@@ -77,6 +82,31 @@ def module_shapes(model: Any) -> list[ModuleShape]:
     if not shapes:
         raise ValueError("EoRA: the model has no linear module to compensate.")
     return shapes
+
+
+def check_experts(model: Any) -> None:
+    """Refuse a mixture of experts of which GPTQModel would quantise none, since the adapter would be of the rest alone.
+
+    Its loader may leave experts in one tensor, or its definition of the model look for them under other names. What
+    `dynamic` leaves out is the user's choice.
+
+    Raises:
+        NotImplementedError: naming the model type and an expert.
+    """
+    subsets = model.simple_layer_modules(model.model.config, model.quantize_config)
+    listed = tuple(f".{name}.weight" for subset in subsets for name in subset if EXPERTS in name)
+    layers = tuple(f"{path}." for path in model.extract_layers_node())
+    experts = [
+        name
+        for name, parameter in model.model.named_parameters()
+        if EXPERTS in name and name.startswith(layers) and parameter.ndim in (2, EXPERTS_DIMENSIONS)
+    ]
+    if experts and not any(name.endswith(listed) for name in experts):
+        raise NotImplementedError(
+            f"EoRA: of models of type {model.model.config.model_type} GPTQModel {version('gptqmodel')} quantises no "
+            f"expert ({experts[0]} for instance stays as it is), so that an adapter would be of the other modules "
+            f"alone. Quantise without an adapter, or with a release of GPTQModel that knows their experts."
+        )
 
 
 def linear_shapes(model: Any) -> list[ModuleShape]:

@@ -30,7 +30,7 @@ from .compensation import AWQCompensation, Compensation
 from .full_precision_inputs import FullPrecisionInputs
 from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
-from .modules import module_shapes
+from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
 from .survey import allocate_ranks
@@ -75,6 +75,7 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         if isinstance(options[name], Iterator):
             options[name] = list(options[name])
     _check_supported(model, adapter, options)
+    check_experts(model)
     if adapter.plan is not None:
         check_plan(model, adapter.plan)
     warn_if_dominated(model, adapter)

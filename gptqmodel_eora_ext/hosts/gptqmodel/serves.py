@@ -18,7 +18,7 @@ from . import seams
 from .adapter import EoRA
 from .checkpoint.load import adapters_off
 from .generate import generate_adapter
-from .modules import module_shapes
+from .modules import check_experts, module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
 from .survey import survey_model
@@ -96,6 +96,7 @@ def _load(
 class _Planned:
     def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
         self._host = GPTQModel.load(model, _config(settings), trust_remote_code=trust_remote_code)
+        check_experts(self._host)
         self.shapes = module_shapes(self._host)
 
     def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Names of layers that some models make of several, gate and up or q, k and v.
 JOINED_LAYERS = frozenset({"gate_up_proj", "qkv_proj"})
+# Models whose experts AutoRound and GPTQModel take apart in different ways.
+OTHER_ROWS = frozenset({"gpt_oss"})
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
@@ -75,9 +77,10 @@ def config_from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _refuse_joined_layers(checkpoint: Path) -> None:
-    """Refuse a checkpoint of AutoRound with layers that GPTQModel looks for apart.
+    """Refuse a checkpoint of AutoRound with layers that GPTQModel looks for apart, or apart in another way.
 
     It splits Phi-3's `gate_up_proj` in two before it quantises, and would tell that the weights of both are missing.
+    Of GPT-OSS's it takes halves where AutoRound takes every second row, and would compute something else.
 
     Raises:
         NotImplementedError: naming the layers, and what opens the checkpoint.
@@ -87,6 +90,12 @@ def _refuse_joined_layers(checkpoint: Path) -> None:
     from gptqmodel.models import auto
 
     model_type = read_json(checkpoint / MODEL_CONFIG).get("model_type")
+    if model_type in OTHER_ROWS:
+        raise NotImplementedError(
+            f"EoRA: `{checkpoint}` was packed by AutoRound, which splits the joined matrices of experts in models of "
+            f"type {model_type} by every second row, and GPTQModel in halves: it would compute something else. "
+            f"Quantise with GPTQModel."
+        )
     definition = getattr(auto, "MODEL_MAP", {}).get(model_type)
     tree = repr(getattr(definition, "module_tree", None))
     packed = (key.removesuffix(".qweight") for key in autoround.tensor_shapes(checkpoint) if key.endswith(".qweight"))
