@@ -43,9 +43,7 @@ class _HostFinder:
     """Meta-path finder that lets the other finders find a host, then marks its spec."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in HOSTS:
             return None
         for finder in sys.meta_path:

@@ -59,9 +59,7 @@ def imports(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {
-                full if (full := f"{source}.{alias.name}") in FILES else source for alias in node.names
-            }
+            found |= {full if (full := f"{source}.{alias.name}") in FILES else source for alias in node.names}
     return found - {name}
 
 

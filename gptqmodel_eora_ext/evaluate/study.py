@@ -253,9 +253,7 @@ class Study:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            self.options.model, trust_remote_code=self.options.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=self.options.trust_remote_code)
 
     def _windows(self) -> list[dict[str, list[int]]]:
         options, tokenizer = self.options, self._tokenizer()

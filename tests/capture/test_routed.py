@@ -64,6 +64,7 @@ def masks(layer: Layer, hidden: torch.Tensor, keep: torch.Tensor | None) -> dict
     with RoutedRows(layer, lambda: keep) as routed:
         for path, module in layer.named_modules():
             if isinstance(module, torch.nn.Linear):
+
                 def look(_: torch.nn.Module, args: tuple[torch.Tensor, ...], path: str = path) -> None:
                     found[path] = routed.real(path, args[0])
 

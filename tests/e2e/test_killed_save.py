@@ -102,7 +102,9 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(pair: tuple[Path
         done = save(new, target, last=moment)
         now = fingerprint(target)
         assert done.returncode == -signal.SIGKILL and now in (known_old, known_new), (
-            moment, sorted(set(now.items()) ^ set(known_new.items())), done.stderr[-3000:]
+            moment,
+            sorted(set(now.items()) ^ set(known_new.items())),
+            done.stderr[-3000:],
         )
         found.append("old" if now == known_old else "new")
     # The last operations remove the old folder, when the new one is in place.

@@ -145,9 +145,7 @@ class LoopRun(Run):
 
     def _write_adapter(self, checkpoint: Path, place: Path) -> None:
         names = [name for name, _ in self._orchestrator.model_context.model.named_modules()]
-        write_adapter(
-            checkpoint, checkpoint / DEFAULT_FOLDER, self.factors, names, self.details(), base_model=place
-        )
+        write_adapter(checkpoint, checkpoint / DEFAULT_FOLDER, self.factors, names, self.details(), base_model=place)
 
     def _begin_export(self, target: Path, *, go_on: bool = False) -> Path:
         """The new folder to export into, empty unless an interrupted run is to go on."""

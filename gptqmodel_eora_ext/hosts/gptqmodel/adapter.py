@@ -220,9 +220,7 @@ class EoRA(KeepsFactors, Lora):
             self._converted = (state, (lora_A.to(x.device, x.dtype), lora_B.to(x.device, x.dtype)))
         return self._converted[1]
 
-    def _in_one_launch(
-        self, x: torch.Tensor, out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
-    ) -> bool:
+    def _in_one_launch(self, x: torch.Tensor, out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
         """Whether the plugin's own kernel can add the correction to ``out``."""
         return (
             runs_on(x.device)

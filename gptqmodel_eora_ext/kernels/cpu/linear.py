@@ -116,9 +116,7 @@ class CpuLinear:
             yield begin, end, tile[:, : end - begin]
 
 
-def _check_fit(
-    weight: RepackedWeight, factors: RepackedFactors | None, bias: torch.Tensor | None, name: str
-) -> None:
+def _check_fit(weight: RepackedWeight, factors: RepackedFactors | None, bias: torch.Tensor | None, name: str) -> None:
     shape = (weight.out_features, weight.in_features)
     if factors is not None and (factors.out_features, factors.in_features) != shape:
         raise LayoutError(
