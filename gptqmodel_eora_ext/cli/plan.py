@@ -36,6 +36,7 @@ from ..plan import (
     sweep_rank,
 )
 from ..solve import Grid
+from ..system.progress import counted
 from .options import (
     DEFAULT_GROUP_SIZE,
     Calibration,
@@ -51,7 +52,7 @@ from .options import (
     read_calibration,
     tokenized,
 )
-from .printing import counted, errors, fail, out, progress_bars, say
+from .printing import errors, fail, out, progress_bars, say
 from .show import listing
 
 QUANTIZER = "gptq"
