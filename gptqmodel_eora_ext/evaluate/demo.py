@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -66,17 +67,18 @@ def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str,
         stages.append({"name": name, "seconds": round(time.perf_counter() - start, 1)})
 
     output.mkdir(parents=True, exist_ok=True)
-    with stage("fetching SmolLM2-135M") as report:
-        base = smollm2(report=report)
-    with stage("planning bits and ranks"):
-        plan = _plan(base, total, progress)
-        plan.write(output / "plan.json")
-    with stage(f"quantising: {PLAIN_NAME}") as report:
-        _quantize(base, output / PLAIN, None, report)
-    with stage(f"quantising: {MIX_NAME}") as report:
-        _quantize(base, output / MIX, plan, report)
-    with stage("measuring all three"):
-        record = _measured_in_new_process(base, output)
+    with _without_log_lines():
+        with stage("fetching SmolLM2-135M") as report:
+            base = smollm2(report=report)
+        with stage("planning bits and ranks"):
+            plan = _plan(base, total, progress)
+            plan.write(output / "plan.json")
+        with stage(f"quantising: {PLAIN_NAME}") as report:
+            _quantize(base, output / PLAIN, None, report)
+        with stage(f"quantising: {MIX_NAME}") as report:
+            _quantize(base, output / MIX, plan, report)
+        with stage("measuring all three"):
+            record = _measured_in_new_process(base, output)
     record = {
         **record,
         "title": f"SmolLM2-135M: a planned mix at {total} beside plain {PLAIN_BITS} bits",
@@ -89,6 +91,18 @@ def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str,
     write_record(output / NAME, record)
     make_report(output / REPORT)
     return record, time.perf_counter() - begin
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """The package's log lines below an error are left out: whoever watches the demo has nothing to do about them."""
+    log = logging.getLogger(__package__.split(".")[0])
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _windows(base: Path) -> list[dict[str, list[int]]]:

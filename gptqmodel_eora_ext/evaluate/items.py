@@ -115,9 +115,10 @@ def _label(value: Any, count: int, field: str, where: str, *, first: int = 0) ->
     return number - first
 
 
-def _among(value: Any, known: Sequence[str], field: str, where: str) -> str:
-    if value not in known:
-        raise TextError(f"{where}: `{field}` is {value!r}, expected one of {', '.join(known)}.")
+def _among(row: Row, field: str, known: Sequence[str], where: str) -> str:
+    value = row.get(field)
+    if value not in list(known):
+        raise TextError(f"{where}: `{field}` {_found(row, field)}, expected one of {', '.join(known)}.")
     return str(value)
 
 
@@ -136,9 +137,7 @@ def _arc(row: Row, where: str) -> dict[str, Any]:
         texts = [_text(row, label, where) for label in labels]
     if len(labels) != len(texts):
         raise TextError(f"{where}: `choices` has {len(labels)} labels for {len(texts)} texts, expected one for each.")
-    if key not in row:
-        raise TextError(f"{where}: `{key}` {_found(row, key)}, expected one of {', '.join(labels)}.")
-    answer = _among(row[key], labels, key, where)
+    answer = _among(row, key, labels, where)
     return {
         "id": str(row.get("id", "")),
         "question": question,
@@ -150,7 +149,7 @@ def _arc(row: Row, where: str) -> dict[str, Any]:
 def _mathqa(row: Row, where: str) -> dict[str, Any]:
     problem, options = _text(row, "Problem", where), _text(row, "options", where)
     choices = MATHQA_OPTION.findall(options)
-    correct = _among(row.get("correct"), string.ascii_lowercase[:5], "correct", where)
+    correct = _among(row, "correct", string.ascii_lowercase[:5], where)
     if len(choices) <= string.ascii_lowercase.index(correct):
         raise TextError(
             f"{where}: `options` holds {len(choices)} choices, `correct` is {correct!r}; expected "

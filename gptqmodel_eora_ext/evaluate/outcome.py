@@ -68,8 +68,8 @@ def rows(record: Record) -> list[dict[str, Any]]:
                     "value": result["value"],
                     "items": None if items is None else len(items),
                 }
-        first = next(iter(texts.values()), {})
-        row = {
+        first: dict[str, Any] = next(iter(texts.values()), {})
+        row: dict[str, Any] = {
             "model": name,
             "kind": model["kind"],
             **{key: first[key] for key in ("perplexity", "nats", "tokens") if key in first},

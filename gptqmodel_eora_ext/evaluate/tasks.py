@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,10 +246,11 @@ def _run(
 ) -> Score:
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(
-        model=_wrapped(model, tokenizer, batch_size, progress), tasks=[task], task_manager=manager, limit=limit,
-        num_fewshot=shots, bootstrap_iters=0, log_samples=True,
-    )  # fmt: skip
+    with _without_chatter():
+        found = simple_evaluate(
+            model=_wrapped(model, tokenizer, batch_size, progress), tasks=[task], task_manager=manager, limit=limit,
+            num_fewshot=shots, bootstrap_iters=0, log_samples=True,
+        )  # fmt: skip
     results = found["groups"] if task in found.get("groups", {}) else found["results"]
     metrics = {
         name.removesuffix(PLAIN): float(value)
@@ -259,6 +261,23 @@ def _run(
         raise ValueError(f"lm-eval gave no score for the task `{task}`: {results[task]}.")
     metric = next((name for name in PREFERRED if name in metrics), next(iter(metrics)))
     return Score(metric, metrics[metric], metrics, _items(found["samples"], metric))
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """None of lm-eval's log lines below an error (a model handed over, a seed set), and none of the data sets' bars."""
+    import datasets
+
+    log = logging.getLogger("lm_eval")
+    level, bars = log.level, not datasets.are_progress_bars_disabled()
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _wrapped(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[int, int], None] | None) -> Any:

@@ -22,6 +22,8 @@ PAGE_COLOURS = {INK: "var(--ink)", LINE: "var(--line)", MUTED: "var(--muted)"}
 # Okabe and Ito's colours, which people with any colour vision tell apart, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f8f00", "#7a5195")
 HEAT = "cividis"
+# The axis of sizes reaches at least so far to both sides of its middle, as a share of it.
+SAME_SIZE = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,22 @@ def trade_off(panels: Mapping[str, Sequence[Point]], alternative: str) -> Figure
         all_axes = figure.subplots(*shape, squeeze=False).flat
         names = [point.name for point in next(iter(panels.values()))]
         for axes, (text, points) in zip(all_axes, panels.items(), strict=True):
-            for point in points:
+            sizes = [point.bytes / 1e6 for point in points]
+            middle, half = (max(sizes) + min(sizes)) / 2, (max(sizes) - min(sizes)) / 2
+            for point, size in zip(points, sizes, strict=True):
                 colour = MUTED if point.dominated else COLOURS[names.index(point.name) % len(COLOURS)]
-                axes.plot(point.bytes / 1e6, point.loss, "o", color=colour, ms=9)
+                axes.plot(size, point.loss, "o", color=colour, ms=9)
+                # Names grow away from the edge that their point is nearer to.
                 axes.annotate(
-                    point.name + (" (dominated)" if point.dominated else ""), (point.bytes / 1e6, point.loss),
-                    xytext=(0, 9), textcoords="offset points", ha="center", color=colour,
+                    point.name, (size, point.loss), xytext=(0, 9), textcoords="offset points", color=colour,
+                    ha="left" if size <= middle else "right",
                 )  # fmt: skip
             axes.set_title(text)
             axes.set_xlabel("MB on disk, adapter included")
             axes.set_ylabel("nats a token above full precision")
-            axes.set_ylim(bottom=0)
-            axes.margins(x=0.25, y=0.25)
+            # Models of nearly the same size are shown as such.
+            axes.set_xlim(middle - max(1.3 * half, SAME_SIZE * middle), middle + max(1.3 * half, SAME_SIZE * middle))
+            axes.set_ylim(0, 1.25 * max(point.loss for point in points))
             _plain(axes)
 
     rows = len(panels)
@@ -143,7 +149,7 @@ def bars(name: str, title: str, alternative: str, lengths: Mapping[str, float], 
         axes.set_yticks(places, labels)
         axes.invert_yaxis()
         axes.set_xlabel(x)
-        _plain(axes)
+        _plain(axes, words=True)
 
     height = 0.8 + 0.3 * len(lengths)
     return _figure(name, title, alternative, draw, height, height)
@@ -158,17 +164,20 @@ def plain_number(value: float) -> str:
     return shown.rstrip("0").rstrip(".") if "." in shown else shown
 
 
-def _plain(axes: Any) -> None:
-    from matplotlib.ticker import FixedFormatter, FuncFormatter, LogLocator, NullFormatter
+def _plain(axes: Any, *, words: bool = False) -> None:
+    """Plain numbers on both axes, or on the lower one alone where ``words`` stand at the other, and a grid behind."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in (axes.xaxis,) if words else (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             # Ticks at 1, 2 and 5 of every decade, so that a narrow range has several as well.
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_minor_formatter(NullFormatter())
-        # Words that stand for places stay.
-        if not isinstance(axis.get_major_formatter(), FixedFormatter):
             axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        else:
+            formatter = ScalarFormatter(useOffset=False)
+            formatter.set_scientific(False)
+            axis.set_major_formatter(formatter)
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -188,7 +197,7 @@ def _svg(name: str, title: str, alternative: str, draw: Callable[[Any], None], s
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    style = {
+    style: Any = {
         # Words stay words, so that they can be read aloud, searched and copied, in the page's font.
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT_POINTS, "font.family": "sans-serif",
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE, "xtick.color": LINE, "ytick.color": LINE,
