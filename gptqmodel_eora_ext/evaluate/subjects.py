@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
 from ..adapter.summary import find_adapter
 from ..formats.names import ADAPTER_CONFIG, MODEL_CONFIG, QUANTIZE_CONFIG
-from .size import stored_modules
+from ..formats.sizes import ModuleShape
+from .size import stored_modules, tensor_headers
 
 FULL_PRECISION, QUANTISED, ADAPTED = "full precision", "quantised", "quantised with adapter"
 # Where models of several parts keep the text model's settings.
@@ -141,12 +143,34 @@ def _adapted(name: str | None, adapter: Path, checkpoint: Path | None) -> Subjec
             f"`{adapter}` is an adapter; name the quantised checkpoint that it is for before it: eora eval CHECKPOINT "
             f"{adapter}."
         )
-    modules = [one.shape.name for one in stored_modules(checkpoint)]
     folder = AdapterFolder.open(adapter)
+    modules = {one.shape.name: one.shape for one in stored_modules(checkpoint)}
     if modules:
-        # Told now rather than once the models before it are measured.
-        folder.match(modules)
+        # Told now, by headers, rather than once the models before it are measured.
+        _check_shapes(folder, modules)
     return Subject(name or f"{checkpoint.name} + {adapter.name}", ADAPTED, str(checkpoint), adapter)
+
+
+def _check_shapes(folder: AdapterFolder, modules: Mapping[str, ModuleShape]) -> None:
+    """Refuse an adapter for modules that the checkpoint lacks, or that have another size there.
+
+    Raises:
+        AdapterError: naming the module, and both sizes.
+    """
+    headers = tensor_headers(folder.path)
+    for name, module in folder.match(modules).items():
+        if folder.is_packed:
+            found = folder.features[module]
+        else:
+            keys = folder.keys[module]
+            found = (headers[keys["lora_A"]][0][-1], headers[keys["lora_B"]][0][0])
+        shape = modules[name]
+        if found != (shape.in_features, shape.out_features):
+            raise AdapterError(
+                f"Adapter: {module} in `{folder.path}` has {found[0]} inputs and {found[1]} outputs, but the "
+                f"checkpoint's has {shape.in_features} and {shape.out_features}. It was made for "
+                f"{folder.settings.base_model or 'another model'}; use it with that checkpoint."
+            )
 
 
 def _not_quantised(path: Path) -> str:

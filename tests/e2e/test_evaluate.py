@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import EoRA, cli
+from gptqmodel_eora_ext.adapter.save import save_adapter
 from gptqmodel_eora_ext.evaluate.outcome import rows
 from gptqmodel_eora_ext.evaluate.perplexity import text_loss
 from gptqmodel_eora_ext.evaluate.texts import demo_text
 from gptqmodel_eora_ext.hosts.gptqmodel.generate import generate_adapter
 from gptqmodel_eora_ext.hosts.registry import QuantizeJob, quantizer
 from gptqmodel_eora_ext.hosts.terminal import quiet
+from tests.adapter.test_folder import factors
 from tests.e2e.helpers import Batches
 
 pytestmark = pytest.mark.e2e
@@ -127,9 +129,11 @@ def test_the_table_of_sizes_is_what_files_take(record: dict[str, Any], made: dic
 
 
 def test_an_adapter_of_another_model_is_refused_before_work(made: dict[str, Path], tmp_path: Path) -> None:
-    from tests.adapter.test_folder import write
-
-    write(tmp_path / "other")
-    result = runner.invoke(cli.app, ["eval", str(made["out"]), str(tmp_path / "other"), "--speed"])
-    assert result.exit_code == 2
-    assert "3 of 3 modules that are no quantised module of this model" in " ".join(result.output.split())
+    """Told by the headers alone, of modules that the model lacks and of such that are of another size."""
+    names = ["model.layers.0.mlp.down_proj", "model.layers.7.mlp.down_proj"]
+    for count, message in ((2, "1 of 2 modules that are no quantised module"), (1, "12 inputs and 8 outputs, but")):
+        other = tmp_path / f"other{count}"
+        save_adapter(other, {name: factors(4) for name in names[:count]}, base_model="other", module_names=names,
+                     details={"objective": "eora"})  # fmt: skip
+        result = runner.invoke(cli.app, ["eval", str(made["out"]), str(other), "--speed"])
+        assert result.exit_code == 2 and message in " ".join(result.output.split())

@@ -41,8 +41,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
                     "option2": "stone", "answer": "1"} for one in range(COUNT)],
     "ifeval": [
         {"key": one, "prompt": "Write two words.", "instruction_id_list": ["punctuation:no_comma",
-         "length_constraints:number_words"], "kwargs": [{}, {"relation": "at least", "num_words": 1 + 40 * one}]}
-        for one in range(COUNT)
+         "length_constraints:number_words"], "kwargs": [{}, {"relation": "at least", "num_words": 1 + 2000 * one}]}
+        for one in range(2)  # each is up to 1,280 tokens long
     ],
 }  # fmt: skip
 
@@ -72,8 +72,9 @@ def test_scores_are_lm_evals(
     request = task_request(task, read_items(path, task))
     with opened_tasks([request], include_path=None, limit=None, shots=shots) as tasks:
         ours = tasks.score(request, model, tokenizer, batch_size=2, progress=lambda *done: seen.append(done))
-        again = tasks.score(request, model, tokenizer, batch_size=2)
-    assert ours == again  # nothing of one model's run stays for the next one's
+        if task != "ifeval":
+            again = tasks.score(request, model, tokenizer, batch_size=2)
+            assert ours == again  # nothing of one model's run stays for the next one's
     assert seen and seen[-1][0] == seen[-1][1]
     rows = datasets.Dataset.from_list(ROWS[task])
     splits = datasets.DatasetDict(train=rows, validation=rows, test=rows)
@@ -87,8 +88,9 @@ def test_scores_are_lm_evals(
     if task != "gsm8k":  # whose examples come from a data set of its own there
         assert ours.metrics == pytest.approx(own)
     assert set(ours.metrics) == set(own)
-    assert ours.items is not None and [item["id"] for item in ours.items] == list(range(COUNT))
-    assert sum(item["value"] for item in ours.items) / COUNT == pytest.approx(ours.value)
+    count = len(ROWS[task])
+    assert ours.items is not None and [item["id"] for item in ours.items] == list(range(count))
+    assert sum(item["value"] for item in ours.items) / count == pytest.approx(ours.value)
 
 
 def test_every_task_that_files_are_read_for_is_here() -> None:
