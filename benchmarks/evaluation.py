@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="items of a task")
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `eora demo`")
     parser.add_argument("--stock", choices=FILES, help=argparse.SUPPRESS)
-    common.add_model(parser, layers=False)
+    common.add_model(parser)
     options = parser.parse_args()
     with common.subject(options) as base:
         if options.stock:

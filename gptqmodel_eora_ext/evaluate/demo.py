@@ -36,6 +36,8 @@ SAMPLES, SEQLEN, BATCH_SIZE = 32, 256, 8
 SYMMETRIC, SCALE_SEARCH = False, 0.0
 WINDOW, MAX_WINDOWS = 512, 16
 BASE_NAME, PLAIN_NAME, MIX_NAME = "SmolLM2-135M", f"plain GPTQ, {PLAIN_BITS} bits", "planned mix"
+# What `demo_text("heldout")` holds.
+TEXT_NAME = "Emma"
 PLAIN, MIX, REPORT = "plain", "eora", "report.html"
 PROMPTS = ("The capital of France is", "Once upon a time, a small robot")
 
@@ -84,6 +86,7 @@ def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str,
             record = _measured_in_new_process(base, output)
     record = {
         **record,
+        "texts": [{**text, "name": TEXT_NAME} for text in record["texts"]],
         "title": f"SmolLM2-135M: a planned mix at {total} beside plain {PLAIN_BITS} bits",
         "stages": stages,
         "settings": {

@@ -55,9 +55,17 @@ def without_library_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints, and no `NOISE` of others."""
-    with without_noise(), without_library_bars(), _host_quiet():
-        yield
+    """Only errors of GPTQModel; no banner, no tables, no bars of its own, no prints, and no `NOISE` of others. Of this
+    package's own log, warnings and errors: a command says itself what it does."""
+    log = logging.getLogger(__package__.split(".")[0])
+    level = log.level
+    if log.getEffectiveLevel() < logging.WARNING:
+        log.setLevel(logging.WARNING)
+    try:
+        with without_noise(), without_library_bars(), _host_quiet():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
