@@ -182,7 +182,6 @@ def main() -> None:
         if options.stock:
             print(json.dumps(stock_scores(base, options.stock, options.limit)))
             return
-        result = common.kept(base.results("evaluation"))
         for part in options.parts:
             found = {
                 "perplexity": lambda: perplexity(base),
@@ -190,6 +189,8 @@ def main() -> None:
                 "adapters": lambda: adapters(base),
                 "report": lambda: report(options.demo),
             }[part]()
+            # Read now, so that parts that were measured meanwhile by another process stay.
+            result = common.kept(base.results("evaluation"))
             result[part] = {"measured": common.measured(base), **found}
             common.keep(base.results("evaluation"), result, as_json=False)
     if options.json:
