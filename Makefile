@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test asan lint bench clean
+.PHONY: setup demo test test-report test-tasks asan lint bench clean
 
 setup: $(STAMP)
 
@@ -23,7 +23,17 @@ demo: $(STAMP)
 
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile -m "not browser and not harness"
+
+# Reports in a real browser: needs Chromium (Debian's package `chromium`), and tells so where there is none.
+test-report: $(STAMP)
+	"$(BIN)/python" -m pytest -m browser
+
+# Tasks scored by lm-eval from files, beside its own data sets. IFEval's checker reads nltk's data, which nltk takes from a
+# server of its own; llama-index-core, on PyPI, carries the same files. Nothing else of it is used.
+test-tasks: $(STAMP)
+	"$(BIN)/python" -m pip install --quiet --no-deps --target "$(VENV)/nltk" llama-index-core
+	NLTK_DATA="$(VENV)/nltk/llama_index/core/_static/nltk_cache" "$(BIN)/python" -m pytest -m harness
 
 # The kernels' tests once more over a library that looks at every read and write. Linux with gcc, whose libasan has to be
 # loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python
@@ -48,6 +58,7 @@ bench: $(STAMP)
 	"$(BIN)/python" benchmarks/loading.py
 	"$(BIN)/python" benchmarks/stability.py
 	"$(BIN)/python" benchmarks/autoload.py
+	"$(BIN)/python" benchmarks/evaluation.py
 	"$(BIN)/python" benchmarks/picture.py
 
 clean:

@@ -1,7 +1,7 @@
 """Calibration text, from files or data sets, cut into token windows."""
 
 from .files import TextError
-from .rows import read_file, read_texts
+from .rows import read_file, read_rows, read_texts
 from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, file_tokens, mixed_windows, windows
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "file_tokens",
     "mixed_windows",
     "read_file",
+    "read_rows",
     "read_texts",
     "windows",
 ]

@@ -101,6 +101,19 @@ def read_file(path: str | Path) -> Iterable[Document]:
     return _documents(identify(Path(path).expanduser()))
 
 
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The JSON values of a file, a value a line or in an array, each with the name of its place: "`file`, line 3".
+
+    Raises:
+        TextError: a ValueError, for a file that is no JSON, is empty, or cannot be read; on the way for a broken row.
+    """
+    file = identify(Path(path).expanduser())
+    readers = {LINES: _json_lines, VALUES: _json_values, ARRAY: _json_values}
+    if file.kind not in readers:
+        raise file.error(f"is {file.kind}; expected JSON lines, or a JSON array of objects.")
+    return readers[file.kind](file)
+
+
 def _names_a_file(source: str) -> bool:
     suffixes = (*ROW_SUFFIXES, *TEXT_SUFFIXES, *COMPRESSED_SUFFIXES)
     return source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.lower().endswith(suffixes)

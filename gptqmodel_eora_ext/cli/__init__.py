@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .card import card
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
@@ -15,6 +16,7 @@ from .inspect import inspect
 from .plan import plan
 from .printing import out
 from .quantize import quantize
+from .report import report
 from .study import EXAMPLE as STUDY_EXAMPLE
 from .study import study
 
@@ -47,6 +49,11 @@ app.command(
 app.command(epilog=_example("inspect out/qwen3-8b-2bit --modules"))(inspect)
 app.command(epilog=_example("plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json"))(plan)
 app.command(epilog=_example("export out/qwen3-8b-2bit --peft adapters/plain"))(export)
-app.command(name="eval", epilog=_example("eval out/qwen3-8b-2bit --text heldout.txt"))(evaluate)
+app.command(
+    name="eval",
+    epilog=_example("eval out/qwen3-8b-2bit adapters/r64 --base Qwen/Qwen3-8B --text heldout.txt --task gsm8k"),
+)(evaluate)
+app.command(epilog=_example("report results/report.html"))(report)
+app.command(epilog=_example("card out/qwen3-8b-2bit --base-model Qwen/Qwen3-8B --data results/report.json"))(card)
 app.command(epilog=_example("demo --out demo"))(demo)
 app.command(epilog=STUDY_EXAMPLE)(study)

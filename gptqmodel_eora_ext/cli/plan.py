@@ -37,6 +37,7 @@ from ..plan import (
 )
 from ..plan.survey import Bar
 from ..solve import Grid
+from ..system.progress import counted
 from .options import (
     DEFAULT_GROUP_SIZE,
     Calibration,
@@ -52,7 +53,7 @@ from .options import (
     read_calibration,
     tokenized,
 )
-from .printing import counted, errors, fail, out, progress_bars, say
+from .printing import errors, fail, out, progress_bars, say
 from .show import listing
 
 QUANTIZER = "gptq"

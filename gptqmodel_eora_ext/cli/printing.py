@@ -6,9 +6,9 @@ or its emoji codes: the consoles read neither. Style is given by `Text`, never b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -68,16 +68,3 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield start
-
-
-def counted(report: Callable[[int, int], None]) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """Wrap a sequence so that ``report`` hears how far it is."""
-
-    def wrap(items: Iterable[Any]) -> Iterator[Any]:
-        known = list(items)
-        for done, item in enumerate(known):
-            report(done, len(known))
-            yield item
-        report(len(known), len(known))
-
-    return wrap

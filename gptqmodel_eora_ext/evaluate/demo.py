@@ -1,112 +1,172 @@
-"""The main job on a real model: quantise with and without an adapter, load both from disk in new processes, compare."""
+"""The main job on a real model: a planned mix of bits and ranks beside plain GPTQ that is no smaller, from disk."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from importlib.resources import files
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..system.progress import counted
 from .models import smollm2
-from .size import weight_bytes
+from .record import NAME, read_record, write_record
+from .texts import demo_text
+
+__all__ = ["DEFAULT_TOTAL", "demo_text", "run_demo"]
 
 QUANTIZER = "gptq"
 GROUP_SIZE = 64
+# Plain 3 bits with their scales and zeros are 3.30 bits per weight: the mix is held to a little less.
+PLAIN_BITS = 3
+DEFAULT_TOTAL = "3.25bpw"
+FACTOR_BITS = 4
+SENSITIVITY = "fisher"
+# Components that are forecast. In SmolLM2's largest layers (576 × 1536) 4-bit factors of this rank take a bit a weight,
+# for which the next width of the weights is to be had; a plan for 3.25 bits takes up to 72.
+MOST_RANK = 96
 # 8k tokens: on two cores a layer takes 3 seconds, and the whole demo stays under ten minutes.
 SAMPLES, SEQLEN, BATCH_SIZE = 32, 256, 8
-# At 2 bits a symmetric scale set by the largest weight wastes half of the four levels. GPTQModel's search for scales
-# (`mse=2.4`) does better than asymmetric ones, but would take the demo past ten minutes.
-SYMMETRIC = False
+# Both models are rounded in the same way. A symmetric scale wastes levels where there are few of them. GPTQModel's
+# search for scales (`mse=2.4`) does better still, but would take the demo past ten minutes.
+SYMMETRIC, SCALE_SEARCH = False, 0.0
 WINDOW, MAX_WINDOWS = 512, 16
+BASE_NAME, PLAIN_NAME, MIX_NAME = "SmolLM2-135M", f"plain GPTQ, {PLAIN_BITS} bits", "planned mix"
+# What `demo_text("heldout")` holds.
+TEXT_NAME = "Emma"
+PLAIN, MIX, REPORT = "plain", "eora", "report.html"
+PROMPTS = ("The capital of France is", "Once upon a time, a small robot")
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
 
-def demo_text(name: str) -> Path:
-    """`calibration` or `heldout`: public-domain text that comes with the package."""
-    return Path(str(files(__package__) / "text" / f"{name}.txt"))
-
-
-def run_demo(output: Path, *, bits: int, rank: int, progress: Progress) -> tuple[list[dict[str, Any]], float]:
-    """Run the demo and return the table's rows and the seconds in all.
+def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str, Any], float]:
+    """Run the demo and return its record (`evaluate.record`) and the seconds in all.
 
     Args:
-        output: folder for the two checkpoints, `plain` and `eora`.
-        bits: quantised bits.
-        rank: adapter rank.
+        output: folder for the two checkpoints, `plain` and `eora`, the plan, `report.json` and `report.html`.
+        total: bytes of the mix, as `3.25bpw`.
         progress: makes a `report(done, total)` callback for a named step.
+
+    Raises:
+        ValueError: for a total that is below what 2 bits take.
+        RuntimeError: when the measuring process fails.
     """
-    start = time.perf_counter()
-    report = progress("fetching SmolLM2-135M")
-    base = smollm2(report=report)
-    report(1, 1)
-    rows = [_full_precision(base, progress("full precision"))]
-    for name, title, adapter_rank in (("plain", "quantised", None), ("eora", f"quantised + EoRA r{rank}", rank)):
-        folder = output / name
-        seconds = _quantize(base, folder, bits, adapter_rank, progress(f"{title}: layers"))
-        report = progress(f"{title}: load and measure")
+    from .report.page import make_report, require_report_libraries
+
+    require_report_libraries()
+    begin = time.perf_counter()
+    stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Callable[[int, int], None]]:
+        start = time.perf_counter()
+        report = progress(name)
         report(0, 1)
-        measured = _measure_in_new_process(folder)[-1]
+        yield report
         report(1, 1)
-        rows.append({**measured, "model": title, "seconds": seconds})
-    return rows, time.perf_counter() - start
+        stages.append({"name": name, "seconds": round(time.perf_counter() - start, 1)})
+
+    output.mkdir(parents=True, exist_ok=True)
+    with _without_log_lines():
+        with stage("fetching SmolLM2-135M") as report:
+            base = smollm2(report=report)
+        with stage("planning bits and ranks"):
+            plan = _plan(base, total, progress)
+            plan.write(output / "plan.json")
+        with stage(f"quantising: {PLAIN_NAME}") as report:
+            _quantize(base, output / PLAIN, None, report)
+        with stage(f"quantising: {MIX_NAME}") as report:
+            _quantize(base, output / MIX, plan, report)
+        with stage("measuring all three"):
+            record = _measured_in_new_process(base, output)
+    record = {
+        **record,
+        "texts": [{**text, "name": TEXT_NAME} for text in record["texts"]],
+        "title": f"SmolLM2-135M: a planned mix at {total} beside plain {PLAIN_BITS} bits",
+        "stages": stages,
+        "settings": {
+            **record["settings"], "total": total, "group_size": GROUP_SIZE, "sym": SYMMETRIC, "mse": SCALE_SEARCH,
+            "calibration": f"{SAMPLES} windows of {SEQLEN} tokens", "factor_bits": FACTOR_BITS,
+        },
+    }  # fmt: skip
+    write_record(output / NAME, record)
+    make_report(output / REPORT)
+    return record, time.perf_counter() - begin
 
 
-def _full_precision(base: Path, report: Callable[[int, int], None]) -> dict[str, Any]:
-    from ..hosts.terminal import without_library_bars, without_noise
-
-    start = time.perf_counter()
-    with without_noise(), without_library_bars():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from .perplexity import text_loss, text_tokens
-
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = text_tokens(demo_text("heldout"), tokenizer, window=WINDOW, max_windows=MAX_WINDOWS)
-    loss = text_loss(model, ids, window=WINDOW, max_windows=MAX_WINDOWS, progress=report)
-    return {
-        "model": "full precision",
-        "perplexity": loss.perplexity,
-        "bytes": weight_bytes(base),
-        "adapter_bytes": 0,
-        "seconds": time.perf_counter() - start,
-    }
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """The package's log lines below an error are left out: whoever watches the demo has nothing to do about them."""
+    log = logging.getLogger(__package__.split(".")[0])
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
-def _quantize(base: Path, folder: Path, bits: int, rank: int | None, report: Callable[[int, int], None]) -> float:
+def _windows(base: Path) -> list[dict[str, list[int]]]:
     from transformers import AutoTokenizer
 
     from ..calibration import read_texts, windows
+
+    texts = read_texts(str(demo_text("calibration")))
+    return windows(texts, AutoTokenizer.from_pretrained(base), samples=SAMPLES, seqlen=SEQLEN)
+
+
+def _plan(base: Path, total: str, progress: Progress) -> Any:
+    """Bits and ranks of every module for a total, by forecasts on the calibration text."""
+    from ..adapter.budget import budget_bytes
+    from ..hosts.registry import planner
+    from ..hosts.terminal import quiet
+    from ..plan import PLANNED_BITS, largest_rank, plan_question, planned, planned_modules
+    from ..solve import Grid
+
+    grid = Grid(GROUP_SIZE, SYMMETRIC, SCALE_SEARCH)
+    with quiet():
+        settings = {"bits": PLAIN_BITS, "group_size": GROUP_SIZE, "sym": SYMMETRIC}
+        opened = planner(QUANTIZER)(str(base), settings, False)
+        size = budget_bytes(total, opened.shapes)
+        most = min(MOST_RANK, largest_rank(opened.shapes, size, PLANNED_BITS[0], GROUP_SIZE, FACTOR_BITS))
+        question = plan_question(opened.shapes, grid, most=most)
+        swept = opened.survey(_windows(base), question, SENSITIVITY, lambda title: counted(progress(title)))
+        modules = planned_modules(opened.shapes, swept)
+        return planned(modules, size, grid, FACTOR_BITS, model=BASE_NAME, sensitivity=SENSITIVITY)
+
+
+def _quantize(base: Path, folder: Path, plan: Any, report: Callable[[int, int], None]) -> None:
     from ..hosts.registry import QuantizeJob, quantizer
     from ..hosts.terminal import quiet
 
-    start = time.perf_counter()
+    plain = {"bits": PLAIN_BITS, "group_size": GROUP_SIZE, "sym": SYMMETRIC, "mse": SCALE_SEARCH}
     with quiet():
-        texts = read_texts(str(demo_text("calibration")))
         job = QuantizeJob(
             model=str(base),
             output=folder,
-            windows=windows(texts, AutoTokenizer.from_pretrained(base), samples=SAMPLES, seqlen=SEQLEN),
-            settings={"bits": bits, "group_size": GROUP_SIZE, "sym": SYMMETRIC},
-            adapter={"rank": rank} if rank else None,
+            windows=_windows(base),
+            settings=plain if plan is None else plan.quantize_config(),
+            plan=plan,
             batch_size=BATCH_SIZE,
             report=report,
         )
         quantizer(QUANTIZER)(job)
-    return time.perf_counter() - start
 
 
-def _measure_in_new_process(folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "gptqmodel_eora_ext.cli", "eval", str(folder), "--text", str(demo_text("heldout")),
-               "--window", str(WINDOW), "--max-windows", str(MAX_WINDOWS), "--json"]  # fmt: skip
+def _measured_in_new_process(base: Path, output: Path) -> dict[str, Any]:
+    """What `eora eval` tells of the three models, loaded from disk by a process that has made none of them."""
+    models = [f"{PLAIN_NAME}={output / PLAIN}", f"{MIX_NAME}={output / MIX}"]
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    found = output / NAME
+    command = [sys.executable, "-m", "gptqmodel_eora_ext.cli", "eval", *models, "--base", f"{BASE_NAME}={base}",
+               "--adapters-only", "--text", str(demo_text("heldout")), "--window", str(WINDOW), "--max-windows",
+               str(MAX_WINDOWS), *prompts, "--speed", "--out", str(found)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr.strip()[-2000:]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+    return read_record(found)

@@ -234,7 +234,7 @@ class Study:
             model, tokenizer, task, include_path=options.lm_eval_path, limit=options.limit,
             batch_size=options.batch_size,
         )  # fmt: skip
-        return asdict(found)
+        return {"metric": found.metric, "value": found.value, "metrics": found.metrics}
 
     def _load(self, name: str) -> Any:
         if name == FULL_PRECISION:

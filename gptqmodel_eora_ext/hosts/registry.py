@@ -86,11 +86,12 @@ class Loaded:
 
     Attributes:
         model: a transformers causal language model.
-        without_adapters: a context in which it computes without its adapter.
+        with_adapter: a context in which it computes with the adapter of a folder, or with none (None). What it was
+            loaded with is back afterwards. Needs a model that was loaded with an adapter, or for adapters.
     """
 
     model: Any
-    without_adapters: Callable[[], AbstractContextManager[None]]
+    with_adapter: Callable[[Path | None], AbstractContextManager[None]]
 
 
 class Planned(Protocol):
@@ -125,6 +126,7 @@ class Loader(Protocol):
         checkpoint: Path,
         adapter: Path | None = None,
         *,
+        for_adapters: bool = False,
         device: str | None = None,
         trust_remote_code: bool = False,
     ) -> Loaded:
@@ -133,6 +135,7 @@ class Loader(Protocol):
         Args:
             checkpoint: its folder.
             adapter: the adapter's folder; None for the one that the checkpoint names, if any.
+            for_adapters: where no adapter is named, have kernels that take whichever `Loaded.with_adapter` puts on.
             device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
             trust_remote_code: whether model code that comes with the checkpoint may run.
         """

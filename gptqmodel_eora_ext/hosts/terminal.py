@@ -58,9 +58,19 @@ def without_library_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show only errors of GPTQModel within the block: no banner, table, bar or print of its own, and no `NOISE`."""
-    with without_noise(), without_library_bars(), _host_quiet():
-        yield
+    """Show only errors of GPTQModel within the block: no banner, table, bar or print of its own, and no `NOISE`.
+
+    Of this package's own log, warnings and errors are shown: a command says itself what it does.
+    """
+    log = logging.getLogger(__package__.split(".")[0])
+    level = log.level
+    if log.getEffectiveLevel() < logging.WARNING:
+        log.setLevel(logging.WARNING)
+    try:
+        with without_noise(), without_library_bars(), _host_quiet():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

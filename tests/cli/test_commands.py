@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.adapter.test_folder import NAMES, write
 
-COMMANDS = ["quantize", "generate", "plan", "export", "inspect", "eval", "study", "demo"]
+COMMANDS = ["quantize", "generate", "plan", "export", "inspect", "eval", "report", "card", "study",
+            "demo"]  # fmt: skip
 runner = CliRunner()
 
 
@@ -192,7 +193,7 @@ def test_eval_of_a_model_at_full_precision(two_layers: Path, smollm2: Path, tmp_
     result = runner.invoke(cli.app, [*asked, "--json"])
     assert result.exit_code == 0
     [row] = json.loads(result.stdout)
-    assert row["model"] == "full precision" and row["tokens"] == 2 * 63
+    assert row["kind"] == "full precision" and row["tokens"] == 2 * 63
     write(tmp_path / "a")
     result = runner.invoke(cli.app, [*asked, "--adapter", str(tmp_path / "a")])
     assert result.exit_code == 2 and "is not quantised" in " ".join(result.output.split())

@@ -16,7 +16,7 @@ from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA
-from .checkpoint.load import adapters_off
+from .checkpoint.load import with_adapter
 from .generate import generate_adapter
 from .modules import check_experts, module_shapes
 from .planned import check_plan
@@ -81,16 +81,22 @@ def _make_adapter(job: AdapterJob) -> Path:
 
 
 def _load(
-    checkpoint: Path, adapter: Path | None = None, *, device: str | None = None, trust_remote_code: bool = False
+    checkpoint: Path,
+    adapter: Path | None = None,
+    *,
+    for_adapters: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     given = {"device": device} if device is not None else {}
+    asked = EoRA() if for_adapters else EoRA(path=adapter) if adapter is not None else None
     model = GPTQModel.load(
         str(checkpoint),
-        adapter=EoRA(path=adapter) if adapter is not None else None,
+        adapter=asked,
         trust_remote_code=trust_remote_code,
         **given,
     ).model
-    return Loaded(model, partial(adapters_off, model))
+    return Loaded(model, partial(with_adapter, model))
 
 
 class _Planned:

@@ -184,19 +184,41 @@ def _attach(folder: AdapterFolder, kernels: Mapping[str, BaseQuantLinear]) -> No
              f", {without} modules have none" if without else "")  # fmt: skip
 
 
-@contextlib.contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
+def adapters_off(model: Any) -> contextlib.AbstractContextManager[None]:
     """Have the kernels of a loaded model compute without their adapters within the block.
 
     Example:
         >>> with adapters_off(model):
         ...     plain = model(ids).logits
     """
+    return with_adapter(model, None)
+
+
+@contextlib.contextmanager
+def with_adapter(model: Any, folder: Path | None) -> Iterator[None]:
+    """Have the kernels of a loaded model compute with the adapter of a folder, or without any (None), within
+    the block.
+
+    Args:
+        model: loaded with an adapter, or with `EoRA()`, which has the kernels take one.
+        folder: of an adapter that was made for the checkpoint.
+
+    Raises:
+        AdapterError: for a folder that is no adapter, or one of another model.
+        NotImplementedError: for kernels that take no adapter.
+    """
     kernels = adapted_kernels(model)
+    if folder is not None and not kernels:
+        raise NotImplementedError(
+            f"EoRA: `{folder}` cannot be put on this model: none of its kernels takes an adapter. Load it with one, "
+            f"GPTQModel.load(path, adapter=EoRA(path=…))."
+        )
     adapters = {name: kernel.adapter for name, kernel in kernels.items()}
-    for kernel in kernels.values():
-        kernel.adapter = None
     try:
+        for kernel in kernels.values():
+            kernel.adapter = None if folder is None else EoRA()
+        if folder is not None:
+            _attach(AdapterFolder.open(folder), kernels)
         yield
     finally:
         for name, kernel in kernels.items():
