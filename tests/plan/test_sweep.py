@@ -11,7 +11,7 @@ from gptqmodel_eora_ext.plan.forecast import ModuleMoments, with_components
 from gptqmodel_eora_ext.plan.ranks import kind_of
 from gptqmodel_eora_ext.plan.rows import moment_of
 from gptqmodel_eora_ext.plan.survey import survey
-from gptqmodel_eora_ext.plan.sweep import Question, Rounding, layer_inputs, sweep
+from gptqmodel_eora_ext.plan.sweep import LayerInputs, Question, Rounding, _tell_routing, layer_inputs, sweep
 from gptqmodel_eora_ext.solve import Grid, RowMoment, column_order, gptq
 
 from .helpers import CONFIGS, TOKENS, architecture, in_files, in_memory, linears, mixed_batches, tiny_model, windows
@@ -147,3 +147,16 @@ def test_a_layer_at_a_time(tmp_path: Path) -> None:
         present = {name.split(".")[2] for name, one in model.model.named_parameters() if not one.is_meta}
         assert present == {str(layer.index)}
     assert held == [set()] * 3 and TOKENS
+
+
+def test_experts_of_few_tokens_and_of_none_are_told_of_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    experts = {f"layers.3.experts.{number}": torch.nn.Linear(4, 4) for number in range(4)}
+    rows = {f"layers.3.experts.{number}": torch.ones(tokens, 4) for number, tokens in enumerate((10, 20, 600))}
+    inputs = LayerInputs(3, experts, {name: name for name in rows}, rows)
+    _tell_routing(inputs, list(rows), 1000)
+    (told,) = [one.getMessage() for one in caplog.records]
+    assert "layer 3: of 4 modules 2 were reached by fewer than 256 of 1000" in told
+    assert "1 by none" in told and "layers.3.experts.3" in told
+    caplog.clear()
+    _tell_routing(LayerInputs(3, dict(list(experts.items())[2:3]), inputs.leaders, rows), list(rows)[2:], 1000)
+    assert not caplog.records
