@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
+from .seam import Seam, SeamError, Undo, undo_all
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."
@@ -80,22 +80,39 @@ def _check_experts(model: torch.nn.Module, folder: AdapterFolder) -> None:
 
 @contextmanager
 def _modules_as_they_are() -> Iterator[None]:
-    """Have PEFT take the modules that an adapter names.
+    """Have PEFT take the modules that an adapter names, within the block.
 
     For mixtures of experts it renames those of experts to tensors of all experts, which a model has as long as it is
-    not quantised. Older releases do not do so.
+    not quantised. The two functions that do so are the plugin's seams into PEFT; older releases do not have them.
+
+    Raises:
+        SeamError: when one of them takes other arguments than it did.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
         yield
         return
-    with ExitStack() as stack:
-        for name, stand_in in (("convert_peft_config_for_transformers", lambda *args, **kwargs: None),
-                               ("convert_peft_adapter_state_dict_for_transformers", _unchanged)):  # fmt: skip
-            if hasattr(conversion, name):
-                stack.enter_context(mock.patch.object(conversion, name, stand_in))
+    undo: list[Undo] = []
+    try:
+        for seam in (
+            Seam(conversion, "convert_peft_config_for_transformers", ("peft_config",), lambda original: _no_change),
+            Seam(
+                conversion, "convert_peft_adapter_state_dict_for_transformers", ("adapter_state_dict",),
+                lambda original: _unchanged,
+            ),
+        ):  # fmt: skip
+            if hasattr(seam.owner, seam.name):
+                if problem := seam.problem():
+                    raise SeamError(f"An adapter of experts cannot be put on by this PEFT: {problem}.")
+                undo.append(seam.apply())
         yield
+    finally:
+        undo_all(undo)
+
+
+def _no_change(*args: Any, **kwargs: Any) -> None:
+    """The adapter's settings stay as they are."""
 
 
 def _unchanged(*args: Any, adapter_state_dict: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:

@@ -133,8 +133,10 @@ def _block_krylov(
     The error left is estimated on random probes with the found subspace projected out: the difference of the whole
     energy and the captured one would need the trace of S, which costs more than all of the iteration.
 
-    Where a precision turns out too coarse, the iteration goes on in the next one from the subspace that it has: of the
-    same dtype as if nothing had been, since only proposals were rounded; of another dtype from its best Ritz vectors.
+    Where rounded proposals turn out too coarse, the iteration goes on from the subspace that it has with proposals that
+    are not rounded, since all else was multiplied in full. Where a dtype is too coarse it begins anew: S times a
+    rounded vector leaves the space that holds it by just as much as is left to find. Continued from Ritz vectors, the
+    iteration stalled at errors of up to 1.002 of the least, or took as many float64 products as from a random block.
     """
     ahead = list(precisions)
     precision = ahead.pop(0)
@@ -150,12 +152,12 @@ def _block_krylov(
                     return krylov.found()
             else:
                 coarse, precision = precision, ahead.pop(0)
+                if precision.dtype != coarse.dtype:
+                    krylov, least_gains = _Krylov.begin(error, rank, precision, seed), 0
+                    continue
                 # What was gained so far tells nothing about proposals of the finer kind, and the first of their gains
                 # may be small by chance: two of them tell how gains fall.
                 krylov.gains, least_gains = [krylov.captured], GAINS_THAT_TELL
-                if precision.dtype != coarse.dtype:
-                    krylov = krylov.widened(precision)
-                    continue
         krylov.propose(rounded=precision.rounded)
     return None
 
@@ -201,13 +203,6 @@ class _Krylov:
         lifted = error.lift(error.weigh_evenly(start), rounded=precision.rounded)
         return cls(error, rank, _orthonormal(lifted), probes)
 
-    def widened(self, precision: _Precision) -> _Krylov:
-        """The same in another dtype: its best Ritz vectors and the block that would follow, multiplied anew."""
-        following = _orthonormal(self._error.lift(self._weighed, rounded=False), self._space.basis)
-        kept = self._rotation[: self._rank] @ self._space.basis
-        rows = torch.cat([kept, following]).to(precision.dtype)
-        return _Krylov(self._error, self._rank, _orthonormal(rows), self._probes.to(precision.dtype))
-
     def multiply(self) -> None:
         """Take the product of S with the fresh rows, and add them to the space."""
         count = len(self._fresh)
@@ -219,11 +214,8 @@ class _Krylov:
             self._probes_projected = projected[count:].clone()
             self._energies = (self._probes_projected.to(torch.float64) * weighed[count:]).sum(1)
             self.total = float(self._energies.mean())
-        weighed = weighed[:count]
-        self._space.add(self._fresh, projected[:count], weighed, weighed @ self._probes_projected.T)
-        # After `widened` several blocks are multiplied at once. S times the earlier ones stays in the space, up to what
-        # the last block spans; so only the last block's product leads to new directions.
-        self._weighed = weighed[-self._block :]
+        self._weighed = weighed[:count]
+        self._space.add(self._fresh, projected[:count], self._weighed, self._weighed @ self._probes_projected.T)
         if self.holds_enough:
             self._values, self._rotation = _ritz(self._space.gram)
             self.gains.append(float(self._values[: self._rank].sum()) - self.captured)
