@@ -102,7 +102,9 @@ def test_items_of_ones_own(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     choices, answers = tmp_path / "gsm8k.jsonl", tmp_path / "answers.jsonl"
     plain = [{"question": f"Say {word}", "choices": [word, "xq zz vvvv"], "answer": 0} for word in ("yes", "no", "one")]
     choices.write_text("".join(json.dumps(row) + "\n" for row in plain))
-    answers.write_text("".join(json.dumps({"question": "Say yes", "answer": "yes"}) + "\n" for _ in range(3)))
+    # Different ones: lm-eval takes no example from an item that reads like the one that is asked.
+    said = [{"question": f"Say {word}", "answer": word} for word in ("yes", "no", "one")]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in said))
     requests = [task_request(None, read_items(path, None)) for path in (choices, answers)]
     assert [one.title for one in requests] == ["gsm8k", "answers"]  # the name of a file is no task's
     with opened_tasks(requests, include_path=None, limit=2, shots=1) as tasks:
