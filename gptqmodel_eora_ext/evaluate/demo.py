@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..system.logs import only_from
 from ..system.progress import counted
 from .models import smollm2
 from .record import NAME, read_record, write_record
@@ -72,7 +73,8 @@ def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str,
         stages.append({"name": name, "seconds": round(time.perf_counter() - start, 1)})
 
     output.mkdir(parents=True, exist_ok=True)
-    with _without_log_lines():
+    # Whoever watches the demo has nothing to do about the package's log lines below an error.
+    with only_from(logging.ERROR, __package__.split(".")[0]):
         with stage("fetching SmolLM2-135M") as report:
             base = smollm2(report=report)
         with stage("planning bits and ranks"):
@@ -97,18 +99,6 @@ def run_demo(output: Path, *, total: str, progress: Progress) -> tuple[dict[str,
     write_record(output / NAME, record)
     make_report(output / REPORT)
     return record, time.perf_counter() - begin
-
-
-@contextmanager
-def _without_log_lines() -> Iterator[None]:
-    """The package's log lines below an error are left out: whoever watches the demo has nothing to do about them."""
-    log = logging.getLogger(__package__.split(".")[0])
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _windows(base: Path) -> list[dict[str, list[int]]]:

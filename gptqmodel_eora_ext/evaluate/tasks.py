@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..system.logs import only_from
 from .items import ALIASES, CHOICE, Items
 
 # lm-eval's own name of a metric without a filter.
@@ -268,14 +269,12 @@ def _without_chatter() -> Iterator[None]:
     """None of lm-eval's log lines below an error (a model handed over, a seed set), and none of the data sets' bars."""
     import datasets
 
-    log = logging.getLogger("lm_eval")
-    level, bars = log.level, not datasets.are_progress_bars_disabled()
-    log.setLevel(logging.ERROR)
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with only_from(logging.ERROR, "lm_eval"):
+            yield
     finally:
-        log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..system.logs import only_from
+
 # Lines that other libraries log, on which nobody who runs a command can act: logger → a part of the message.
 NOISE = {
     # torchao registers its own classes in a way that torch has since made needless.
@@ -62,15 +64,9 @@ def quiet() -> Iterator[None]:
 
     Of this package's own log, warnings and errors are shown: a command says itself what it does.
     """
-    log = logging.getLogger(__package__.split(".")[0])
-    level = log.level
-    if log.getEffectiveLevel() < logging.WARNING:
-        log.setLevel(logging.WARNING)
-    try:
-        with without_noise(), without_library_bars(), _host_quiet():
-            yield
-    finally:
-        log.setLevel(level)
+    own = only_from(logging.WARNING, __package__.split(".")[0])
+    with own, without_noise(), without_library_bars(), _host_quiet():
+        yield
 
 
 @contextlib.contextmanager

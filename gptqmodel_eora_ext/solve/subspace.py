@@ -141,7 +141,7 @@ def _block_krylov(
     ahead = list(precisions)
     precision = ahead.pop(0)
     least_gains = 0
-    krylov = _Krylov.begin(error, rank, precision, seed)
+    krylov = _Krylov(error, rank, precision, seed)
     for _ in range(MOST_PRODUCTS):
         krylov.multiply()
         if krylov.holds_enough:
@@ -153,7 +153,7 @@ def _block_krylov(
             else:
                 coarse, precision = precision, ahead.pop(0)
                 if precision.dtype != coarse.dtype:
-                    krylov, least_gains = _Krylov.begin(error, rank, precision, seed), 0
+                    krylov, least_gains = _Krylov(error, rank, precision, seed), 0
                     continue
                 # What was gained so far tells nothing about proposals of the finer kind, and the first of their gains
                 # may be small by chance: two of them tell how gains fall.
@@ -165,11 +165,13 @@ def _block_krylov(
 class _Krylov:
     """The iteration's state in one dtype.
 
+    It begins with a random block, and with probes of the same source of random numbers, which are independent of it.
+
     Args:
         error: whose S it is.
         rank: vectors that are wanted.
-        fresh: orthonormal rows that the next product is of.
-        probes: random vectors, `PROBES` × out, that nothing in ``fresh`` depends on: they estimate what it misses.
+        precision: of all products; whether later proposals are rounded is told to `propose`.
+        seed: of the random numbers.
 
     Attributes:
         total: energy of S, in its unit; known after the first product.
@@ -177,31 +179,24 @@ class _Krylov:
         gains: what each product added to it, the first of all being what the first blocks captured.
     """
 
-    def __init__(
-        self, error: WeightedError | OutputError, rank: int, fresh: torch.Tensor, probes: torch.Tensor
-    ) -> None:
+    def __init__(self, error: WeightedError | OutputError, rank: int, precision: _Precision, seed: int) -> None:
         self._error = error
         self._rank = rank
         self._block = _block(rank)
         self._widest = min(MOST_BLOCKS * self._block, min(error.shape) - self._block)
-        self._fresh = fresh
-        self._probes = probes
-        self._space = _Space(self._probes, error.shape[1], self._widest + self._block)
+        generator = torch.Generator().manual_seed(seed)
+        out_features, in_features = error.shape
+        self._probes = torch.randn(PROBES, out_features, generator=generator, dtype=precision.dtype).to(error.device)
+        # Random rows take the place of Y ΔW for a random Y, which would take another product. They are scaled to the
+        # size that Y ΔW would have, since `unit` divides by it.
+        start = torch.randn(self._block, in_features, generator=generator, dtype=precision.dtype).to(error.device)
+        start *= error.largest
+        # The orthonormal rows that the next product is of.
+        self._fresh = _orthonormal(error.lift(error.weigh_evenly(start), rounded=precision.rounded))
+        self._space = _Space(self._probes, in_features, self._widest + self._block)
         self._probes_projected: torch.Tensor | None = None
         self.total = self.captured = 0.0
         self.gains: list[float] = []
-
-    @classmethod
-    def begin(cls, error: WeightedError | OutputError, rank: int, precision: _Precision, seed: int) -> _Krylov:
-        """From a random block, and probes of the same source of random numbers, which are independent of it."""
-        generator = torch.Generator().manual_seed(seed)
-        probes = torch.randn(PROBES, error.shape[0], generator=generator, dtype=precision.dtype).to(error.device)
-        shape = (_block(rank), error.shape[1])
-        # Random rows take the place of Y ΔW for a random Y, which would take another product. They are scaled to the
-        # size that Y ΔW would have, since `unit` divides by it.
-        start = torch.randn(shape, generator=generator, dtype=precision.dtype).to(error.device) * error.largest
-        lifted = error.lift(error.weigh_evenly(start), rounded=precision.rounded)
-        return cls(error, rank, _orthonormal(lifted), probes)
 
     def multiply(self) -> None:
         """Take the product of S with the fresh rows, and add them to the space."""

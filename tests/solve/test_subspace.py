@@ -82,7 +82,7 @@ def test_probes_know_nothing_of_the_starting_block(seed: int) -> None:
     """Of a square layer both are as wide: drawn from equal numbers, the probes would lie in the block's span, and the
     energy that they say is left would be too small. With ΔW and C of one, the block is what was drawn."""
     error = CountedError(torch.eye(SIDE), torch.eye(SIDE), {})
-    krylov = subspace._Krylov.begin(error, RANK, subspace.PRECISIONS[1], seed)
+    krylov = subspace._Krylov(error, RANK, subspace.PRECISIONS[1], seed)
     krylov.multiply()
     inside = krylov._space.inside.square().sum() / krylov._probes.square().sum()
     assert inside < 2 * krylov._space.rows / SIDE
