@@ -11,12 +11,16 @@ from ..adapter.options import AdapterOptions, as_flag
 from ..adapter.presets import DEFAULT_BUDGET, DEFAULT_PRESET
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import read_file, read_texts, windows
+from ..formats.autoround import BITS
 from ..plan import Plan
 from .printing import errors, fail
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 DEFAULT_GROUP_SIZE = 64
+# AutoRound's exports that hold an adapter beside them, and its own default of tuning steps.
+FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_gptq", "auto_round:auto_awq", "auto_awq")
+ITERS = 200
 # Options of `quantize` that a plan names.
 PLANNED_OPTIONS = (
     "bits", "group_size", "rank", "budget", "sensitivity", "objective", "factor_bits", "preset", "sym",
@@ -154,11 +158,26 @@ def tokenized(texts: Any, model: str, samples: int, seqlen: int, trust_remote_co
     return windows(texts, tokenizer, samples=samples, seqlen=seqlen)
 
 
+def check_format(form: str, *widths: int) -> None:
+    """Fail unless AutoRound has this export, for weights of these widths."""
+    if form not in FORMATS:
+        fail(f"--format must be one of {', '.join(FORMATS)}, got {form}.")
+    served = BITS["awq" if "awq" in form else "gptq"]
+    for bits in widths:
+        if bits not in served:
+            fail(f"--bits must be one of {', '.join(map(str, served))} in the format {form}, got {bits}.")
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def read_plan(context: typer.Context, path: Path) -> Plan:
     """The plan of a file; fail where it is broken, or where another option says what a plan says."""
     for name in PLANNED_OPTIONS:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if given(context, name):
             fail(f"--plan says what --{name.replace('_', '-')} says; pass one of them.")
     with errors():
         return Plan.read(path)

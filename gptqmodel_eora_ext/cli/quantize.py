@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..adapter.summary import summarize
+from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from .options import (
     DEFAULT_GROUP_SIZE,
+    FORMATS,
+    ITERS,
     QUANTIZED_BITS,
     BatchSize,
     Budget,
@@ -30,9 +33,11 @@ from .options import (
     SeqLen,
     TrustRemoteCode,
     adapter_options,
+    check_format,
     check_group_size,
     check_model,
     check_out,
+    given,
     read_calibration,
     read_plan,
     tokenized,
@@ -40,7 +45,9 @@ from .options import (
 from .printing import errors, fail, progress_bars, say
 from .show import print_summary
 
-QUANTIZER = "gptq"
+GPTQ, AUTOROUND = QUANTIZERS = ("gptq", "autoround")
+# Options that only one of them has.
+OF_QUANTIZER = {GPTQ: ("desc_act", "mse", "rounds"), AUTOROUND: ("iters", "format")}
 
 
 def quantize(
@@ -48,6 +55,9 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
     calibration: Calibration,
+    quantizer: Annotated[
+        str, typer.Option(help="gptq, in GPTQModel's loop, or autoround, in AutoRound's: slower, and better at 2 bits.")
+    ] = GPTQ,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 2,
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     rank: Rank = None,
@@ -64,23 +74,30 @@ def quantize(
     sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
     desc_act: Annotated[bool, typer.Option(help="Quantise columns in order of activation size.")] = False,
     mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = 0.0,
+    iters: Annotated[int, typer.Option(help="AutoRound's tuning steps a block; 0 rounds to nearest.", min=0)] = ITERS,
+    format: Annotated[str, typer.Option(help=f"AutoRound's export: {', '.join(FORMATS)}.")] = FORMATS[0],
     force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Quantise a model by GPTQ and compensate each module right after it is quantised."""
+    """Quantise a model, and compensate each module right after it is quantised."""
+    _check_quantizer(context, quantizer)
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     check_group_size(group_size)
-    settings = {"bits": bits, "group_size": group_size, "sym": sym, "mse": mse}
     planned = read_plan(context, plan_file) if plan_file else None
-    if planned:
-        settings = planned.quantize_config()
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
+    if quantizer == AUTOROUND:
+        check_format(format, *([bits] if planned is None else {one.bits for one in planned.modules.values()}))
+        settings |= {"iters": iters, "format": format}
+    else:
+        settings |= {"mse": mse, "desc_act": desc_act, **(planned.quantize_config() if planned else {})}
     check_model(model)
     check_out(output, force, model)
     texts = read_calibration(calibration)
 
-    from ..hosts.registry import QuantizeJob, quantizer
+    from ..hosts.registry import QuantizeJob
+    from ..hosts.registry import quantizer as serving
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
@@ -89,14 +106,24 @@ def quantize(
             model=model,
             output=output,
             windows=tokenized(texts, model, samples, seqlen, trust_remote_code),
-            settings={**settings, "desc_act": desc_act},
+            settings=settings,
             adapter=None if planned else chosen,
             plan=planned,
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
             report=bar("quantising layers"),
         )
-        quantizer(QUANTIZER)(job)
+        serving(quantizer)(job)
     if planned is None or planned.largest_rank:
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')
+
+
+def _check_quantizer(context: typer.Context, quantizer: str) -> None:
+    """Fail for a quantiser that nobody serves, and for an option that only another one has."""
+    with errors():
+        validate_choice(quantizer, QUANTIZERS, what="--quantizer")
+    for owner, names in OF_QUANTIZER.items():
+        for name in names:
+            if owner != quantizer and given(context, name):
+                fail(f"--{name.replace('_', '-')} is of --quantizer {owner}, got --quantizer {quantizer}.")

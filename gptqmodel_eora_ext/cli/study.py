@@ -16,8 +16,9 @@ from ..evaluate.perplexity import DEFAULT_WINDOW
 from ..evaluate.size import readable
 from ..evaluate.study import FULL_PRECISION, Study, StudyOptions, text_names
 from ..evaluate.tasks import check_tasks
-from ..formats.autoround import BITS
 from .options import (
+    FORMATS,
+    ITERS,
     BatchSize,
     Calibration,
     Json,
@@ -27,6 +28,7 @@ from .options import (
     TrustRemoteCode,
     adapter_options,
     check_apart,
+    check_format,
     check_model,
     check_text,
     read_calibration,
@@ -35,9 +37,6 @@ from .printing import errors, fail, out, progress_bars
 
 EXAMPLE = "Example:  eora study Qwen/Qwen3-8B study --calibration allenai/c4:en --text heldout.txt --budget 0.5bpw"
 RANKS = (32, 64, 256)
-FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_gptq", "auto_round:auto_awq", "auto_awq")
-# AutoRound's own default.
-ITERS = 200
 SEQLEN = 2048
 
 
@@ -78,7 +77,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Quantise with AutoRound, make adapters in several sizes, evaluate each: score and bytes, before and after."""
-    _check_quantiser(format, bits)
+    check_format(format, bits)
     check_model(model)
     check_apart(output, model)
     _check_adapters(ranks or (), budgets or (), factor_bits)
@@ -107,14 +106,6 @@ def _results(folder: Path, options: StudyOptions) -> list[dict[str, Any]]:
         with progress_bars() as bar:
             study.run(bar)
         return study.results()
-
-
-def _check_quantiser(form: str, bits: int) -> None:
-    if form not in FORMATS:
-        fail(f"--format must be one of {', '.join(FORMATS)}, got {form}.")
-    widths = BITS["awq" if "awq" in form else "gptq"]
-    if bits not in widths:
-        fail(f"--bits must be one of {', '.join(map(str, widths))} in the format {form}, got {bits}.")
 
 
 def _check_adapters(ranks: Sequence[int], budgets: Sequence[str], factor_bits: int) -> None:

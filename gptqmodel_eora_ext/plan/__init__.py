@@ -1,6 +1,6 @@
 """What bits and ranks will buy, told before anything is quantised, and a file of choices that `quantize` runs."""
 
-from .file import ModulePlan, Plan, PlanError, without_groups
+from .file import ModulePlan, Plan, PlanError, plan_to_follow, without_groups
 from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
@@ -22,6 +22,7 @@ __all__ = [
     "mixed",
     "plan_points",
     "plan_question",
+    "plan_to_follow",
     "planned",
     "planned_modules",
     "sweep_rank",

@@ -100,6 +100,18 @@ class Plan:
             "meta": {PLAN_MARK: FORMAT},
         }
 
+    def autoround_config(self) -> dict[str, Any]:
+        """What AutoRound takes: `AutoRound(model, **plan.autoround_config(), alg_configs=["signround", …])`.
+
+        The search for scales is GPTQModel's; AutoRound tunes them.
+        """
+        return {
+            "scheme": f"W{self.bits}A16",
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "layer_config": {name: {"bits": one.bits} for name, one in self.modules.items()},
+        }
+
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write to a JSON file, with `dynamic` for those who quantise without this plugin.
 
@@ -166,6 +178,25 @@ class Plan:
                     f"{name}: the plan for `{self.model}` expects {one.out_features} × {one.in_features}, found "
                     f"{shape.out_features} × {shape.in_features}. Make a plan of this model with `eora plan`."
                 )
+
+
+def plan_to_follow(plan: Plan | str | os.PathLike[str], *, rank: Any, budget: Any) -> Plan:
+    """The plan that an adapter is asked to follow.
+
+    Args:
+        plan: itself, or its file.
+        rank, budget: what else was asked; None for nothing.
+
+    Raises:
+        ValueError: for a rank or a budget beside it, or a plan without any adapter.
+        PlanError: for a file that is no plan.
+    """
+    if rank is not None or budget is not None:
+        raise ValueError("EoRA: `plan` names the ranks; leave `rank` and `budget` out.")
+    found = plan if isinstance(plan, Plan) else Plan.read(plan)
+    if not found.largest_rank:
+        raise ValueError("EoRA: the plan gives no module an adapter; quantise with its config and no adapter.")
+    return found
 
 
 def without_groups(group_size: int) -> dict[str, Any]:

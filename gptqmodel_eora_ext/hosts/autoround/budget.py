@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from auto_round.utils import check_to_quantized, get_block_names
 from huggingface_hub import snapshot_download
 
-from ...adapter.layers import is_linear, shape_of
+from ...adapter.layers import shape_of
 from ...adapter.options import AdapterOptions
 from ...loop.allocation import RankAllocation
 from ...loop.budgeting import allocate_budget
@@ -18,6 +17,7 @@ from ...plan.layered import LayeredModel
 from ...plan.sweep import Rounding
 from ...solve import Grid
 from .disk import DiskWeights, shell
+from .modules import quantized_linears
 from .moments import IGNORED_TOKEN
 
 # AutoRound tunes rounding and clipping by gradients, which takes too long for a forecast. Forecasts round by a quick
@@ -38,14 +38,7 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
         ValueError: for a budget that buys nothing, a model without linear layers to compensate, or no calibration
             tokens.
     """
-    model = orchestrator.model_context.model
-    groups = orchestrator.quant_block_list or get_block_names(model)
-    blocks = tuple(f"{name}." for group in groups for name in group)
-    quantized: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(blocks) and is_linear(module) and check_to_quantized(module)
-    }
+    quantized = quantized_linears(orchestrator)
     if not quantized or not token_ids:
         missing = "linear layers to compensate" if token_ids else "calibration tokens"
         raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
@@ -56,6 +49,7 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
 
     shapes = [shape_of(name, one) for name, one in quantized.items()]
     batches = [_batch(ids) for ids in token_ids]
+    model = orchestrator.model_context.model
     return allocate_budget(_layered(model, list(quantized)), shapes, batches, options, rounding)
 
 

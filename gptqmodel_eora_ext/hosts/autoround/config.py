@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from auto_round.algorithms.quantization.config import QuantizationConfig
 
 from ...adapter.budget import FORM
-from ...adapter.options import AdapterOptions, in_python
-from ...adapter.validate import validate_choice
-from ...adapter.vocabulary import DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES
+from ...adapter.options import AdapterOptions
+from ...adapter.vocabulary import DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, UNIFORM
+from ...plan import Plan, plan_to_follow
 
 NAME = "eora"
 # "output" pairs a module's input with the full-precision model's; AutoRound's loop keeps one of them at a time.
 LOOP_OBJECTIVES = tuple(name for name in OBJECTIVES if name != "output")
+LOOP_SENSITIVITIES = (*SENSITIVITIES, UNIFORM)
 
 
 class EoRAConfig(QuantizationConfig):
     """Compensate each block right after AutoRound has quantised it. The string "eora" stands for the defaults.
 
     Args:
-        rank: components per module; 32 where neither it nor ``budget`` is given. A rank above min(out, in) of a module
-            is cut to that, with a warning.
+        rank: components per module; 32 where neither it nor ``budget`` nor ``plan`` is given. A rank above min(out, in)
+            of a module is cut to that, with a warning.
         budget: in place of a rank: bytes of all factors, as a number or "300MB", "0.25bpw" or "r32". Each module gets
             the rank that takes most off the loss.
-        sensitivity: for a budget, what an error in a module is taken to cost: "fisher", "empirical" or "relative".
+        sensitivity: for a budget, what an error in a module is taken to cost: "fisher", "empirical" or "relative";
+            "uniform" for one rank for all.
         objective: what the factors minimise: "eora", "diagonal" or "svd".
         factor_bits: 16 for a plain PEFT adapter; 8 or 4 for packed integers, which need this plugin to load.
+        plan: a `Plan` of `eora plan`, or its file, in place of ``rank``: the ranks and the bits of the factors.
+            AutoRound has to be given the plan's widths, `AutoRound(…, **plan.autoround_config())`.
         scheme_options: what AutoRound passes to every algorithm (`bits`, `group_size`, …); the quantiser's are used.
 
     Raises:
-        ValueError: for a rank that is no positive integer, a rank beside a budget, a budget in no known form, or an
-            unknown objective, sensitivity or width.
+        ValueError: for a rank that is no positive integer, a rank beside a budget, a plan beside either or without any
+            adapter, a budget in no known form, or an unknown objective, sensitivity or width.
 
     Example:
         >>> from auto_round import AutoRound
@@ -52,8 +57,13 @@ class EoRAConfig(QuantizationConfig):
             "--eora-budget", field="budget", default=None, type=str, help=f"EoRA, in place of a rank: bytes, {FORM}."
         )
         registry.add_argument(
-            "--eora-sensitivity", field="sensitivity", default=SENSITIVITIES[0], choices=list(SENSITIVITIES),
-            help="EoRA, for a budget: what an error in a module is taken to cost.",
+            "--eora-plan", field="plan", default=None, type=str,
+            help="EoRA, in place of a rank: a plan.json of `eora plan`. Its widths go into --layer_config; "
+                 "`eora quantize --quantizer autoround --plan` does both.",
+        )
+        registry.add_argument(
+            "--eora-sensitivity", field="sensitivity", default=SENSITIVITIES[0], choices=list(LOOP_SENSITIVITIES),
+            help="EoRA, for a budget: what an error in a module is taken to cost; uniform for one rank for all.",
         )  # fmt: skip
         registry.add_argument(
             "--eora-objective", field="objective", default=LOOP_OBJECTIVES[0], choices=list(LOOP_OBJECTIVES),
@@ -72,6 +82,7 @@ class EoRAConfig(QuantizationConfig):
         sensitivity: str = SENSITIVITIES[0],
         objective: str = LOOP_OBJECTIVES[0],
         factor_bits: int = FACTOR_BITS[0],
+        plan: Plan | str | os.PathLike[str] | None = None,
         **scheme_options: Any,
     ) -> None:
         super().__init__(**scheme_options)
@@ -80,6 +91,7 @@ class EoRAConfig(QuantizationConfig):
         self.sensitivity = sensitivity
         self.objective = objective
         self.factor_bits = factor_bits
+        self.plan = plan
         self.validate()
 
     def validate(self) -> None:
@@ -93,12 +105,16 @@ class EoRAConfig(QuantizationConfig):
                 'EoRA: objective "output" needs the full-precision and the quantised model\'s inputs side by side, '
                 'which AutoRound\'s loop does not keep. Use "eora", or `eora generate` on the finished checkpoint.'
             )
+        rank, factor_bits = self.rank, self.factor_bits
+        self.followed = None if self.plan is None else plan_to_follow(self.plan, rank=rank, budget=self.budget)
+        if self.followed is not None:
+            rank, factor_bits = self.followed.largest_rank, self.followed.factor_bits
         self.settled = AdapterOptions.settle(
-            rank=DEFAULT_RANK if self.rank is None and self.budget is None else self.rank,
+            rank=DEFAULT_RANK if rank is None and self.budget is None else rank,
             budget=self.budget,
             objective=self.objective,
-            factor_bits=self.factor_bits,
-            sensitivity=validate_choice(self.sensitivity, SENSITIVITIES, what=in_python("sensitivity")),
+            factor_bits=factor_bits,
+            sensitivity=self.sensitivity,
             objectives=LOOP_OBJECTIVES,
         )
 

@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 from auto_round.algorithms.transforms.base import BasePreprocessor
-from auto_round.utils import check_to_quantized
 
 from ...adapter.compensate import Recipe, compensate
-from ...adapter.layers import is_linear, oriented
+from ...adapter.layers import oriented
 from ...capture import OutputErrorMoment, SecondMoment
 from ...loop.place import put_in_place
 from ...loop.weights import check_weights
 from .checks import check_composition, check_dataset, check_experts, check_formats
 from .config import EoRAConfig
+from .modules import is_quantized
 from .moments import BlockInputs, Moment
+from .planned import check_plan
 from .run import LoopRun
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class EoRATransform(BasePreprocessor):
 
         Raises:
             ValueError: for options that contradict each other, calibration of another tokenizer, or weights with NaN.
+            PlanError: for a plan of another model, or one whose widths AutoRound was not given.
             NotImplementedError: for a scheme, an algorithm, or a format that compensation does not compose with, or a
             mixture of experts that AutoRound does not serve.
         """
@@ -66,6 +68,8 @@ class EoRATransform(BasePreprocessor):
         self.config.validate()
         check_composition(orchestrator)
         check_experts(orchestrator)
+        if self.config.followed is not None:
+            check_plan(orchestrator, self.config.followed)
         check_dataset(orchestrator)
         check_weights(orchestrator.model_context.model.named_parameters())
         if orchestrator.formats is not None:
@@ -187,5 +191,5 @@ def _quantized_linears(block: torch.nn.Module) -> dict[str, Any]:
     return {
         str(module.global_name): module
         for module in block.modules()
-        if is_linear(module) and check_to_quantized(module)
+        if is_quantized(module)
     }

@@ -13,13 +13,17 @@ import torch
 from auto_round import envs
 
 from ...adapter.checkpoint import replaced_checkpoint
+from ...adapter.compensate import Recipe
+from ...adapter.layers import shape_of
 from ...adapter.naming import DEFAULT_FOLDER
-from ...adapter.vocabulary import AUTO
+from ...adapter.vocabulary import AUTO, UNIFORM
+from ...loop.budgeting import budgeted_rank
 from ...loop.resume import FinishedBlocks
 from ...loop.run import Run, write_adapter
 from ...system.files import require_space, unfinished_folder
 from .budget import allocate_ranks
 from .config import EoRAConfig
+from .modules import quantized_linears
 from .moments import IGNORED_TOKEN
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ class LoopRun(Run):
     def __init__(self, config: EoRAConfig, orchestrator: Any) -> None:
         super().__init__(config.settled)
         self._orchestrator = orchestrator
+        self._plan = config.followed
         self._finished: FinishedBlocks | None = None
         # The export's folder, where AutoRound has begun to write before it was asked to save.
         self._begun: Path | None = None
@@ -58,6 +63,9 @@ class LoopRun(Run):
             OSError: when there is too little space for the export.
         """
         self.factors = {}
+        if self.rank == AUTO and self.options.sensitivity == UNIFORM:
+            shapes = [shape_of(name, one) for name, one in quantized_linears(self._orchestrator).items()]
+            self.rank = budgeted_rank(shapes, self.options)
         context = self._orchestrator.compress_context
         if context.is_immediate_saving:
             target = Path(context.output_dir)
@@ -71,7 +79,7 @@ class LoopRun(Run):
                     "before it. Unset AR_RESUME_DIR, or name a rank."
                 )
             root = Path(envs.AR_RESUME_DIR)
-            self._finished = FinishedBlocks(root, self.options.described())
+            self._finished = FinishedBlocks(root, self._asked())
             self.factors.update(self._finished.read(_finished_blocks(root)))
             if self.factors:
                 log.info("EoRA: %d modules were compensated before the run was interrupted.", len(self.factors))
@@ -91,6 +99,16 @@ class LoopRun(Run):
         self.describe_calibration((ids, int((ids != IGNORED_TOKEN).sum())) for ids in known)
         if self.rank == AUTO:
             self.allocation = allocate_ranks(self._orchestrator, self.options, known)
+
+    def recipe(self, name: str, fixed_rank: int | None = None, *, first: bool = True) -> Recipe:
+        """As `Run.recipe`; a plan names the rank of each module."""
+        planned = self._plan.modules[name].rank if self._plan is not None else fixed_rank
+        return super().recipe(name, planned, first=first)
+
+    def _asked(self) -> dict[str, Any]:
+        """What finished blocks must have been compensated with for a run to go on after them."""
+        ranks = {} if self._plan is None else {name: one.rank for name, one in self._plan.modules.items()}
+        return {**self.options.described(), **({"ranks": ranks} if ranks else {})}
 
     def begin_stage(self, names: Sequence[str]) -> None:
         """Called with modules that are compensated together, before any of them is."""

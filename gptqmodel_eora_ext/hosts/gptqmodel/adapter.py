@@ -18,7 +18,7 @@ from ...formats.factors import Factors
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.triton import runs_on
 from ...kernels.versions import unchanged
-from ...plan import Plan
+from ...plan import Plan, plan_to_follow
 from .installed import require_installed
 from .kept_factors import KeepsFactors
 
@@ -88,12 +88,8 @@ class EoRA(KeepsFactors, Lora):
         plan: Plan | str | os.PathLike[str] | None = None,
     ) -> None:
         require_installed()
-        self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.read(plan)
+        self.plan = None if plan is None else plan_to_follow(plan, rank=rank, budget=budget)
         if self.plan is not None:
-            if rank is not None or budget is not None:
-                raise ValueError("EoRA: `plan` names the ranks; leave `rank` and `budget` out.")
-            if not self.plan.largest_rank:
-                raise ValueError("EoRA: the plan gives no module an adapter; quantise with its config and no adapter.")
             rank, factor_bits = self.plan.largest_rank, self.plan.factor_bits
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
