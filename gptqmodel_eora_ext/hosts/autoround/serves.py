@@ -34,11 +34,8 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
 
 def _quantize(job: QuantizeJob) -> Path:
     settings = dict(job.settings)
-    form = settings.pop("format")
-    if job.plan is not None:
-        settings |= job.plan.autoround_config()
-    else:
-        settings["scheme"] = f"W{settings.pop('bits')}A16"
+    form, bits = settings.pop("format"), settings.pop("bits")
+    settings |= {"scheme": f"W{bits}A16"} if job.plan is None else job.plan.autoround_config()
     config = _adapter_config(job)
     if config is not None:
         settings["alg_configs"] = ["signround", config]
