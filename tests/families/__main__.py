@@ -7,6 +7,7 @@ import importlib
 import sys
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,9 @@ def main(step: str, folder: Path, model_types: list[str]) -> None:
         # Hosts print progress; only the lines of this script go to the standard output.
         with redirect_stdout(sys.stderr), torch.compiler.set_stance("force_eager"):
             if step == "make":
-                found.attempt("made", lambda: make(model_type, folder / "base" / model_type))
+                found.attempt("made", partial(make, model_type, folder / "base" / model_type))
             else:
-                found.attempt("step", lambda: STEPS[step](folder, model_type, found))
+                found.attempt("step", partial(STEPS[step], folder, model_type, found))
         found.write()
         words = ", ".join(found.logits) or ("" if found.refused else "made")
         seconds = time.process_time() - start

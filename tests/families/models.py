@@ -36,7 +36,8 @@ VISION: dict[str, Any] = {"out_hidden_size": 64, "patch_size": 4, "deepstack_vis
 OWN: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "granitemoehybrid": {"layer_types": MIXED, "shared_intermediate_size": 64, **MAMBA},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0, **MAMBA},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
+              **MAMBA},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
                    "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
@@ -76,7 +77,12 @@ OWN |= {
     "llama4": {"text_config": {"intermediate_size_mlp": 96, "attention_chunk_size": 64},
                "vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
                                  "image_size": 56}},
-    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 64}}},
+    "longcat_flash": {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 64, "zero_expert_num": 2},
+    "minimax_m3_vl": {"text_config": {"dense_intermediate_size": 96, "shared_intermediate_size": 64, "rotary_dim": 16,
+                                      "index_head_dim": 32, "index_n_heads": 2},
+                      "projector_hidden_size": 64, "merged_hidden_size": 256},
+    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2,
+                                         "text_config": {"shared_expert_intermediate_size": 64}}},
     "qwen4_exp_text": {"layer_types": MIXED, **NGRAMS},
     "qwen4_exp": {"text_config": {"layer_types": MIXED, **NGRAMS}, "vision_config": VISION},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is done with tiny models of families, each step in a process of its own: `python -m tests.families STEP FOLDER …`.
+"""What is done with tiny models of families, each step in a process of its own: `python -m tests.families STEP …`.
 
 A process a step, since each host replaces classes of transformers for as long as a process lives. What a step finds
 lies in FOLDER/found: logits in one file of safetensors, and in one of JSON what was refused, by the name of the case.
@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-BITS, GROUP_SIZE, TOTAL = 2, 32, "3.0bpw"
+BITS, GROUP_SIZE, RANK, TOTAL = 2, 32, 8, "3.0bpw"
 WINDOWS, SEQLEN = 8, 64
-# In GPTQModel's loop `EoRA()`, a plan, and a rank in 16 bits; in AutoRound's the default, which is a rank, also for a
-# model in memory, and a budget.
+# In GPTQModel's loop `EoRA()`, a plan, and a rank in 16 bits. In AutoRound's the default, a rank, and a budget, both
+# for a model in its files; then one in memory, which may change how AutoRound opens another afterwards.
 OF_GPTQMODEL = ("default", "planned", "plain")
-OF_AUTOROUND: dict[str, dict[str, Any]] = {"rank": {}, "memory": {}, "budget": {"budget": "1bpw"}}
+OF_AUTOROUND: dict[str, dict[str, Any]] = {"rank": {}, "budget": {"budget": "1bpw"}, "memory": {"budget": "1bpw"}}
 
 
 class Found:
@@ -76,21 +77,23 @@ def gptqmodel(folder: Path, model_type: str, found: Found) -> None:
 
     base, out = folder / "base" / model_type, folder / "gptqmodel" / model_type
     out.mkdir(parents=True)
-    for case, make in (("default", _by_default), ("planned", _by_plan), ("plain", _of_one_rank)):
-        found.attempt(case, lambda make=make, case=case: make(base, out / case))  # type: ignore[misc]
-    if "default" in found.refused and "EoRA" not in found.refused["default"]:
+    for case, make in (("default", _by_default), ("planned", by_plan), ("plain", _of_one_rank)):
+        found.attempt(case, partial(make, base, out / case))
+    if "plain" in found.refused and "EoRA" not in found.refused["plain"]:
         # Whether the host stops without an adapter, too.
-        found.attempt("no adapter", lambda: _quantized(base, None))
+        found.attempt("no adapter", partial(_quantized, base, None))
     made = [(case, out / case) for case in OF_GPTQMODEL] + [
         (case, Path(place.read_text())) for case in OF_AUTOROUND
         if (place := folder / "autoround" / model_type / f"{case}.txt").is_file()
     ]  # fmt: skip
     for case, checkpoint in made:
-        if case in found.refused or (model := found.attempt(case, lambda at=checkpoint: _opened(at))) is None:  # type: ignore[misc]
+        if case in found.refused or (model := found.attempt(case, partial(_opened, checkpoint))) is None:
             continue
-        found.attempt(case, lambda model=model: logits(model))  # type: ignore[misc]
+        # A model may be made and opened, and fail when it is run.
+        if found.attempt(f"{case} logits", partial(logits, model)) is None:
+            continue
         with adapters_off(model):
-            found.attempt(f"{case} without", lambda model=model: logits(model))  # type: ignore[misc]
+            found.attempt(f"{case} without", partial(logits, model))
 
 
 def _by_default(base: Path, out: Path) -> None:
@@ -102,7 +105,7 @@ def _by_default(base: Path, out: Path) -> None:
 def _of_one_rank(base: Path, out: Path) -> None:
     from gptqmodel_eora_ext import EoRA
 
-    _quantized(base, EoRA(rank=8)).save(str(out))
+    _quantized(base, EoRA(rank=RANK)).save(str(out))
 
 
 def _quantized(base: Path, adapter: Any) -> Any:
@@ -113,12 +116,22 @@ def _quantized(base: Path, adapter: Any) -> Any:
     return host
 
 
-def _by_plan(base: Path, out: Path) -> None:
+def by_plan(base: Path, out: Path) -> None:
+    """`eora plan` into a file beside the checkpoint, and `eora quantize` by it.
+
+    Modules as small as these are better off with wider weights than with an adapter. So the plan is edited, as a user
+    may: what has 2 bits gets a rank, too.
+    """
     plan, calibration = Path(f"{out}.json"), base / "calibration.txt"
     letters = torch.randint(97, 123, (2 * WINDOWS * SEQLEN,), generator=torch.Generator().manual_seed(3))
     calibration.write_text(bytes(letters.tolist()).decode())
     some = ("--calibration", calibration, "--samples", WINDOWS, "--seqlen", SEQLEN)
     _command("plan", base, *some, "--group-size", GROUP_SIZE, "--total", TOTAL, "--out", plan)
+    chosen = json.loads(plan.read_text(encoding="utf-8"))
+    del chosen["dynamic"]
+    for module in chosen["modules"].values():
+        module["rank"] = RANK if module["bits"] == BITS else module["rank"]
+    plan.write_text(json.dumps(chosen), encoding="utf-8")
     _command("quantize", base, out, *some, "--plan", plan)
 
 
@@ -145,19 +158,20 @@ def _opened(checkpoint: Path, **options: Any) -> Any:
     return GPTQModel.load(str(checkpoint), backend=BACKEND.GPTQ_TORCH, **options).model
 
 
+def _opened_logits(checkpoint: Path) -> torch.Tensor:
+    return logits(_opened(checkpoint))
+
+
 def autoround(folder: Path, model_type: str, found: Found) -> None:
     """AutoRound's loop; then transformers with `load_peft` opens what it made."""
     out = folder / "autoround" / model_type
     out.mkdir(parents=True)
     for case, options in OF_AUTOROUND.items():
-        checkpoint = found.attempt(
-            case, lambda case=case, options=options: _rounded(  # type: ignore[misc]
-                folder / "base" / model_type, out / case, options, in_memory=case == "memory"
-            ),
-        )
+        work = partial(_rounded, folder / "base" / model_type, out / case, options, in_memory=case == "memory")
+        checkpoint = found.attempt(case, work)
         if checkpoint is not None:
             (out / f"{case}.txt").write_text(str(checkpoint))
-            found.attempt(case, lambda at=checkpoint: _by_peft(at, found, case))  # type: ignore[misc]
+            found.attempt(f"{case} logits", partial(_by_peft, checkpoint, found, case))
 
 
 def _rounded(base: Path, out: Path, options: dict[str, Any], *, in_memory: bool) -> Path:
@@ -168,8 +182,9 @@ def _rounded(base: Path, out: Path, options: dict[str, Any], *, in_memory: bool)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto") if in_memory else str(base)
     rounder = AutoRound(
-        model, tokenizer=AutoTokenizer.from_pretrained(base), device_map="cpu", scheme=f"W{BITS}A16", group_size=GROUP_SIZE, nsamples=WINDOWS, seqlen=SEQLEN,
-        batch_size=4, iters=0, disable_opt_rtn=True, dataset=[torch.tensor([window["input_ids"]]) for window in windows()],
+        model, tokenizer=AutoTokenizer.from_pretrained(base), device_map="cpu", scheme=f"W{BITS}A16",
+        group_size=GROUP_SIZE, nsamples=WINDOWS, seqlen=SEQLEN, batch_size=4, iters=0, disable_opt_rtn=True,
+        dataset=[torch.tensor([window["input_ids"]]) for window in windows()],
         alg_configs=["signround", EoRAConfig(**options)],
     )  # fmt: skip
     return Path(rounder.quantize_and_save(str(out), format="auto_round")[1])
@@ -181,18 +196,18 @@ def _by_peft(checkpoint: Path, found: Found, case: str) -> torch.Tensor:
     from gptqmodel_eora_ext import load_peft
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", device_map="cpu")
-    found.attempt(f"{case} without", lambda: logits(model))
+    found.attempt(f"{case} without", partial(logits, model))
     return logits(load_peft(model, checkpoint / "eora"))
 
 
 def without(folder: Path, model_type: str, found: Found) -> None:
     """Where the plugin is switched off: GPTQModel alone; and transformers, with a plain copy of the adapter."""
-    for case in OF_GPTQMODEL:
-        checkpoint = folder / "gptqmodel" / model_type / case
-        if checkpoint.is_dir():
-            # First, since GPTQModel replaces classes of transformers when it opens a model.
-            found.attempt(f"{case} in transformers", lambda at=checkpoint: _in_transformers(at))  # type: ignore[misc]
-            found.attempt(case, lambda at=checkpoint: logits(_opened(at)))  # type: ignore[misc]
+    made = [(case, folder / "gptqmodel" / model_type / case) for case in OF_GPTQMODEL]
+    # First, since GPTQModel replaces classes of transformers when it opens a model; then transformers opens it right.
+    for case, checkpoint in made:
+        found.attempt(f"{case} in transformers", partial(_in_transformers, checkpoint))
+    for case, checkpoint in made:
+        found.attempt(f"{case} logits", partial(_opened_logits, checkpoint))
 
 
 def _in_transformers(checkpoint: Path) -> torch.Tensor:
@@ -214,15 +229,12 @@ def apart(folder: Path, model_type: str, found: Found) -> None:
     ]  # fmt: skip
     for case, checkpoint, every_second in made:
         if checkpoint.is_dir():
-            found.attempt(
-                case, lambda at=checkpoint, rows=every_second: logits(  # type: ignore[misc]
-                    _computed_apart(folder / "base" / model_type, at, every_second=rows)
-                )
-            )
+            work = partial(_computed_apart, folder / "base" / model_type, checkpoint, every_second=every_second)
+            found.attempt(f"{case} logits", work)
 
 
-def _computed_apart(base: Path, checkpoint: Path, *, every_second: bool) -> torch.nn.Module:
-    """The full-precision model with the checkpoint's weights and factors, its experts in one tensor.
+def _computed_apart(base: Path, checkpoint: Path, *, every_second: bool) -> torch.Tensor:
+    """Logits of the full-precision model with the checkpoint's weights and factors, its experts in one tensor.
 
     Args:
         every_second: whether `gate_proj` is every second row of the tensor of gate and up; else it is the first half.
@@ -236,7 +248,8 @@ def _computed_apart(base: Path, checkpoint: Path, *, every_second: bool) -> torc
         if name in known:
             known[name].weight.data = weight
             continue
-        block, _, rest = name.partition(".experts.")
+        # AutoRound names Mixtral's experts as hubs do.
+        block, _, rest = name.replace("block_sparse_moe", "mlp").partition(".experts.")
         number, projection = rest.split(".")
         experts: Any = known[f"{block}.experts"]
         joined = experts.down_proj if projection in ("down_proj", "w2") else experts.gate_up_proj
@@ -248,7 +261,7 @@ def _computed_apart(base: Path, checkpoint: Path, *, every_second: bool) -> torc
             rows = rows[int(second) :: 2] if every_second else rows.chunk(2)[int(second)]
         assert rows.shape == weight.shape
         rows.copy_(weight)
-    return model
+    return logits(model)
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -268,10 +281,10 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         if name == key:
             continue
         of_module = {part: tensors.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-        groups, outputs = of_module["scales"].shape  # type: ignore[union-attr]
-        bits = 32 * of_module["qweight"].shape[0] // (groups * GROUP_SIZE)  # type: ignore[union-attr]
+        groups, outputs = of_module["scales"].shape
+        bits = 32 * of_module["qweight"].shape[0] // (groups * GROUP_SIZE)
         packed = PackedWeight(
-            **of_module, bits=bits, group_size=GROUP_SIZE, in_features=groups * GROUP_SIZE, out_features=outputs,  # type: ignore[arg-type]
+            **of_module, bits=bits, group_size=GROUP_SIZE, in_features=groups * GROUP_SIZE, out_features=outputs,
             stores_zero_minus_one=True,
         )  # fmt: skip
         weights[name] = dequantize(packed)

@@ -20,9 +20,8 @@ FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_r
            "gptqmodel", "auto_awq", "fake")  # fmt: skip
 WORKS = f"Use integer weights with 16-bit activations (W2A16, W3A16, W4A16, W8A16) and one of {', '.join(FORMATS)}."
 # Mixtures of experts whose checkpoints GPTQModel cannot open, by model type, and why. Transformers opens them in
-# AutoRound's own format, by whose loader the experts are taken apart as AutoRound took them. Measured at 8 bits on small
-# random models: logits of GPT-OSS that AutoRound packed and GPTQModel opened differ from full precision by 1.26 of
-# their norm.
+# AutoRound's own format, whose loader takes the experts apart as AutoRound did. Measured at 8 bits on small random
+# models: logits of GPT-OSS that AutoRound packed and GPTQModel opened differ from full precision by 1.26 of their norm.
 OPENED_BY_TRANSFORMERS = {
     "gpt_oss": "AutoRound takes every second row of a joined matrix for `gate_proj`, GPTQModel its first half",
 }

@@ -92,8 +92,8 @@ def check_experts(model: Any) -> None:
     `dynamic` leaves out is the user's choice.
 
     Raises:
-        NotImplementedError: naming the model type and an expert, or for a model without layers where GPTQModel looks for
-            them.
+        NotImplementedError: naming the model type and an expert, or for a model without layers where GPTQModel looks
+            for them.
     """
     subsets = model.simple_layer_modules(model.model.config, model.quantize_config)
     listed = tuple(f".{name}.weight" for subset in subsets for name in subset if EXPERTS in name)
