@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SEQLEN = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """Leave what imports have made, a million objects, out of garbage collection.
+
+    Hosts collect garbage after every module that they quantise, and would go through all of it each time: for models as
+    small as these that took most of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
+from ..formats.autoround import tensor_shapes
 from .seam import Seam, SeamError, Undo, undo_all
 
 # The package that AutoRound's kernels live in.
 KERNELS = "auto_round_extension."
 # What stands in a path before the number of an expert.
 EXPERTS = ".experts."
+# What a packed weight's name in a checkpoint ends with.
+PACKED = ".qweight"
 
 
 def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
@@ -33,7 +37,8 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
 
     Raises:
         AdapterError: for a folder that is no adapter, one with values that cannot be, one of packed factors, which
-            PEFT cannot hold, or one with factors for experts that transformers keeps in one tensor.
+            PEFT cannot hold, or one of a checkpoint with quantised experts where transformers keeps experts in one
+            tensor.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
@@ -63,19 +68,37 @@ def load_peft(model: torch.nn.Module, path: str | Path) -> Any:
 def _check_experts(model: torch.nn.Module, folder: AdapterFolder) -> None:
     """Refuse experts that are no modules: PEFT would leave their factors out, and transformers has made them up.
 
+    An adapter may have no factors for any expert, where other modules were worth more. So it is also looked whether the
+    checkpoint that the model was read from holds quantised experts.
+
     Raises:
         AdapterError: naming the module and the model type.
     """
+    joined = EXPERTS.rstrip(".")
     tensors = {name.rpartition(".")[0]: name for name, one in model.named_parameters() if one.ndim == 3}
-    for module in folder.keys:
-        block, found, _ = module.partition(EXPERTS)
-        if found and f"{block}{EXPERTS.rstrip('.')}" in tensors:
+    tensor = next((name for block, name in tensors.items() if block.endswith(joined)), None)
+    if tensor is None:
+        return
+    for module in (*folder.keys, *_packed_modules(model)):
+        if EXPERTS in module:
             raise AdapterError(
-                f"Adapter: `{folder.path}` has factors for {module}, and transformers has the experts of models of "
-                f"type {getattr(getattr(model, 'config', None), 'model_type', 'unknown')} in one tensor "
-                f"({tensors[block + EXPERTS.rstrip('.')]}), into which it reads no quantised ones. Open the checkpoint "
-                f"with GPTQModel.load."
+                f"Adapter: `{folder.path}` is for a checkpoint with quantised experts, {module} for instance, and "
+                f"transformers has the experts of models of type "
+                f"{getattr(getattr(model, 'config', None), 'model_type', 'unknown')} in one tensor ({tensor}), into "
+                f"which it reads no quantised ones: it makes them up. Open the checkpoint with GPTQModel.load."
             )
+
+
+def _packed_modules(model: torch.nn.Module) -> list[str]:
+    """Modules of packed integers in the checkpoint that a model was read from; none where it is not on this machine."""
+    named = str(getattr(model, "name_or_path", ""))
+    if not named:
+        return []
+    try:
+        place = Path(named) if Path(named).is_dir() else Path(snapshot_download(named, local_files_only=True))
+        return [key.removesuffix(PACKED) for key in tensor_shapes(place) if key.endswith(PACKED)]
+    except (OSError, ValueError):
+        return []
 
 
 @contextmanager

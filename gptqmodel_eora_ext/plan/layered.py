@@ -119,7 +119,10 @@ class LayeredModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Yield a function from outputs of the last layer, tokens × width, to scores, tokens × labels."""
+        """Yield a function from outputs of the last layer, tokens × width, to scores, tokens × labels.
+
+        That function raises `NotImplementedError` for a model that gives no scores, or that fails on text alone.
+        """
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         path = next(name for name, module in self.model.named_modules() if module is embeddings)
         with self.present([name for name in self._outside() if name != path]):
@@ -146,8 +149,22 @@ class LayeredModel:
 
             return forward
 
+        named = f"{type(self.model).__name__}{_type_of(self.model)}"
         with self._stubbed(stub):
-            scores: torch.Tensor = self.model(inputs_embeds=rows.detach(), attention_mask=mask, use_cache=False).logits
+            try:
+                output = self.model(inputs_embeds=rows.detach(), attention_mask=mask, use_cache=False)
+            except (AttributeError, KeyError, TypeError, IndexError) as error:
+                # Llama 4 that also sees, for instance: what it returns lacks what its own head asks for.
+                raise NotImplementedError(
+                    f"EoRA: {named} fails on text alone, after its layers ({type(error).__name__}: {error}), so what "
+                    f"an error costs cannot be measured. Name a rank in place of the budget."
+                ) from error
+        scores: torch.Tensor | None = getattr(output, "logits", None)
+        if scores is None:
+            raise NotImplementedError(
+                f"EoRA: {named} has no head that scores tokens, so what an error costs cannot be measured. Open the "
+                f"model by a class that has one, or name a rank in place of the budget."
+            )
         return scores[0]
 
     def _embedded(self, batch: Mapping[str, Any]) -> Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -93,6 +94,8 @@ def fresh() -> Iterator[ProcessPoolExecutor]:
 
 def words(family: str, tokenizer: Any, calibration: Batches, folder: Path) -> dict[str, str]:
     """What happens to a family's exports, by format."""
+    # As `little_garbage` does in the tests' own process.
+    gc.freeze()
     config, options = FAMILIES[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **SHAPE, **options)).to(torch.bfloat16)

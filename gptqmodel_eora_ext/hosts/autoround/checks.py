@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,15 +13,20 @@ from auto_round.utils.disk_stream_util import materialize_module
 
 from ...loop.run import require_token_ids
 
+log = logging.getLogger(__name__)
+
 # Exports of packed integer weights, with the names of AutoRound's `--format`; "fake" keeps Ŵ in 16 bits.
 FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq",
            "gptqmodel", "auto_awq", "fake")  # fmt: skip
 WORKS = f"Use integer weights with 16-bit activations (W2A16, W3A16, W4A16, W8A16) and one of {', '.join(FORMATS)}."
-# Mixtures of experts whose checkpoints nothing opens as they are, by model type. Measured at 8 bits on small random
+# Mixtures of experts whose checkpoints GPTQModel cannot open, by model type, and why. Transformers opens them in
+# AutoRound's own format, whose loader takes the experts apart as AutoRound did. Measured at 8 bits on small random
 # models: logits of GPT-OSS that AutoRound packed and GPTQModel opened differ from full precision by 1.26 of their norm.
-NOT_OPENED = {
+OPENED_BY_TRANSFORMERS = {
     "gpt_oss": "AutoRound takes every second row of a joined matrix for `gate_proj`, GPTQModel its first half",
 }
+# What the names of AutoRound's own formats begin with.
+OWN_FORMAT = "auto_round"
 
 
 def check_composition(orchestrator: Any) -> None:
@@ -58,12 +64,7 @@ def check_experts(orchestrator: Any) -> None:
         NotImplementedError: naming the model type.
     """
     model = orchestrator.model_context.model
-    model_type = getattr(getattr(model, "config", None), "model_type", "unknown")
-    if model_type in NOT_OPENED:
-        raise NotImplementedError(
-            f"EoRA: no adapter in AutoRound's loop for models of type {model_type}: {NOT_OPENED[model_type]}, so that "
-            f"the checkpoint would be opened wrongly. Quantise with GPTQModel (`eora quantize`)."
-        )
+    model_type = _model_type(model)
     index = getattr(model, "_disk_stream_index", None)
     if index is None:
         return
@@ -79,6 +80,10 @@ def check_experts(orchestrator: Any) -> None:
             f"{model_type} in its files, and would stop. Pass it the model in memory "
             f"(AutoModelForCausalLM.from_pretrained), or set AR_DISABLE_META_LOAD=1."
         )
+
+
+def _model_type(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", "unknown"))
 
 
 def _check_scheme(where: str, scheme: Any) -> None:
@@ -126,13 +131,31 @@ def check_dataset(orchestrator: Any) -> None:
             require_token_ids(row, vocabulary)
 
 
-def check_formats(formats: Iterable[Any]) -> None:
-    """Refuse an export that no adapter can stand beside.
+def check_formats(formats: Iterable[Any], model: Any) -> None:
+    """Refuse an export that no adapter can stand beside, or that nothing would open.
+
+    Args:
+        formats: AutoRound's objects.
+        model: what is quantised.
 
     Raises:
         NotImplementedError: naming the format and those that work.
     """
+    model_type = _model_type(model)
     for one in formats:
         name = one.get_backend_name()
         if name not in FORMATS:
             raise NotImplementedError(f"EoRA: no adapter can stand beside the export format `{name}`. {WORKS}")
+        if model_type not in OPENED_BY_TRANSFORMERS:
+            continue
+        reason = OPENED_BY_TRANSFORMERS[model_type]
+        if not name.startswith(OWN_FORMAT):
+            raise NotImplementedError(
+                f"EoRA: nothing opens an export of a model of type {model_type} in the format `{name}`: {reason}. Use "
+                f"the format `{OWN_FORMAT}`, which transformers opens, or quantise with GPTQModel (`eora quantize`)."
+            )
+        log.warning(
+            "EoRA: a checkpoint of AutoRound of a model of type %s opens in transformers, with the adapter by "
+            "gptqmodel_eora_ext.load_peft, and not in GPTQModel: %s. For GPTQModel quantise with it (`eora quantize`).",
+            model_type, reason,
+        )  # fmt: skip

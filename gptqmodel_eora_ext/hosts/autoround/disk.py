@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from auto_round.special_model_handler import update_module
 from auto_round.utils.disk_stream_util import get_safetensors_index, materialize_module, unfuse_meta_moe_
 
 from ...plan.checkpoint import CheckpointWeights, skeleton
@@ -36,4 +37,6 @@ def shell(folder: Path, *, trust_remote_code: bool = False) -> torch.nn.Module:
     """A checkpoint's model without its weights, its experts taken apart as AutoRound does."""
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     unfuse_meta_moe_(model)
-    return model
+    # The former leaves types to the latter for which AutoRound has modules of its own (GPT-OSS).
+    updated: torch.nn.Module = update_module(model)
+    return updated

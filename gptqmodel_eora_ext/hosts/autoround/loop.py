@@ -73,7 +73,7 @@ class EoRATransform(BasePreprocessor):
         check_dataset(orchestrator)
         check_weights(orchestrator.model_context.model.named_parameters())
         if orchestrator.formats is not None:
-            check_formats(orchestrator.formats)
+            check_formats(orchestrator.formats, orchestrator.model_context.model)
         self.run = LoopRun(self.config, orchestrator)
         # An attribute of the instance hides the method, so that other objects and their runs are not touched.
         save: Callable[..., Any] = orchestrator.save_quantized

@@ -91,6 +91,7 @@ def host_version() -> Version:
 
 def problems() -> list[str]:
     """What is wrong with the host at the places that the plugin uses."""
+    from auto_round import special_model_handler
     from auto_round.algorithms import composer, registry
     from auto_round.algorithms.quantization import config
     from auto_round.algorithms.transforms import base
@@ -114,5 +115,6 @@ def problems() -> list[str]:
         (disk_stream_util, "get_safetensors_index", ("checkpoint_dir",)),
         (disk_stream_util, "materialize_module", ("module", "module_name", "index", "device")),
         (disk_stream_util, "unfuse_meta_moe_", ("model",)),
+        (special_model_handler, "update_module", ("model",)),
     ]  # fmt: skip
     return [problem for place in expected if (problem := problem_at(*place))]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gptqmodel.utils.model import get_layers_with_prefixes
 
 from ...adapter.layers import is_linear, shape_of
 from ...formats.sizes import ModuleShape
@@ -91,11 +92,12 @@ def check_experts(model: Any) -> None:
     `dynamic` leaves out is the user's choice.
 
     Raises:
-        NotImplementedError: naming the model type and an expert.
+        NotImplementedError: naming the model type and an expert, or for a model without layers where GPTQModel looks
+            for them.
     """
     subsets = model.simple_layer_modules(model.model.config, model.quantize_config)
     listed = tuple(f".{name}.weight" for subset in subsets for name in subset if EXPERTS in name)
-    layers = tuple(f"{path}." for path in model.extract_layers_node())
+    layers = tuple(f"{name}." for name in _layer_names(model))
     experts = [
         name
         for name, parameter in model.model.named_parameters()
@@ -110,16 +112,36 @@ def check_experts(model: Any) -> None:
 
 
 def linear_shapes(model: Any) -> list[ModuleShape]:
-    """As `module_shapes`, but empty for a model without any linear module."""
+    """As `module_shapes`, but empty for a model without any linear module.
+
+    Raises:
+        NotImplementedError: for a model without layers where GPTQModel looks for them.
+    """
     config = model.quantize_config
     known = dict(model.model.named_modules())
     names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]
     shapes = []
-    for layers in model.extract_layers_node():
-        for index in range(len(known[layers])):
-            for name in names:
-                full = f"{layers}.{index}.{name}"
-                linear = known.get(full)
-                if linear is not None and is_linear(linear) and config.dynamic_get(full) is not False:
-                    shapes.append(shape_of(full, linear))
+    for layer in _layer_names(model):
+        for name in names:
+            full = f"{layer}.{name}"
+            linear = known.get(full)
+            if linear is not None and is_linear(linear) and config.dynamic_get(full) is not False:
+                shapes.append(shape_of(full, linear))
     return shapes
+
+
+def _layer_names(model: Any) -> list[str]:
+    """Full names of the layers. GPTQModel may know several places for them, of which a model has some.
+
+    Raises:
+        NotImplementedError: for a model that has none of them.
+    """
+    places = model.extract_layers_node()
+    names: list[str] = get_layers_with_prefixes(model.model, places)[1]
+    if not names:
+        raise NotImplementedError(
+            f"EoRA: GPTQModel {version('gptqmodel')} looks for the layers of a model of type "
+            f"{model.model.config.model_type} at {' or '.join(places)}, where this transformers has none; it would "
+            f"stop. Quantise with releases of both that fit each other."
+        )
+    return names
