@@ -36,7 +36,7 @@ from .show import print_summary
 
 def generate(
     model: Model,
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The quantised checkpoint: a folder, or a GGUF file.")],
     calibration: Calibration,
     rank: Rank = None,
     budget: Budget = None,
@@ -45,8 +45,10 @@ def generate(
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = None,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
-    ] = None,
+        Path | None,
+        typer.Option("--out", help="Folder for the adapter, by default inside the checkpoint. For a GGUF model: a file, "
+                                   "by default beside the model's."),
+    ] = None,  # fmt: skip
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
@@ -55,13 +57,14 @@ def generate(
     """Make an adapter for a checkpoint that is already quantised."""
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
     check_model(model)
-    if not (checkpoint / "config.json").is_file():
-        fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
-    check_apart(checkpoint, model)
+    if not checkpoint.is_file():
+        if not (checkpoint / "config.json").is_file():
+            fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+        check_apart(checkpoint, model)
     if output is not None:
         check_apart(output, model)
         if output.resolve() == checkpoint.resolve():
-            fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
+            fail(f"`{output}` is the checkpoint; name another place for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
     from ..hosts.registry import AdapterJob, adapter_maker

@@ -1,7 +1,7 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
+`planner`, `layer_loop`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
 order of `HOSTS`, and a host's library is imported only when the host is asked.
 """
 
@@ -14,13 +14,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from ..adapter.factors import ModuleFactors
+from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
 from ..plan import Plan
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
 
 # The hosts' folders, in the order in which they are asked.
-HOSTS = ("gptqmodel", "autoround")
+HOSTS = ("llamacpp", "gptqmodel", "autoround")
 
 Windows = Sequence[Mapping[str, Any]]
 Report = Callable[[int, int], None]
@@ -61,10 +65,10 @@ class AdapterJob:
 
     Attributes:
         base: the full-precision model, a folder or a hub name.
-        checkpoint: the quantised model's folder.
+        checkpoint: the quantised model's folder or file.
         windows: calibration, as in `QuantizeJob`.
         adapter: what `AdapterOptions.settle` takes.
-        output: folder for the adapter; None for the checkpoint's own.
+        output: folder or file for the adapter; None for the checkpoint's own.
         batch_size: windows per forward.
         loading: passed to the host's loader, for both models.
         report: called with (layers done, layers in all).
@@ -78,6 +82,53 @@ class AdapterJob:
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
+
+
+# W of a module, by its full name: out × in, on the CPU.
+ReadWeight = Callable[[str], torch.Tensor]
+# Full module name → what gives Ŵ (out × in, float32) for W; modules that are not quantised are left out.
+KnownWeights = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LoopJob:
+    """A full-precision model to run layer by layer, with quantised weights that another host knows.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        known: asked once, before the first layer, for the quantised weights of the modules in the loop's order. It
+            raises where they do not fit.
+        windows: calibration, as in `QuantizeJob`.
+        adapter: what `AdapterOptions.settle` takes.
+        layout: of the file that the factors are for.
+        method: how the weights were quantised, for the record.
+        batch_size: windows per forward.
+        loading: passed to the loop's loader.
+        report: called with (layers done, layers in all).
+    """
+
+    base: str
+    known: Callable[[Sequence[ModuleShape], ReadWeight], KnownWeights]
+    windows: Windows
+    adapter: Mapping[str, Any]
+    layout: FactorLayout
+    method: str
+    batch_size: int = 1
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What a loop has made.
+
+    Attributes:
+        factors: full module name → factors, on the CPU.
+        details: what `eora.json` says beside the per-module report.
+    """
+
+    factors: Mapping[str, ModuleFactors]
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,6 +232,15 @@ def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
         ValueError: for a name that no host serves.
     """
     return _first("planner", name)
+
+
+def layer_loop(base: str) -> Callable[[LoopJob], Compensated]:
+    """What runs a full-precision model layer by layer and compensates quantised weights that come from elsewhere.
+
+    Raises:
+        ValueError: for a model that no host serves.
+    """
+    return _first("layer_loop", base)
 
 
 def _first(offer: str, asked: Any) -> Any:

@@ -12,12 +12,13 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from ...plan import without_groups
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
-from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
+from ..registry import AdapterJob, Compensated, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA
 from .checkpoint.load import with_adapter
 from .generate import generate_adapter
+from .known_model import compensate_known
 from .modules import check_experts, module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
@@ -35,8 +36,13 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
 
 
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
-    """Checkpoints in GPTQ's and AWQ's formats, AutoRound's among them; others are refused by name."""
-    return _make_adapter
+    """Checkpoints in GPTQ's and AWQ's formats, AutoRound's among them; others are refused by name. No single files."""
+    return None if checkpoint.is_file() else _make_adapter
+
+
+def layer_loop(base: str) -> Callable[[LoopJob], Compensated] | None:
+    """Whatever full-precision model GPTQModel knows."""
+    return compensate_known
 
 
 def loader(checkpoint: Path) -> Loader | None:
