@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 
-def make(kind: str, folder: Path, seed: int = 0) -> Any:
+def make(kind: str, folder: Path, tokenizer: Any, seed: int = 0) -> Any:
     """A small random model, saved; its linear layers' rows differ in size, as those of trained models do."""
     torch.manual_seed(seed)
     config = CONFIGS[kind]()
@@ -53,6 +53,7 @@ def make(kind: str, folder: Path, seed: int = 0) -> Any:
             if name.endswith("bias"):
                 parameter.normal_()
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model.eval()
 
 
@@ -79,16 +80,16 @@ def updates(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[Any, Path, Path]:
     folder = tmp_path_factory.mktemp("llama")
-    model = make("llama", folder / "base")
+    model = make("llama", folder / "base", tokenizer)
     return model, folder / "base", write_model(model, folder / "model.gguf", "Q4_0")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_each_architecture_gets_factors_that_fit_its_error(kind: str, tmp_path: Path) -> None:
+def test_each_architecture_gets_factors_that_fit_its_error(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     """W − Ŵ by the model and the file alone: with B A it is smaller in every module, in the file's own order of rows."""
-    model = make(kind, tmp_path / "base")
+    model = make(kind, tmp_path / "base", tokenizer)
     file = write_model(model, tmp_path / "model.gguf")
     found = updates(generate(tmp_path / "base", file, rank=16))
     gguf = GGUFModel(file)
@@ -115,8 +116,8 @@ def test_rounded_factors_are_nearly_as_good(llama: tuple[Any, Path, Path], tmp_p
         assert other["error_after"] - report["error_after"] < 0.1 * report["error_before"], name
 
 
-def test_experts_in_one_tensor_get_their_factors(tmp_path: Path) -> None:
-    model = make("experts", tmp_path / "base")
+def test_experts_in_one_tensor_get_their_factors(tmp_path: Path, tokenizer: Any) -> None:
+    model = make("experts", tmp_path / "base", tokenizer)
     file = write_model(model, tmp_path / "model.gguf")
     found = generate(tmp_path / "base", file, rank=32, factor_bits=4)
     tensors = read_lora_header(found).header.tensors
@@ -155,16 +156,18 @@ def test_modules_in_16_bits_are_left_out(llama: tuple[Any, Path, Path], tmp_path
     assert (tmp_path / "m.eora.gguf").is_file()
 
 
-def test_what_cannot_be_is_refused_before_a_layer_runs(llama: tuple[Any, Path, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_a_layer_runs(
+    llama: tuple[Any, Path, Path], tmp_path: Path, tokenizer: Any
+) -> None:
     _, base, file = llama
     with pytest.raises(ValueError, match="multiple of 32, got 48. Take 32 or 64"):
         generate(base, file, rank=48, factor_bits=4)
     with pytest.raises(ValueError, match="is a folder"):
         generate(base, file, tmp_path, rank=4)
     with pytest.raises(ValueError, match=r"was not quantised from .*self_attn.q_proj.*cosine"):
-        generate(base, write_model(make("llama", tmp_path / "other", seed=1), tmp_path / "other.gguf"), rank=4)
+        generate(base, write_model(make("llama", tmp_path / "o", tokenizer, seed=1), tmp_path / "other.gguf"), rank=4)
     with pytest.raises(ValueError, match="was not quantised from .*the file has no"):
-        make("experts", tmp_path / "experts")
+        make("experts", tmp_path / "experts", tokenizer)
         generate(tmp_path / "experts", file, rank=4)
     with pytest.raises(ValueError, match="expected a model"):
         generate(base, generate(base, file, tmp_path / "lora.gguf", rank=4), rank=4)

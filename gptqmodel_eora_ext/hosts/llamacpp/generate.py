@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 
 from ...adapter.factors import ModuleFactors
 from ...adapter.options import AdapterOptions
-from ...adapter.vocabulary import FACTOR_BITS
+from ...adapter.vocabulary import AUTO, FACTOR_BITS, UNIFORM
 from ...formats.factors import QuantizedFactor, pack
 from ...formats.gguf import gguf_package
 from ...formats.gguf.blocks import GGUF_LAYOUT
 from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel
-from ..registry import AdapterJob, LoopJob, layer_loop
+from ...formats.sizes import ModuleShape
+from ..registry import AdapterJob, KnownWeights, LoopJob, ReadWeight, layer_loop
 from .weights import GGUFWeights, Placed
 
 log = logging.getLogger(__name__)
@@ -43,16 +44,23 @@ def generate_adapter(job: AdapterJob) -> Path:
         ModuleError: when compensating a module fails.
     """
     gguf_package()
-    _check_options(job.adapter)
+    options = _checked_options(job.adapter)
     output = job.output if job.output is not None else _beside(job.checkpoint)
     if output.is_dir():
         raise ValueError(f"EoRA: `{output}` is a folder; an adapter for llama.cpp is a file. Name it, as `eora.gguf`.")
     model = GGUFModel(job.checkpoint)
     weights = GGUFWeights(model, job.base)
+
+    def known(shapes: Sequence[ModuleShape], read: ReadWeight) -> KnownWeights:
+        found = weights.known(shapes, read)
+        if options.rank == AUTO and options.sensitivity != UNIFORM:
+            _check_for_budget(weights.placed)
+        return found
+
     made = layer_loop(job.base)(
         LoopJob(
             base=job.base,
-            known=weights.known,
+            known=known,
             windows=job.windows,
             adapter=job.adapter,
             layout=GGUF_LAYOUT,
@@ -74,9 +82,9 @@ def generate_adapter(job: AdapterJob) -> Path:
     return output
 
 
-def _check_options(adapter: Mapping[str, Any]) -> None:
-    """Refuse a rank that the factors' type cannot store, before a model is loaded."""
-    options = AdapterOptions.settle(**adapter)
+def _checked_options(adapter: Mapping[str, Any]) -> AdapterOptions:
+    """What is asked; a rank that the factors' type cannot store is refused before a model is loaded."""
+    options = AdapterOptions.settle(**adapter).for_making(**adapter)
     multiple = GGUF_LAYOUT.multiple
     if options.factor_bits < FACTOR_BITS[0] and isinstance(options.rank, int) and options.rank % multiple:
         lower = max(options.rank // multiple, 1) * multiple
@@ -84,6 +92,18 @@ def _check_options(adapter: Mapping[str, Any]) -> None:
             f"EoRA: llama.cpp stores factors of {options.factor_bits} bits in blocks of {multiple} components, so the "
             f"rank has to be a multiple of {multiple}, got {options.rank}. Take {lower} or {lower + multiple}, or "
             f"factors of 16 bits."
+        )
+    return options
+
+
+def _check_for_budget(placed: Mapping[str, Placed]) -> None:
+    """Refuse ranks module by module for experts, which share a rank where they lie in one tensor."""
+    expert = next((name for name, one in placed.items() if one.place.expert is not None), None)
+    if expert is not None:
+        raise NotImplementedError(
+            f"EoRA: the experts of a layer lie in one tensor of a GGUF file ({expert} for instance in "
+            f"{placed[expert].place.tensor}) and share one rank there, so a budget cannot give each its own. Name a rank, "
+            f"or give all modules one: sensitivity={UNIFORM!r}."
         )
 
 
