@@ -46,9 +46,11 @@ def generate(
     factor_bits: FactorBits = None,
     output: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the adapter, by default inside the checkpoint. For a GGUF model: a file, "
-                                   "by default beside the model's."),
-    ] = None,  # fmt: skip
+        typer.Option(
+            "--out",
+            help="Folder for the adapter, by default inside the checkpoint; for a GGUF model a file, by default beside it.",
+        ),
+    ] = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,

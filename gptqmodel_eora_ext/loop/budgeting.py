@@ -110,8 +110,8 @@ def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int
         one = sum(factor_bytes(least, shape, options.factor_bits, options.layout) for shape in shapes)
         differing = least_budget(shapes, options.factor_bits, layout=options.layout) <= budget
         raise ValueError(
-            f"EoRA: the budget {options.budget!r} is {budget} bytes; rank {least} for all {len(shapes)} modules takes {one}. "
-            f"Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
+            f"EoRA: the budget {options.budget!r} is {budget} bytes; rank {least} for all {len(shapes)} modules takes "
+            f"{one}. Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
     return rank

@@ -41,7 +41,7 @@ def rank_options(
     fixed: int | None = None,
     layout: FactorLayout = PACKED_LAYOUT,
 ) -> RankOptions:
-    """The ranks on offer to a module: 0 and the multiples of the layout's step up to ``most``; or a ``fixed`` rank alone.
+    """The ranks on offer to a module: 0 and multiples of the layout's step up to ``most``; or a ``fixed`` rank alone.
 
     Args:
         shape: the module, whose smaller side limits its rank.

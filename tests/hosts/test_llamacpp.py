@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from gptqmodel_eora_ext.adapter.layers import shape_of
 from gptqmodel_eora_ext.formats.gguf.lora import SUFFIX_A, SUFFIX_B, read_lora_header
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel, read_tensor
 from gptqmodel_eora_ext.hosts.llamacpp.weights import GGUFWeights
@@ -57,6 +58,12 @@ def make(kind: str, folder: Path, tokenizer: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    """The linear modules in layers, by full name."""
+    modules = model.model.layers.named_modules()
+    return {f"model.layers.{name}": one for name, one in modules if isinstance(one, torch.nn.Linear)}
+
+
 def windows(count: int = 6, length: int = 40) -> list[dict[str, list[int]]]:
     ids = torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in ids]
@@ -88,15 +95,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[Any
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_each_architecture_gets_factors_that_fit_its_error(kind: str, tmp_path: Path, tokenizer: Any) -> None:
-    """W − Ŵ by the model and the file alone: with B A it is smaller in every module, in the file's own order of rows."""
+    """W − Ŵ by the model and the file alone: B A makes it smaller in every module, in the file's own order of rows."""
     model = make(kind, tmp_path / "base", tokenizer)
     file = write_model(model, tmp_path / "model.gguf")
     found = updates(generate(tmp_path / "base", file, rank=16))
     gguf = GGUFModel(file)
-    linears = {name: one for name, one in model.named_modules() if name.startswith("model.layers.")
-               and isinstance(one, torch.nn.Linear)}  # fmt: skip
-    assert set(found) == {tensor_of(name) for name in linears} and len(found) == 7 * LAYERS
-    for name, linear in linears.items():
+    assert set(found) == {tensor_of(name) for name in linears(model)} and len(found) == 7 * LAYERS
+    for name, linear in linears(model).items():
         tensor = tensor_of(name)
         delta = torch.from_numpy(in_file_order(name, linear.weight, model.config)) - gguf.read(tensor)
         assert (delta - found[tensor]).norm() < 0.8 * delta.norm(), name
@@ -104,7 +109,7 @@ def test_each_architecture_gets_factors_that_fit_its_error(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounded_factors_are_nearly_as_good(llama: tuple[Any, Path, Path], tmp_path: Path, bits: int) -> None:
-    model, base, file = llama
+    _, base, file = llama
     whole = read_lora_header(generate(base, file, tmp_path / "f16.gguf", rank=32))
     rounded = read_lora_header(generate(base, file, tmp_path / "rounded.gguf", rank=32, factor_bits=bits))
     assert rounded.factor_bits == bits and set(rounded.ranks.values()) == {32}
@@ -129,7 +134,7 @@ def test_experts_in_one_tensor_get_their_factors(tmp_path: Path, tokenizer: Any)
         weight = experts.down_proj[expert].detach()
         delta = weight - gguf.read("blk.1.ffn_down_exps.weight", expert=expert)
         lora_A, lora_B = (
-            read_tensor(tensors[f"blk.1.ffn_down_exps.weight{suffix}"], expert=expert) for suffix in (SUFFIX_A, SUFFIX_B)
+            read_tensor(tensors[f"blk.1.ffn_down_exps.weight{one}"], expert=expert) for one in (SUFFIX_A, SUFFIX_B)
         )
         assert (delta - lora_B @ lora_A).norm() < 0.8 * delta.norm(), expert
     with pytest.raises(NotImplementedError, match="experts"):
@@ -151,8 +156,7 @@ def test_modules_in_16_bits_are_left_out(llama: tuple[Any, Path, Path], tmp_path
     model, base, _ = llama
     file = write_model(model, tmp_path / "m.gguf", skipped=".down_proj")
     lora = read_lora_header(generate(base, file, rank=4))
-    assert set(lora.ranks) == {tensor_of(name) for name, one in model.named_modules() if name.startswith("model.layers.")
-                               and isinstance(one, torch.nn.Linear) and not name.endswith(".down_proj")}  # fmt: skip
+    assert set(lora.ranks) == {tensor_of(name) for name in linears(model) if not name.endswith(".down_proj")}
     assert (tmp_path / "m.eora.gguf").is_file()
 
 
@@ -160,13 +164,13 @@ def test_what_cannot_be_is_refused_before_a_layer_runs(
     llama: tuple[Any, Path, Path], tmp_path: Path, tokenizer: Any
 ) -> None:
     _, base, file = llama
-    with pytest.raises(ValueError, match="multiple of 32, got 48. Take 32 or 64"):
+    with pytest.raises(ValueError, match=r"multiple of 32, got 48\. Take 32 or 64"):
         generate(base, file, rank=48, factor_bits=4)
     with pytest.raises(ValueError, match="is a folder"):
         generate(base, file, tmp_path, rank=4)
     with pytest.raises(ValueError, match=r"was not quantised from .*self_attn.q_proj.*cosine"):
         generate(base, write_model(make("llama", tmp_path / "o", tokenizer, seed=1), tmp_path / "other.gguf"), rank=4)
-    with pytest.raises(ValueError, match="was not quantised from .*the file has no"):
+    with pytest.raises(ValueError, match=r"was not quantised from .*the file has no"):
         make("experts", tmp_path / "experts", tokenizer)
         generate(tmp_path / "experts", file, rank=4)
     with pytest.raises(ValueError, match="expected a model"):
@@ -177,12 +181,9 @@ def test_a_layer_of_another_model_is_named_when_it_is_met(llama: tuple[Any, Path
     """Rows of the first and the last layer are compared before the run, all others when they are read."""
     model, _, file = llama
     weights = GGUFWeights(GGUFModel(file), "base")
-    linears = {name: one for name, one in model.named_modules() if name.startswith("model.layers.")
-               and isinstance(one, torch.nn.Linear)}  # fmt: skip
-    from gptqmodel_eora_ext.adapter.layers import shape_of
-
-    known = weights.known([shape_of(name, one) for name, one in linears.items()], lambda name: linears[name].weight.data)
+    found = linears(model)
+    known = weights.known([shape_of(name, one) for name, one in found.items()], lambda name: found[name].weight.data)
     name = "model.layers.0.mlp.up_proj"
-    assert known[name](linears[name].weight.data).shape == linears[name].weight.shape
+    assert known[name](found[name].weight.data).shape == found[name].weight.shape
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj.*cosine"):
-        known[name](torch.randn_like(linears[name].weight))
+        known[name](torch.randn_like(found[name].weight))

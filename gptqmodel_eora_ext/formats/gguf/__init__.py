@@ -1,12 +1,12 @@
-"""GGUF, the file format of llama.cpp: reading its header and tensors, and writing adapters, importance matrices, models.
+"""GGUF, the file format of llama.cpp: reading its header and tensors, and writing adapters and importance matrices.
 
 A file is a header (magic, version, counts), metadata (key, type, value), a table of tensors (name, dimensions, type,
-offset), padding, and the tensors' bytes. All numbers are little-endian. Dimensions stand with the fastest one first, so a
-weight that torch calls out × in is written as (in, out). Rows of a quantised tensor are cut into blocks of 32 to 256
+offset), padding, and the tensors' bytes. All numbers are little-endian. Dimensions stand with the fastest one first, so
+a weight that torch calls out × in is written as (in, out). Rows of a quantised tensor are cut into blocks of 32 to 256
 weights, each with its scales.
 
-The package `gguf` (llama.cpp's own, on PyPI) knows the types and names of tensors. It is an extra, and is imported where
-it is needed.
+The package `gguf` (llama.cpp's own, on PyPI) knows the types and names of tensors. It is an extra, and is imported
+where it is needed.
 """
 
 from __future__ import annotations

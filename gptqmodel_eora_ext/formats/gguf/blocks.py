@@ -16,8 +16,8 @@ from . import GGUFError
 
 BLOCK = 32
 TYPES = {4: "Q4_0", 8: "Q8_0"}
-# In A a row of blocks is a component; in B it is an output, and its blocks run over the components. llama.cpp multiplies
-# whole blocks, so that a rank is a multiple of 32.
+# In A a row of blocks is a component; in B it is an output, and its blocks run over the components. llama.cpp
+# multiplies whole blocks, so that a rank is a multiple of 32.
 GGUF_LAYOUT = FactorLayout(BLOCK, along_rank=True, multiple=BLOCK, step=BLOCK)
 
 

@@ -27,7 +27,8 @@ STRING, ARRAY = 8, 9
 KEPT_ARRAY = 4096
 # ggml's own limits.
 MOST_DIMENSIONS = 4
-# The least bytes of an entry: a key of no letters, a type and a byte; a name of no letters, one dimension, type, offset.
+# The least bytes of an entry: a key of no letters, its type and a byte; a name of no letters, one dimension, type and
+# offset.
 LEAST_KEY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 REMEDY = "Download or convert it again."
 
@@ -114,8 +115,8 @@ def read_header(path: Path) -> Header:
         path: a GGUF file, version 2 or 3, little-endian. It is mapped while this runs, and not read beyond its header.
 
     Raises:
-        GGUFError: for a file of another kind, one that is cut off, or numbers that do not fit it; it names the file, what
-            was found, and what would do.
+        GGUFError: for a file of another kind, one that is cut off, or numbers that do not fit it; it names the file,
+            what was found, and what would do.
         OSError: when the file cannot be opened.
     """
     size = path.stat().st_size

@@ -175,7 +175,7 @@ def _parts(header: Header) -> list[Header]:
     for number in range(1, count + 1):
         part = header.path.with_name(f"{named[1]}-{number:05d}-of-{count:05d}.gguf")
         if not part.is_file():
-            raise GGUFError(f"`{part}` is missing, part {number} of {count} of the model. Download it beside the others.")
+            raise GGUFError(f"`{part}` is missing, part {number} of {count} of the model. Put it beside the others.")
         one = read_header(part)
         if one.whole(SPLIT_COUNT) != count or one.whole(SPLIT_NUMBER) != number - 1:
             raise GGUFError(

@@ -18,8 +18,8 @@ from .modules import check_experts, layered, module_shapes
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, batches_required, rounds_to_make
 
-# What GPTQModel wants to know of a quantisation before it loads a model. Nothing is quantised by it here, and whole rows
-# as groups fit every width.
+# What GPTQModel wants to know of a quantisation before it loads a model. Nothing is quantised by it here, and whole
+# rows as groups fit every width.
 CONFIG = {"bits": 4, "group_size": -1}
 
 
@@ -51,7 +51,6 @@ def compensate_known(job: LoopJob) -> Compensated:
                 return weight.detach().to("cpu", copy=True)
 
         known = job.known(shapes, read)
-        del model
         run = CompensationRun(adapter, None, method=job.method, rounds=rounds)
         setattr(host, RUN_ATTRIBUTE, run)
         if job.report is not None:

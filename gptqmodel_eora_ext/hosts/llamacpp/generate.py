@@ -38,8 +38,8 @@ def generate_adapter(job: AdapterJob) -> Path:
             Q4_0; the last two take ranks in multiples of 32.
 
     Raises:
-        ValueError: for a file that is broken or was made from another model, a rank that cannot be stored, missing data,
-            or the package `gguf` missing.
+        ValueError: for a file that is broken or was made from another model, a rank that cannot be stored, missing
+            data, or the package `gguf` missing.
         NotImplementedError: for an architecture that the layer loop does not know, or a budget for experts.
         ModuleError: when compensating a module fails.
     """
@@ -102,8 +102,8 @@ def _check_for_budget(placed: Mapping[str, Placed]) -> None:
     if expert is not None:
         raise NotImplementedError(
             f"EoRA: the experts of a layer lie in one tensor of a GGUF file ({expert} for instance in "
-            f"{placed[expert].place.tensor}) and share one rank there, so a budget cannot give each its own. Name a rank, "
-            f"or give all modules one: sensitivity={UNIFORM!r}."
+            f"{placed[expert].place.tensor}) and share one rank there, so a budget cannot give each its own. Name a "
+            f"rank, or give all modules one: sensitivity={UNIFORM!r}."
         )
 
 

@@ -43,8 +43,8 @@ class TensorNames:
         known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         if model.architecture not in known:
             raise GGUFError(
-                f"`{model.path}` is of the architecture `{model.architecture}`, which the installed package `gguf` does "
-                f"not know. Update `gguf`."
+                f"`{model.path}` is of the architecture `{model.architecture}`, which the installed package `gguf` "
+                f"does not know. Update `gguf`."
             )
         self._table = gguf.get_tensor_name_map(known[model.architecture], model.layers)
 

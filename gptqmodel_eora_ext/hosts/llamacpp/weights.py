@@ -20,8 +20,8 @@ from .names import Place, TensorNames, rotary_order
 
 log = logging.getLogger(__name__)
 
-# Ŵ and W agree to at least this cosine. One bit a weight gives some 0.8, more bits more; matrices that have nothing to do
-# with each other give 0, to within a hundredth.
+# Ŵ and W agree to at least this cosine. One bit a weight gives some 0.8, more bits more; matrices that have nothing to
+# do with each other give 0, to within a hundredth.
 LEAST_AGREEMENT = 0.5
 # Rows that are compared before the run. They are taken evenly from all of the matrix.
 SAMPLED_ROWS = 64
@@ -102,8 +102,8 @@ class GGUFWeights:
             raise ValueError(self._other(shape.name, f"the file has {what}"))
         expected = (shape.out_features, shape.in_features)
         if info.shape[-2:] != expected or (len(info.shape) == 3) != (place.expert is not None):
-            found = " × ".join(map(str, info.shape))
-            raise ValueError(self._other(shape.name, f"{place.tensor} is {found}, expected {' × '.join(map(str, expected))}"))
+            found, wanted = (" × ".join(map(str, one)) for one in (info.shape, expected))
+            raise ValueError(self._other(shape.name, f"{place.tensor} is {found}, expected {wanted}"))
         if place.expert is not None and place.expert >= info.shape[0]:
             raise ValueError(self._other(shape.name, f"{place.tensor} holds {info.shape[0]} experts"))
         return None if info.type in FLOATING else Placed(shape, place, None)
@@ -186,7 +186,8 @@ class GGUFWeights:
     def _tell_left_out(self) -> None:
         """Name quantised matrices in layers that no module of the loop stands for."""
         served = {one.place.tensor for one in self.placed.values()}
-        kinds = sorted({re.sub(r"blk\.\d+\.", "", info.name) for info in self.model.linear() if info.name not in served})
+        left_out = [info.name for info in self.model.linear() if info.name not in served]
+        kinds = sorted({re.sub(r"blk\.\d+\.", "", name) for name in left_out})
         if kinds:
             log.warning("EoRA: these quantised tensors of `%s` stay without an adapter: %s.", self.model.path,
                         ", ".join(kinds))  # fmt: skip
