@@ -48,7 +48,7 @@ def generate(
         Path | None,
         typer.Option(
             "--out",
-            help="Folder for the adapter, by default inside the checkpoint; for a GGUF model a file, by default beside it.",
+            help="Folder for the adapter, by default in the checkpoint; for a GGUF model a file, by default beside it.",
         ),
     ] = None,
     samples: Samples = DEFAULT_SAMPLES,

@@ -1,8 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`, `layer_loop`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are
-asked in the order of `HOSTS`, and a host's library is imported only when the host is asked.
+`planner`, `layer_loop`, `full_precision`, `imatrix_maker`). Each of them returns what serves the case, or None where
+the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library is imported only when the host
+is asked.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..adapter.factors import ModuleFactors
 from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
 from ..plan import Plan
+from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
 
@@ -169,6 +171,41 @@ class Planned(Protocol):
         ...
 
 
+class FullPrecision(Planned, Protocol):
+    """A full-precision model that may also be run layer by layer."""
+
+    def layered(self) -> LayeredModel:
+        """The model, its weights read from files as they are needed where the host can do so.
+
+        Raises:
+            NotImplementedError: for a model that cannot be run layer by layer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImatrixJob:
+    """An importance matrix to measure for a quantiser.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        model: its file in the quantiser's format, which names the tensors.
+        windows: calibration, as in `QuantizeJob`.
+        output: the file to write.
+        source: what the calibration is called, for the record.
+        trust_remote_code: whether model code from the hub may run.
+        bar: makes a progress bar of a title.
+    """
+
+    base: str
+    model: Path
+    windows: Windows
+    output: Path
+    source: str
+    trust_remote_code: bool = False
+    bar: Bar = lambda title: iter
+
+
 class Loader(Protocol):
     """Loads a checkpoint."""
 
@@ -241,6 +278,24 @@ def layer_loop(base: str) -> Callable[[LoopJob], Compensated]:
         ValueError: for a model that no host serves.
     """
     return _first("layer_loop", base)
+
+
+def full_precision(base: str) -> Callable[[str, bool], FullPrecision]:
+    """What opens a full-precision model in float32, from its name and whether model code from the hub may run.
+
+    Raises:
+        ValueError: for a model that no host serves.
+    """
+    return _first("full_precision", base)
+
+
+def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int]:
+    """What measures an importance matrix for a file; it returns the number of tensors in it.
+
+    Raises:
+        ValueError: for a file that no host serves.
+    """
+    return _first("imatrix_maker", model)
 
 
 def _first(offer: str, asked: Any) -> Any:

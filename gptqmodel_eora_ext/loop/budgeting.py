@@ -109,9 +109,10 @@ def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int
         least = options.layout.multiple if options.factor_bits < FACTOR_BITS[0] else 1
         one = sum(factor_bytes(least, shape, options.factor_bits, options.layout) for shape in shapes)
         differing = least_budget(shapes, options.factor_bits, layout=options.layout) <= budget
+        remedy = f", or let ranks differ: sensitivity={SENSITIVITIES[0]!r}" if differing else ""
         raise ValueError(
             f"EoRA: the budget {options.budget!r} is {budget} bytes; rank {least} for all {len(shapes)} modules takes "
-            f"{one}. Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
+            f"{one}. Allow at least that{remedy}."
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
     return rank

@@ -6,12 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
-from ..registry import AdapterJob
+from ..registry import AdapterJob, ImatrixJob
 from .generate import generate_adapter
+from .imatrix import measure_imatrix
 
 SUFFIX = ".gguf"
 
 
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
     """GGUF files, by their first bytes or by their name."""
-    return generate_adapter if is_gguf(checkpoint) or (checkpoint.is_file() and checkpoint.suffix == SUFFIX) else None
+    return generate_adapter if _is_ours(checkpoint) else None
+
+
+def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int] | None:
+    """GGUF files, as above."""
+    return measure_imatrix if _is_ours(model) else None
+
+
+def _is_ours(path: Path) -> bool:
+    return is_gguf(path) or (path.is_file() and path.suffix == SUFFIX)
