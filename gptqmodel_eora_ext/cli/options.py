@@ -156,9 +156,14 @@ def tokenized(texts: Any, model: str, samples: int, seqlen: int, trust_remote_co
 
 def read_plan(context: typer.Context, path: Path) -> Plan:
     """The plan of a file; fail where it is broken, or where another option says what a plan says."""
+    check_unplanned(context)
+    with errors():
+        return Plan.read(path)
+
+
+def check_unplanned(context: typer.Context) -> None:
+    """Fail where an option says what a plan says."""
     for name in PLANNED_OPTIONS:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             fail(f"--plan says what --{name.replace('_', '-')} says; pass one of them.")
-    with errors():
-        return Plan.read(path)

@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`, `layer_loop`, `full_precision`, `imatrix_maker`). Each of them returns what serves the case, or None where
-the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library is imported only when the host
-is asked.
+`planner`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`). Each of them returns what serves the case,
+or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library is imported only
+when the host is asked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..plan import Plan
 from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
+from ..plan.types import TypePlan
 
 # The hosts' folders, in the order in which they are asked.
 HOSTS = ("llamacpp", "gptqmodel", "autoround")
@@ -71,6 +72,7 @@ class AdapterJob:
         windows: calibration, as in `QuantizeJob`.
         adapter: what `AdapterOptions.settle` takes.
         output: folder or file for the adapter; None for the checkpoint's own.
+        ranks: in place of the rank in ``adapter``, for a file whose plan names them: full module name → rank.
         batch_size: windows per forward.
         loading: passed to the host's loader, for both models.
         report: called with (layers done, layers in all).
@@ -81,6 +83,7 @@ class AdapterJob:
     windows: Windows
     adapter: Mapping[str, Any]
     output: Path | None = None
+    ranks: Mapping[str, int] | None = None
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
@@ -103,6 +106,7 @@ class LoopJob:
         windows: calibration, as in `QuantizeJob`.
         adapter: what `AdapterOptions.settle` takes.
         layout: of the file that the factors are for.
+        ranks: in place of a rank or a budget: full module name → rank, 0 for none.
         method: how the weights were quantised, for the record.
         batch_size: windows per forward.
         loading: passed to the loop's loader.
@@ -115,6 +119,7 @@ class LoopJob:
     adapter: Mapping[str, Any]
     layout: FactorLayout
     method: str
+    ranks: Mapping[str, int] | None = None
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
@@ -204,6 +209,48 @@ class ImatrixJob:
     source: str
     trust_remote_code: bool = False
     bar: Bar = lambda title: iter
+
+
+@dataclass(frozen=True)
+class TypePlanJob:
+    """Types of a quantiser's own and ranks to choose under one size.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        files: the model quantised to each type that is on offer.
+        total: bytes of weights and factors, in a form of `adapter.budget.FORM`.
+        factor_bits: of the factors.
+        sensitivity: what an error is taken to cost.
+        windows: calibration, as in `QuantizeJob`.
+        trust_remote_code: whether model code from the hub may run.
+        bar: makes a progress bar of a title.
+    """
+
+    base: str
+    files: Sequence[Path]
+    total: str
+    factor_bits: int
+    sensitivity: str
+    windows: Windows
+    trust_remote_code: bool = False
+    bar: Bar = lambda title: iter
+
+
+@dataclass(frozen=True)
+class TypePlanned:
+    """A plan, and what it is compared with.
+
+    Attributes:
+        plan: types and ranks.
+        weights: how many weights share the total.
+        plain: file's name → its bytes and predicted loss.
+        write: writes the plan and what else the quantiser takes, and returns lines that say how to go on.
+    """
+
+    plan: TypePlan
+    weights: int
+    plain: Mapping[str, tuple[int, float]]
+    write: Callable[[Path], list[str]]
 
 
 class Loader(Protocol):
@@ -296,6 +343,15 @@ def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int]:
         ValueError: for a file that no host serves.
     """
     return _first("imatrix_maker", model)
+
+
+def type_planner(host: str) -> Callable[[TypePlanJob], TypePlanned]:
+    """What plans types and ranks for a host's files.
+
+    Raises:
+        ValueError: for a name that no host serves.
+    """
+    return _first("type_planner", host)
 
 
 def _first(offer: str, asked: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
@@ -39,7 +42,8 @@ def compensate_known(job: LoopJob) -> Compensated:
     adapter.options = dataclasses.replace(adapter.options, layout=job.layout)
     rounds = rounds_to_make(adapter, FINISHED)
     with logs_out_of_the_way():
-        host = GPTQModel.load(job.base, QuantizeConfig(**CONFIG), dtype=torch.float32, **job.loading)
+        config = QuantizeConfig(**CONFIG, dynamic=_dynamic(job.ranks))
+        host = GPTQModel.load(job.base, config, dtype=torch.float32, **job.loading)
         check_experts(host)
         check_weight_files(Path(host.model_local_path))
         shapes = module_shapes(host)
@@ -51,7 +55,7 @@ def compensate_known(job: LoopJob) -> Compensated:
                 return weight.detach().to("cpu", copy=True)
 
         known = job.known(shapes, read)
-        run = CompensationRun(adapter, None, method=job.method, rounds=rounds)
+        run = CompensationRun(adapter, config.dynamic, method=job.method, rounds=rounds)
         setattr(host, RUN_ATTRIBUTE, run)
         if job.report is not None:
             watch_layers(host, job.report)
@@ -69,3 +73,10 @@ def compensate_known(job: LoopJob) -> Compensated:
             )
         CompensatingLooper(host, processors=[processor]).loop()
     return Compensated(run.factors, run.details())
+
+
+def _dynamic(ranks: Mapping[str, int] | None) -> dict[str, Any] | None:
+    """Ranks by GPTQModel's own overrides, a pattern for each module."""
+    if ranks is None:
+        return None
+    return {f"^{re.escape(name)}$": {"adapter": {"rank": rank}} for name, rank in ranks.items()}

@@ -82,6 +82,11 @@ def _config(settings: Mapping[str, Any]) -> QuantizeConfig:
 
 
 def _make_adapter(job: AdapterJob) -> Path:
+    if job.ranks is not None:
+        raise NotImplementedError(
+            f"EoRA: ranks by a plan are for files of the plan's host; `{job.checkpoint}` is a checkpoint of GPTQModel, "
+            f"whose plans `eora quantize --plan` runs."
+        )
     return generate_adapter(
         EoRA(path=job.output, **job.adapter),
         job.base,

@@ -53,6 +53,9 @@ def generate_adapter(job: AdapterJob) -> Path:
 
     def known(shapes: Sequence[ModuleShape], read: ReadWeight) -> KnownWeights:
         found = weights.known(shapes, read)
+        unplanned = next((name for name in found if job.ranks is not None and name not in job.ranks), None)
+        if unplanned is not None:
+            raise ValueError(f"EoRA: the plan names no rank for {unplanned} of `{job.base}`; it is of another model.")
         if options.rank == AUTO and options.sensitivity != UNIFORM:
             _check_for_budget(weights.placed)
         return found
@@ -64,6 +67,7 @@ def generate_adapter(job: AdapterJob) -> Path:
             windows=job.windows,
             adapter=job.adapter,
             layout=GGUF_LAYOUT,
+            ranks=job.ranks,
             method="gguf " + ", ".join(sorted({info.type for info in model.linear()})),
             batch_size=job.batch_size,
             loading=job.loading,

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
-from ..registry import AdapterJob, ImatrixJob
+from ..registry import AdapterJob, ImatrixJob, TypePlanJob, TypePlanned
 from .generate import generate_adapter
 from .imatrix import measure_imatrix
+from .plan import NAME, plan_types
 
 SUFFIX = ".gguf"
 
@@ -21,6 +22,11 @@ def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
 def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int] | None:
     """GGUF files, as above."""
     return measure_imatrix if _is_ours(model) else None
+
+
+def type_planner(host: str) -> Callable[[TypePlanJob], TypePlanned] | None:
+    """Types of ggml for `llama-quantize`."""
+    return plan_types if host == NAME else None
 
 
 def _is_ours(path: Path) -> bool:
