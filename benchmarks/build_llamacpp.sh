@@ -17,6 +17,8 @@ if [ ! -d "$HOME_OF_BUILD/source" ]; then
     rm "$HOME_OF_BUILD/llama_cpp_python-$VERSION.tar.gz"
     mv "$HOME_OF_BUILD/llama_cpp_python-$VERSION" "$HOME_OF_BUILD/source"
 fi
+# llama.cpp's converter imports the first, whatever the tokenizer; llama-cpp-python the second.
+"$PYTHON" -m pip install --quiet --no-deps --target "$HOME_OF_BUILD/python" sentencepiece diskcache
 # No web interface (it would be fetched), no curl, no TLS: nothing here reads the network.
 cmake -S "$HOME_OF_BUILD/source/vendor/llama.cpp" -B "$HOME_OF_BUILD/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \

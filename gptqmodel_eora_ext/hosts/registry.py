@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`). Each of them returns what serves the case,
-or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library is imported only
-when the host is asked.
+`planner`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns what
+serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library
+is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -253,6 +253,42 @@ class TypePlanned:
     write: Callable[[Path], list[str]]
 
 
+@dataclass(frozen=True)
+class ExportJob:
+    """A checkpoint or an adapter of ours to write in another host's format.
+
+    Attributes:
+        source: a checkpoint's folder, or an adapter's.
+        like: a file of that model in the host's format.
+        output: the file to write.
+        base: the folder of the model that ``like`` holds, to compare with, where ``source`` is an adapter alone.
+        report: called with (modules done, modules in all).
+    """
+
+    source: Path
+    like: Path
+    output: Path
+    base: Path | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        model: the model's file; None where only an adapter was written.
+        adapter: the adapter's file; None for a checkpoint without.
+        inexact: full module name → relative difference from the checkpoint's weights; exact modules are left out.
+        modules: how many modules were written.
+    """
+
+    model: Path | None
+    adapter: Path | None
+    inexact: Mapping[str, float]
+    modules: int
+
+
 class Loader(Protocol):
     """Loads a checkpoint."""
 
@@ -352,6 +388,15 @@ def type_planner(host: str) -> Callable[[TypePlanJob], TypePlanned]:
         ValueError: for a name that no host serves.
     """
     return _first("type_planner", host)
+
+
+def exporter(like: Path) -> Callable[[ExportJob], Exported]:
+    """What writes our checkpoints and adapters in the format of a file.
+
+    Raises:
+        ValueError: for a file that no host serves.
+    """
+    return _first("exporter", like)
 
 
 def _first(offer: str, asked: Any) -> Any:

@@ -16,6 +16,10 @@ from types import ModuleType
 EXTRA = "pip install 'gptqmodel-eora-ext[gguf]'"
 
 
+# Q2_0, which gguf 0.19 does not know: its number, weights in a block, and bytes of one. `blocks` draws it.
+Q2_0, Q2_0_NUMBER, Q2_0_BLOCK, Q2_0_BYTES = "Q2_0", 42, 64, 18
+
+
 class GGUFError(ValueError):
     """A GGUF file is broken, or not of the kind that is expected."""
 

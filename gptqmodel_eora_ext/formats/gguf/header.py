@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import GGUFError, gguf_package
+from . import Q2_0, Q2_0_BLOCK, Q2_0_BYTES, Q2_0_NUMBER, GGUFError, gguf_package
 
 MAGIC = b"GGUF"
 # Version 1 has 32-bit counts and was in use for some weeks of 2023; 2 and 3 differ only in that 3 may be big-endian.
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
+FILE_TYPE_KEY, UINT32 = "general.file_type", 4
 # Value types by their numbers in the file: what `struct` calls them. 8 is a string and 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -71,11 +72,17 @@ class Header:
         fields: metadata: numbers, strings, and short arrays of numbers as tuples; long arrays and arrays of strings are
             left out.
         tensors: name → where it lies.
+        metadata: first byte of the metadata in the file, and the one after the last.
+        entries: number of entries in it.
+        file_type: place of the value of `general.file_type`; None where there is none.
     """
 
     path: Path
     fields: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    metadata: tuple[int, int] = (0, 0)
+    entries: int = 0
+    file_type: int | None = None
 
     def text(self, key: str) -> str | None:
         """A string of the metadata; None where there is none."""
@@ -149,16 +156,22 @@ class _Reader:
         count, keys = self._number("Q"), self._number("Q")
         self._check_count("metadata entries", keys, LEAST_KEY)
         fields: dict[str, Any] = {}
+        start, file_type = self._place, None
         for _ in range(keys):
             name = self._string("a metadata key")
             if name in fields:
                 raise GGUFError(f"`{self._path}` has the metadata `{name}` twice. {REMEDY}")
-            value = self._value(name, self._number("I"))
+            kind = self._number("I")
+            if name == FILE_TYPE_KEY and kind == UINT32:
+                file_type = self._place
+            value = self._value(name, kind)
             if value is not None:
                 fields[name] = value
+        metadata = (start, self._place)
         self._check_count("tensors", count, LEAST_TENSOR)
         entries = [self._entry() for _ in range(count)]
-        return Header(self._path, fields, self._placed(entries, fields.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)))
+        tensors = self._placed(entries, fields.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT))
+        return Header(self._path, fields, tensors, metadata, keys, file_type)
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._place:
@@ -249,8 +262,11 @@ class _Reader:
     def _type_and_size(self, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
         gguf = gguf_package()
         try:
-            known = gguf.GGMLQuantizationType(kind)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[known]
+            if kind == Q2_0_NUMBER:
+                label, block, block_bytes = Q2_0, Q2_0_BLOCK, Q2_0_BYTES
+            else:
+                label = gguf.GGMLQuantizationType(kind).name
+                block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise GGUFError(
                 f"`{self._path}`: {name} is of ggml's type number {kind}, which the installed package `gguf` does not "
@@ -261,7 +277,7 @@ class _Reader:
             count *= one
         if min(shape) < 1 or shape[-1] % block:
             raise GGUFError(
-                f"`{self._path}`: {name} is {' × '.join(map(str, shape))} in {known.name}, whose rows are cut into "
+                f"`{self._path}`: {name} is {' × '.join(map(str, shape))} in {label}, whose rows are cut into "
                 f"blocks of {block}. {REMEDY}"
             )
-        return known.name, count // block * block_bytes
+        return label, count // block * block_bytes

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import GGUFError, gguf_package
+from . import Q2_0, Q2_0_BLOCK, Q2_0_BYTES, GGUFError, gguf_package
+from .blocks import read_q2_0
 from .header import REMEDY, Header, TensorInfo, read_header
 
 # So many weights are dequantised together: in numpy that takes some ten times as many bytes for a while.
@@ -139,6 +140,8 @@ def read_tensor(info: TensorInfo, rows: Sequence[int] | None = None, *, expert: 
 
 
 def _dequantized(info: TensorInfo, data: np.ndarray) -> np.ndarray:
+    if info.type == Q2_0:
+        return read_q2_0(data)
     gguf = gguf_package()
     try:
         values = gguf.quants.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[info.type])
@@ -192,6 +195,8 @@ def bits_per_weight(type_name: str) -> float:
     Raises:
         GGUFError: for a type that the package `gguf` does not know.
     """
+    if type_name == Q2_0:
+        return 8 * Q2_0_BYTES / Q2_0_BLOCK
     gguf = gguf_package()
     try:
         block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]

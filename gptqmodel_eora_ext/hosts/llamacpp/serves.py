@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
-from ..registry import AdapterJob, ImatrixJob, TypePlanJob, TypePlanned
+from ..registry import AdapterJob, Exported, ExportJob, ImatrixJob, TypePlanJob, TypePlanned
+from .export import export
 from .generate import generate_adapter
 from .imatrix import measure_imatrix
 from .plan import NAME, plan_types
@@ -22,6 +23,11 @@ def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
 def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int] | None:
     """GGUF files, as above."""
     return measure_imatrix if _is_ours(model) else None
+
+
+def exporter(like: Path) -> Callable[[ExportJob], Exported] | None:
+    """GGUF files, as above."""
+    return export if _is_ours(like) else None
 
 
 def type_planner(host: str) -> Callable[[TypePlanJob], TypePlanned] | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ...formats.gguf.header import TensorInfo
 from ...formats.gguf.model import FLOATING, GGUFModel
 from ...formats.sizes import ModuleShape
 from ..registry import KnownWeights, ReadWeight
@@ -70,6 +71,7 @@ class GGUFWeights:
         self.model = model
         self.placed: dict[str, Placed] = {}
         self._base = base
+        self._names = TensorNames(model)
 
     def known(self, shapes: Sequence[ModuleShape], read: ReadWeight) -> KnownWeights:
         """What gives Ŵ of each quantised module.
@@ -80,22 +82,32 @@ class GGUFWeights:
         Raises:
             ValueError: where the file is not of this model.
         """
-        names = TensorNames(self.model)
-        placed = [self._find(shape, names) for shape in shapes]
-        quantized = [one for one in placed if one is not None]
+        quantized = [shape for shape in shapes if self._info(shape).type not in FLOATING]
         if not quantized:
             raise ValueError(
                 f"EoRA: `{self.model.path}` holds no quantised weight of the {len(shapes)} linear modules of "
                 f"`{self._base}`. Name the quantised file."
             )
-        ordered = self._with_orders(quantized, read)
-        self.placed = {one.shape.name: one for one in ordered}
+        self.locate(quantized, read)
         self._tell_left_out()
         return {name: self._reader(one) for name, one in self.placed.items()}
 
-    def _find(self, shape: ModuleShape, names: TensorNames) -> Placed | None:
-        """Where a module lies; None where the file keeps it in 16 bits or more."""
-        place = names.place(shape.name)
+    def locate(self, shapes: Sequence[ModuleShape], read: ReadWeight) -> Mapping[str, Placed]:
+        """Where modules lie, whatever their type; compared as in `known`.
+
+        Raises:
+            ValueError: where the file is not of this model.
+        """
+        ordered = self._with_orders([self._find(shape) for shape in shapes], read)
+        self.placed = {one.shape.name: one for one in ordered}
+        return self.placed
+
+    def _info(self, shape: ModuleShape) -> TensorInfo:
+        return self.model.info(self._find(shape).place.tensor)
+
+    def _find(self, shape: ModuleShape) -> Placed:
+        """Where a module lies, its rows in the model's own order."""
+        place = self._names.place(shape.name)
         info = self.model.tensors.get(place.tensor) if place is not None else None
         if place is None or info is None:
             what = f"no tensor {place.tensor}" if place is not None else f"no name for it ({self.model.architecture})"
@@ -106,7 +118,7 @@ class GGUFWeights:
             raise ValueError(self._other(shape.name, f"{place.tensor} is {found}, expected {wanted}"))
         if place.expert is not None and place.expert >= info.shape[0]:
             raise ValueError(self._other(shape.name, f"{place.tensor} holds {info.shape[0]} experts"))
-        return None if info.type in FLOATING else Placed(shape, place, None)
+        return Placed(shape, place, None)
 
     def _with_orders(self, placed: Sequence[Placed], read: ReadWeight) -> list[Placed]:
         """The order of rows is the same in all layers, so it is looked for in the first and checked in the last."""
