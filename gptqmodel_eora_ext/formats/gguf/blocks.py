@@ -100,8 +100,8 @@ def _unfit(weight: PackedWeight) -> str | None:
         return "its inputs are in the order of desc_act, which no type of ggml holds. Quantise with desc_act=False."
     if weight.row_group_size % block or weight.in_features % block:
         return (
-            f"groups of {weight.row_group_size} inputs and rows of {weight.in_features} are no whole blocks of {block}, "
-            f"as {kind} has them. Quantise in groups of a multiple of {block}."
+            f"groups of {weight.row_group_size} inputs and rows of {weight.in_features} are no whole blocks of {block} "
+            f"for {kind}. Quantise in groups of a multiple of {block}."
         )
     if not bool((weight.zeros() == 1 << (weight.bits - 1)).all()):
         return f"its zero points are not all {1 << (weight.bits - 1)}, and {kind} is symmetric. Quantise with sym=True."
