@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test test-report test-tasks test-families asan lint bench clean
+.PHONY: setup demo test test-report test-tasks test-families test-llamacpp llamacpp asan lint bench clean
 
 setup: $(STAMP)
 
@@ -24,7 +24,7 @@ demo: $(STAMP)
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile \
-	    -m "not browser and not harness and not families"
+	    -m "not browser and not harness and not families and not llamacpp"
 
 # Reports in a real browser: needs Chromium (Debian's package `chromium`), and tells so where there is none.
 test-report: $(STAMP)
@@ -39,6 +39,15 @@ test-tasks: $(STAMP)
 # Small random models of every mixture of experts that GPTQModel defines, through both hosts: a process for each host.
 test-families: $(STAMP)
 	"$(BIN)/python" -m pytest -m families
+
+# llama.cpp's programs, built once into the user's cache from the sources that llama-cpp-python carries: some ten minutes on
+# two quiet cores. Needs a C++ compiler and cmake.
+llamacpp: $(STAMP)
+	sh benchmarks/build_llamacpp.sh "$(BIN)/python"
+
+# What is made for llama.cpp, in llama.cpp; skipped where `make llamacpp` has not run.
+test-llamacpp: $(STAMP)
+	"$(BIN)/python" -m pytest -m llamacpp
 
 # The kernels' tests once more over a library that looks at every read and write. Linux with gcc, whose libasan has to be
 # loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import gptqmodel_eora_ext
@@ -129,18 +130,18 @@ def test_commands_and_evaluation_name_no_host() -> None:
         for name, found in GRAPH.items()
         for imported in found
         if room(name) in ("cli", "evaluate") and imported.startswith(tuple(f"{PACKAGE}.hosts.{host}" for host in
-                                                                         ("gptqmodel", "autoround")))
+                                                                         ("gptqmodel", "autoround", "llamacpp")))
     ]  # fmt: skip
     assert named == []
 
 
 def test_hosts_do_not_import_each_other() -> None:
-    folders = ("gptqmodel", "autoround")
+    folders = ("gptqmodel", "autoround", "llamacpp")
     crossed = [
         f"{name} → {imported}"
         for name, found in GRAPH.items()
         for imported in found
-        for one, other in (folders, folders[::-1])
+        for one, other in itertools.permutations(folders, 2)
         if name.startswith(f"{PACKAGE}.hosts.{one}") and imported.startswith(f"{PACKAGE}.hosts.{other}")
     ]
     assert crossed == []

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..formats.sizes import ModuleShape, factor_bytes
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -61,6 +62,9 @@ def budget_bytes(budget: Any, shapes: Iterable[ModuleShape]) -> int:
     return int(value)
 
 
-def largest_uniform_rank(nbytes: int, shapes: Iterable[ModuleShape], factor_bits: int) -> int:
+def largest_uniform_rank(
+    nbytes: int, shapes: Iterable[ModuleShape], factor_bits: int, layout: FactorLayout = PACKED_LAYOUT
+) -> int:
     """The largest rank for all modules whose factors take no more than so many bytes; 0 where none does."""
-    return max(nbytes, 0) // sum(factor_bytes(1, shape, factor_bits) for shape in shapes)
+    multiple = layout.multiple if factor_bits < 16 else 1
+    return multiple * (max(nbytes, 0) // sum(factor_bytes(multiple, shape, factor_bits, layout) for shape in shapes))

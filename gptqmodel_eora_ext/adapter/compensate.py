@@ -10,8 +10,10 @@ from functools import partial
 import torch
 
 from ..capture import CrossMoment, OutputErrorMoment, SecondMoment
+from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..solve import (
     balance,
+    balance_together,
     diagonal,
     energy_left,
     eora,
@@ -20,6 +22,7 @@ from ..solve import (
     quantize_factors,
     refit_A,
     round_to,
+    stored_B,
     svd,
     weighted_energy,
 )
@@ -39,12 +42,14 @@ class Recipe:
         objective: "eora", "output", "diagonal" or "svd".
         factor_bits: 16, 8 or 4.
         choose: picks the components to keep out of ``rank``, as indices, from A, B, C and ΔW.
+        layout: of the file that they will lie in.
     """
 
     rank: int
     objective: str = "eora"
     factor_bits: int = 16
     choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    layout: FactorLayout = PACKED_LAYOUT
 
     @property
     def is_plain(self) -> bool:
@@ -103,6 +108,11 @@ def compensate(
     if not torch.isfinite(delta).all():
         raise ValueError(f"{name}: the weights hold NaN or infinity before or after quantisation.")
     rank = effective_rank(recipe.rank, delta.shape, moment.tokens, name)
+    if recipe.factor_bits < 16 and rank % recipe.layout.multiple:
+        whole = rank - rank % recipe.layout.multiple
+        log.warning("%s: rank %d is no multiple of %d, as factors of %d bits are stored here; using rank %d.",
+                    name, rank, recipe.layout.multiple, recipe.factor_bits, whole)  # fmt: skip
+        rank = whole
     dtype = storage_dtype(weight.dtype)
     made = partial(ModuleFactors, requested_rank=recipe.rank, tokens=moment.tokens)
     if isinstance(moment, OutputErrorMoment):
@@ -124,8 +134,9 @@ def compensate(
     elif recipe.factor_bits == 16:
         lora_A, lora_B = _round(lora_A, lora_B, target, dtype)
     else:
-        packed = quantize_factors(target, metric, balance(lora_A, lora_B)[0], recipe.factor_bits)
-        lora_A, lora_B = packed[0].dequantize(dtype), packed[1].dequantize(dtype).T.contiguous()
+        scaled = balance_together if recipe.layout.along_rank else balance
+        packed = quantize_factors(target, metric, scaled(lora_A, lora_B)[0], recipe.factor_bits, recipe.layout)
+        lora_A, lora_B = packed[0].dequantize(dtype), stored_B(packed[1], recipe.layout, dtype)
     after = energy_left(delta, second_moment, lora_A, lora_B, before)
     return made(lora_A=lora_A, lora_B=lora_B, packed=packed, signal=signal, error_before=before, error_after=after)
 

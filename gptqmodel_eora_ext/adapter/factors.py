@@ -22,7 +22,8 @@ class ModuleFactors:
         signal: E‖W x‖², mean squared norm of the module's output.
         error_before: E‖ΔW x‖² without the adapter.
         error_after: E‖(ΔW − B A) x‖² with the stored factors.
-        packed: A and Bᵀ in integers, where they are stored so; ``lora_A`` and ``lora_B`` are their values.
+        packed: A and Bᵀ in integers, where they are stored so (B, where its layout runs along the rank);
+            ``lora_A`` and ``lora_B`` are their values.
     """
 
     lora_A: torch.Tensor

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from .budget import parse_budget
 from .presets import DEFAULT_BUDGET, DEFAULT_PRESET, PRESETS, Preset
 from .validate import validate_choice, validate_count, validate_rank
@@ -38,6 +39,7 @@ class AdapterOptions:
         rounds: times that a module is quantised.
         preset: of `PRESETS`; None where none was named.
         asked_rounds: whether the rounds were asked for by number, not by a preset.
+        layout: of the file that the factors are for.
     """
 
     rank: int | str | None
@@ -48,6 +50,7 @@ class AdapterOptions:
     rounds: int
     preset: str | None
     asked_rounds: bool
+    layout: FactorLayout = PACKED_LAYOUT
 
     @classmethod
     def settle(

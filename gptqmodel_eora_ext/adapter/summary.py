@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..formats.gguf.lora import read_lora_header
 from ..formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
 from .errors import AdapterError
 from .folder import AdapterFolder
@@ -16,11 +17,11 @@ from .naming import named_folder, read_entry
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """An adapter folder in figures.
+    """An adapter in figures.
 
     Attributes:
-        folder: where it is.
-        ranks: module → rank.
+        folder: where it is; the file, for one in GGUF.
+        ranks: module → rank; by the names of the model's tensors, for one in GGUF.
         bytes: of the weights file.
         factor_bits: 16 for a plain PEFT adapter, 8 or 4 for packed factors.
         details: `eora.json` without the modules; empty for an adapter that another tool made.
@@ -75,11 +76,14 @@ def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
 
 
 def summarize(path: str | Path) -> AdapterSummary:
-    """Read an adapter's folder, or a checkpoint's.
+    """Read an adapter's folder, or a checkpoint's, or an adapter's GGUF file.
 
     Raises:
         AdapterError: when there is no adapter, or it is broken.
+        GGUFError: when a file is no adapter in GGUF, or is broken.
     """
+    if Path(path).is_file():
+        return _summarize_file(Path(path))
     found = find_adapter(path)
     assert found is not None
     folder = AdapterFolder.open(found)
@@ -92,4 +96,18 @@ def summarize(path: str | Path) -> AdapterSummary:
         factor_bits=folder.factor_bits,
         details=details,
         modules=modules,
+    )
+
+
+def _summarize_file(path: Path) -> AdapterSummary:
+    lora = read_lora_header(path)
+    details = dict(lora.details)
+    modules = details.pop("modules", {})
+    return AdapterSummary(
+        folder=path,
+        ranks=lora.ranks,
+        bytes=path.stat().st_size,
+        factor_bits=lora.factor_bits,
+        details=details,
+        modules=modules if isinstance(modules, dict) else {},
     )

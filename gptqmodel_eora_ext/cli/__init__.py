@@ -12,6 +12,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
+from .imatrix import imatrix
 from .inspect import inspect
 from .plan import plan
 from .printing import out
@@ -46,6 +47,7 @@ app.command(epilog=_example("quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 -
 app.command(
     epilog=_example("generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64")
 )(generate)
+app.command(epilog=_example("imatrix Qwen/Qwen3-8B qwen3-f16.gguf --calibration c4.jsonl --out imatrix.gguf"))(imatrix)
 app.command(epilog=_example("inspect out/qwen3-8b-2bit --modules"))(inspect)
 app.command(epilog=_example("plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json"))(plan)
 app.command(epilog=_example("export out/qwen3-8b-2bit --peft adapters/plain"))(export)

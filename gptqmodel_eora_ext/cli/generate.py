@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..adapter.summary import summarize
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..plan.types import TypePlan
 from .options import (
     BatchSize,
     Budget,
@@ -27,6 +28,7 @@ from .options import (
     adapter_options,
     check_apart,
     check_model,
+    check_unplanned,
     read_calibration,
     tokenized,
 )
@@ -35,8 +37,9 @@ from .show import print_summary
 
 
 def generate(
+    context: typer.Context,
     model: Model,
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The quantised checkpoint: a folder, or a GGUF file.")],
     calibration: Calibration,
     rank: Rank = None,
     budget: Budget = None,
@@ -44,8 +47,15 @@ def generate(
     sensitivity: Sensitivity = None,
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan.json of `eora plan --host`: ranks and bits of factors.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for the adapter, by default in the checkpoint; for a GGUF model a file, by default beside it.",
+        ),
     ] = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
@@ -53,15 +63,21 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
-    chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
+    ranks = None
+    if plan is None:
+        chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
+    else:
+        check_unplanned(context)
+        chosen, ranks = _planned(plan)
     check_model(model)
-    if not (checkpoint / "config.json").is_file():
-        fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
-    check_apart(checkpoint, model)
+    if not checkpoint.is_file():
+        if not (checkpoint / "config.json").is_file():
+            fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+        check_apart(checkpoint, model)
     if output is not None:
         check_apart(output, model)
         if output.resolve() == checkpoint.resolve():
-            fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
+            fail(f"`{output}` is the checkpoint; name another place for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
     from ..hosts.registry import AdapterJob, adapter_maker
@@ -75,9 +91,20 @@ def generate(
             windows=tokenized(texts, model, samples, seqlen, trust_remote_code),
             adapter=chosen,
             output=output,
+            ranks=ranks,
             batch_size=batch_size,
             loading={"trust_remote_code": trust_remote_code},
             report=bar("compensating layers"),
         )
         folder = adapter_maker(checkpoint)(job)
     print_summary(summarize(folder), time.perf_counter() - start)
+
+
+def _planned(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """What is asked of the adapter, and each module's rank, by a plan's file; fail where it plans no adapter."""
+    with errors():
+        plan = TypePlan.read(path)
+    largest = max(plan.ranks.values(), default=0)
+    if not largest:
+        fail(f"`{path}` gives no module an adapter: the types alone are the best for that size.")
+    return {"rank": largest, "factor_bits": plan.factor_bits}, plan.ranks

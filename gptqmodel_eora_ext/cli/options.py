@@ -176,8 +176,13 @@ def given(context: typer.Context, name: str) -> bool:
 
 def read_plan(context: typer.Context, path: Path) -> Plan:
     """The plan of a file; fail where it is broken, or where another option says what a plan says."""
+    check_unplanned(context)
+    with errors():
+        return Plan.read(path)
+
+
+def check_unplanned(context: typer.Context) -> None:
+    """Fail where an option says what a plan says."""
     for name in PLANNED_OPTIONS:
         if given(context, name):
             fail(f"--plan says what --{name.replace('_', '-')} says; pass one of them.")
-    with errors():
-        return Plan.read(path)

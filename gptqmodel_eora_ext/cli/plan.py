@@ -53,6 +53,7 @@ from .options import (
     read_calibration,
     tokenized,
 )
+from .plan_types import plan_types
 from .printing import errors, fail, out, progress_bars, say
 from .show import listing
 
@@ -62,8 +63,17 @@ SCALE_SEARCH = 2.4
 
 
 def plan(
+    context: typer.Context,
     model: Model,
     calibration: Calibration,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Plan types of this host's own files in place of bits: llamacpp. Needs --total and --gguf."),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option("--gguf", help="With --host: the model quantised to a type on offer; give it once for each type."),
+    ] = None,
     total: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +106,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict what bits and adapters buy before anything is quantised, and choose both under one size."""
+    if host is not None or gguf:
+        plan_types(
+            context, model, calibration, host=host, files=gguf or [], total=total, plan_file=plan_file,
+            factor_bits=factor_bits, sensitivity=sensitivity, samples=samples, seqlen=seqlen,
+            trust_remote_code=trust_remote_code, as_json=as_json,
+        )  # fmt: skip
+        return
     asked = _Asked(
         total, plan_file, picture, bits, group_size, budgets, tuple(factor_bits or FACTOR_BITS), sensitivity, sym, mse
     )

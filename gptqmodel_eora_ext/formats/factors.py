@@ -23,15 +23,37 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
+class FactorLayout:
+    """How factors lie in a file, which decides how they are rounded and what a component weighs.
+
+    Attributes:
+        group_size: values that share a scale, where factors are integers.
+        along_rank: whether B's groups run along its rows, over the components; else down a column, over the features.
+        multiple: integer factors have a rank that this divides.
+        step: ranks on offer under a budget are multiples of this.
+    """
+
+    group_size: int
+    along_rank: bool
+    multiple: int
+    step: int
+
+
+# Ours: each component keeps its own scales, and kernels read factors in tiles of 8 or 16 components.
+PACKED_LAYOUT = FactorLayout(GROUP_SIZE, along_rank=False, multiple=1, step=8)
+
+
+@dataclass(frozen=True)
 class QuantizedFactor:
     """A factor in integers: value = code · scale.
 
     Attributes:
         codes: uint8, rows × ceil(features · bits / 8). 8 bits: two's complement. 4 bits: code + 8, two to a byte, the
             even feature in the low half; an odd last one has an empty (8, that is zero) neighbour.
-        scales: float16, rows × ceil(features / GROUP_SIZE).
+        scales: float16, rows × ceil(features / group_size).
         bits: 8 or 4.
         features: values in a row.
+        group_size: values that share a scale.
 
     Raises:
         LayoutError: from `__post_init__`, for shapes or dtypes other than these.
@@ -41,9 +63,10 @@ class QuantizedFactor:
     scales: torch.Tensor
     bits: int
     features: int
+    group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
-        check_packed("factor", self.bits, self.features, _layout(self.codes), _layout(self.scales))
+        check_packed("factor", self.bits, self.features, _layout(self.codes), _layout(self.scales), self.group_size)
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +84,7 @@ class QuantizedFactor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows × features, in ``dtype``."""
         integers = self.integers().to(torch.float32)
-        return (integers * per_feature(self.scales, self.features)).to(dtype)
+        return (integers * per_feature(self.scales, self.features, self.group_size)).to(dtype)
 
 
 # Shape and dtype of a tensor.
@@ -72,7 +95,9 @@ def _layout(tensor: torch.Tensor) -> Layout:
     return tuple(tensor.shape), tensor.dtype
 
 
-def check_packed(name: str, bits: int, features: int, codes: Layout, scales: Layout) -> None:
+def check_packed(
+    name: str, bits: int, features: int, codes: Layout, scales: Layout, group_size: int = GROUP_SIZE
+) -> None:
     """Check that codes and scales are of a packed factor, before anything is allocated or read.
 
     Args:
@@ -81,6 +106,7 @@ def check_packed(name: str, bits: int, features: int, codes: Layout, scales: Lay
         features: values in a row.
         codes: shape and dtype of the codes.
         scales: shape and dtype of the scales.
+        group_size: values that share a scale.
 
     Raises:
         LayoutError: when they are not; `QuantizedFactor` tells the layout.
@@ -99,7 +125,7 @@ def check_packed(name: str, bits: int, features: int, codes: Layout, scales: Lay
     rank = codes[0][0]
     expected = (
         ("codes", codes, (rank, -(-features * bits // 8)), torch.uint8),
-        ("scales", scales, (rank, -(-features // GROUP_SIZE)), torch.float16),
+        ("scales", scales, (rank, -(-features // group_size)), torch.float16),
     )
     for what, (shape, dtype), wanted, wanted_dtype in expected:
         if shape != wanted:
@@ -122,9 +148,9 @@ def check_floating(name: str, factor: Layout) -> None:
         raise LayoutError(f"{name}: the dtype should be one of {names}, found {dtype}. {DAMAGED_ADAPTER}")
 
 
-def per_feature(scales: torch.Tensor, features: int) -> torch.Tensor:
+def per_feature(scales: torch.Tensor, features: int, group_size: int = GROUP_SIZE) -> torch.Tensor:
     """Scales of groups, spread over the features: rows × features, float32."""
-    return scales.to(torch.float32).repeat_interleave(GROUP_SIZE, dim=1)[:, :features]
+    return scales.to(torch.float32).repeat_interleave(group_size, dim=1)[:, :features]
 
 
 def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .factors import GROUP_SIZE
+from .factors import PACKED_LAYOUT, FactorLayout
 
 SCALE_BYTES = 2
 # The group size of one scale for a whole row.
@@ -25,15 +25,16 @@ class ModuleShape:
         return self.out_features * self.in_features
 
 
-def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int) -> int:
+def factor_bytes(rank: int, shape: ModuleShape, factor_bits: int, layout: FactorLayout = PACKED_LAYOUT) -> int:
     """Bytes of both factors as they are stored, scales included."""
     if factor_bits == 16:
         return 2 * rank * (shape.in_features + shape.out_features)
-    row = sum(
-        -(-features * factor_bits // 8) + SCALE_BYTES * -(-features // GROUP_SIZE)
-        for features in (shape.in_features, shape.out_features)
-    )
-    return rank * row
+
+    def rows(count: int, features: int) -> int:
+        return count * (-(-features * factor_bits // 8) + SCALE_BYTES * -(-features // layout.group_size))
+
+    lora_A = rows(rank, shape.in_features)
+    return lora_A + (rows(shape.out_features, rank) if layout.along_rank else rows(rank, shape.out_features))
 
 
 def weight_bytes(shape: ModuleShape, bits: int, group_size: int) -> int:

@@ -1,8 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
-order of `HOSTS`, and a host's library is imported only when the host is asked.
+`planner`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns what
+serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library
+is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from ..adapter.factors import ModuleFactors
+from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
 from ..plan import Plan
+from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
+from ..plan.types import TypePlan
 
 # The hosts' folders, in the order in which they are asked.
-HOSTS = ("gptqmodel", "autoround")
+HOSTS = ("llamacpp", "gptqmodel", "autoround")
 
 Windows = Sequence[Mapping[str, Any]]
 Report = Callable[[int, int], None]
@@ -61,10 +68,11 @@ class AdapterJob:
 
     Attributes:
         base: the full-precision model, a folder or a hub name.
-        checkpoint: the quantised model's folder.
+        checkpoint: the quantised model's folder or file.
         windows: calibration, as in `QuantizeJob`.
         adapter: what `AdapterOptions.settle` takes.
-        output: folder for the adapter; None for the checkpoint's own.
+        output: folder or file for the adapter; None for the checkpoint's own.
+        ranks: in place of the rank in ``adapter``, for a file whose plan names them: full module name → rank.
         batch_size: windows per forward.
         loading: passed to the host's loader, for both models.
         report: called with (layers done, layers in all).
@@ -75,9 +83,59 @@ class AdapterJob:
     windows: Windows
     adapter: Mapping[str, Any]
     output: Path | None = None
+    ranks: Mapping[str, int] | None = None
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
+
+
+# W of a module, by its full name: out × in, on the CPU.
+ReadWeight = Callable[[str], torch.Tensor]
+# Full module name → what gives Ŵ (out × in, float32) for W; modules that are not quantised are left out.
+KnownWeights = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LoopJob:
+    """A full-precision model to run layer by layer, with quantised weights that another host knows.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        known: asked once, before the first layer, for the quantised weights of the modules in the loop's order. It
+            raises where they do not fit.
+        windows: calibration, as in `QuantizeJob`.
+        adapter: what `AdapterOptions.settle` takes.
+        layout: of the file that the factors are for.
+        ranks: in place of a rank or a budget: full module name → rank, 0 for none.
+        method: how the weights were quantised, for the record.
+        batch_size: windows per forward.
+        loading: passed to the loop's loader.
+        report: called with (layers done, layers in all).
+    """
+
+    base: str
+    known: Callable[[Sequence[ModuleShape], ReadWeight], KnownWeights]
+    windows: Windows
+    adapter: Mapping[str, Any]
+    layout: FactorLayout
+    method: str
+    ranks: Mapping[str, int] | None = None
+    batch_size: int = 1
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What a loop has made.
+
+    Attributes:
+        factors: full module name → factors, on the CPU.
+        details: what `eora.json` says beside the per-module report.
+    """
+
+    factors: Mapping[str, ModuleFactors]
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,6 +174,119 @@ class Planned(Protocol):
             NotImplementedError: for a model that cannot be run layer by layer.
         """
         ...
+
+
+class FullPrecision(Planned, Protocol):
+    """A full-precision model that may also be run layer by layer."""
+
+    def layered(self) -> LayeredModel:
+        """The model, its weights read from files as they are needed where the host can do so.
+
+        Raises:
+            NotImplementedError: for a model that cannot be run layer by layer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImatrixJob:
+    """An importance matrix to measure for a quantiser.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        model: its file in the quantiser's format, which names the tensors.
+        windows: calibration, as in `QuantizeJob`.
+        output: the file to write.
+        source: what the calibration is called, for the record.
+        trust_remote_code: whether model code from the hub may run.
+        bar: makes a progress bar of a title.
+    """
+
+    base: str
+    model: Path
+    windows: Windows
+    output: Path
+    source: str
+    trust_remote_code: bool = False
+    bar: Bar = lambda title: iter
+
+
+@dataclass(frozen=True)
+class TypePlanJob:
+    """Types of a quantiser's own and ranks to choose under one size.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        files: the model quantised to each type that is on offer.
+        total: bytes of weights and factors, in a form of `adapter.budget.FORM`.
+        factor_bits: of the factors.
+        sensitivity: what an error is taken to cost.
+        windows: calibration, as in `QuantizeJob`.
+        trust_remote_code: whether model code from the hub may run.
+        bar: makes a progress bar of a title.
+    """
+
+    base: str
+    files: Sequence[Path]
+    total: str
+    factor_bits: int
+    sensitivity: str
+    windows: Windows
+    trust_remote_code: bool = False
+    bar: Bar = lambda title: iter
+
+
+@dataclass(frozen=True)
+class TypePlanned:
+    """A plan, and what it is compared with.
+
+    Attributes:
+        plan: types and ranks.
+        weights: how many weights share the total.
+        plain: file's name → its bytes and predicted loss.
+        write: writes the plan and what else the quantiser takes, and returns lines that say how to go on.
+    """
+
+    plan: TypePlan
+    weights: int
+    plain: Mapping[str, tuple[int, float]]
+    write: Callable[[Path], list[str]]
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A checkpoint or an adapter of ours to write in another host's format.
+
+    Attributes:
+        source: a checkpoint's folder, or an adapter's.
+        like: a file of that model in the host's format.
+        output: the file to write.
+        base: the folder of the model that ``like`` holds, to compare with, where ``source`` is an adapter alone.
+        report: called with (modules done, modules in all).
+    """
+
+    source: Path
+    like: Path
+    output: Path
+    base: Path | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        model: the model's file; None where only an adapter was written.
+        adapter: the adapter's file; None for a checkpoint without.
+        inexact: full module name → relative difference from the checkpoint's weights; exact modules are left out.
+        modules: how many modules were written.
+    """
+
+    model: Path | None
+    adapter: Path | None
+    inexact: Mapping[str, float]
+    modules: int
 
 
 class Loader(Protocol):
@@ -181,6 +352,51 @@ def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
         ValueError: for a name that no host serves.
     """
     return _first("planner", name)
+
+
+def layer_loop(base: str) -> Callable[[LoopJob], Compensated]:
+    """What runs a full-precision model layer by layer and compensates quantised weights that come from elsewhere.
+
+    Raises:
+        ValueError: for a model that no host serves.
+    """
+    return _first("layer_loop", base)
+
+
+def full_precision(base: str) -> Callable[[str, bool], FullPrecision]:
+    """What opens a full-precision model in float32, from its name and whether model code from the hub may run.
+
+    Raises:
+        ValueError: for a model that no host serves.
+    """
+    return _first("full_precision", base)
+
+
+def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int]:
+    """What measures an importance matrix for a file; it returns the number of tensors in it.
+
+    Raises:
+        ValueError: for a file that no host serves.
+    """
+    return _first("imatrix_maker", model)
+
+
+def type_planner(host: str) -> Callable[[TypePlanJob], TypePlanned]:
+    """What plans types and ranks for a host's files.
+
+    Raises:
+        ValueError: for a name that no host serves.
+    """
+    return _first("type_planner", host)
+
+
+def exporter(like: Path) -> Callable[[ExportJob], Exported]:
+    """What writes our checkpoints and adapters in the format of a file.
+
+    Raises:
+        ValueError: for a file that no host serves.
+    """
+    return _first("exporter", like)
 
 
 def _first(offer: str, asked: Any) -> Any:

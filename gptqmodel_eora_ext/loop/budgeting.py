@@ -11,6 +11,7 @@ import torch
 from ..adapter.budget import budget_bytes, largest_uniform_rank
 from ..adapter.options import AdapterOptions
 from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
+from ..formats.factors import PACKED_LAYOUT
 from ..formats.sizes import ModuleShape, factor_bytes
 from ..plan.layered import LayeredModel
 from ..plan.ranks import least_budget
@@ -57,12 +58,14 @@ def allocate_budget(
         model,
         [shape.name for shape in shapes],
         batches,
-        budget_question(shapes, budget, options.factor_bits, rounding, quantized, fixed_rank),
+        budget_question(shapes, budget, options.factor_bits, rounding, quantized, fixed_rank, options.layout),
         kind=options.sensitivity,
         with_kinds=True,
         bar=bar,
     )
-    return forecast_allocation(shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank)
+    return forecast_allocation(
+        shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank, layout=options.layout
+    )
 
 
 def check_budget(
@@ -79,9 +82,9 @@ def check_budget(
     Raises:
         ValueError: naming both.
     """
-    least = least_budget(shapes, options.factor_bits, fixed_rank)
+    least = least_budget(shapes, options.factor_bits, fixed_rank, options.layout)
     if budget < least:
-        zeros = "" if options.factor_bits != FACTOR_BITS[0] else (
+        zeros = "" if options.factor_bits != FACTOR_BITS[0] or options.layout != PACKED_LAYOUT else (
             " A 16-bit adapter holds rank 1 of zeros for a module that gets nothing; factors of 8 or 4 bits do not."
         )  # fmt: skip
         raise ValueError(
@@ -101,13 +104,15 @@ def budgeted_rank(shapes: Sequence[ModuleShape], options: AdapterOptions) -> int
         ValueError: for a budget in no known form, or too small for rank 1.
     """
     budget = budget_bytes(options.budget, shapes)
-    rank = largest_uniform_rank(budget, shapes, options.factor_bits)
+    rank = largest_uniform_rank(budget, shapes, options.factor_bits, options.layout)
     if rank == 0:
-        one = sum(factor_bytes(1, shape, options.factor_bits) for shape in shapes)
-        differing = least_budget(shapes, options.factor_bits) <= budget
+        least = options.layout.multiple if options.factor_bits < FACTOR_BITS[0] else 1
+        one = sum(factor_bytes(least, shape, options.factor_bits, options.layout) for shape in shapes)
+        differing = least_budget(shapes, options.factor_bits, layout=options.layout) <= budget
+        remedy = f", or let ranks differ: sensitivity={SENSITIVITIES[0]!r}" if differing else ""
         raise ValueError(
-            f"EoRA: the budget {options.budget!r} is {budget} bytes; rank 1 for all {len(shapes)} modules takes {one}. "
-            f"Allow at least that{', or let ranks differ: sensitivity=' + repr(SENSITIVITIES[0]) if differing else ''}."
+            f"EoRA: the budget {options.budget!r} is {budget} bytes; rank {least} for all {len(shapes)} modules takes "
+            f"{one}. Allow at least that{remedy}."
         )
     log.info("EoRA: a budget of %.1f MB for %d modules, rank %d for all.", budget / 1e6, len(shapes), rank)
     return rank

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..formats.sizes import ModuleShape
 from ..plan.forecast import Forecast, ratio
-from ..plan.ranks import MOST_OF_UNIFORM, RANK_STEP, RankOptions, kind_of, most_rank, rank_options
+from ..plan.ranks import MOST_OF_UNIFORM, RankOptions, kind_of, most_rank, rank_options
 from ..plan.sweep import Question, Rounding, Swept
 from ..solve import price
 from .allocation import RankAllocation
@@ -35,6 +36,7 @@ def budget_question(
     rounding: Callable[[str], Rounding],
     quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
+    layout: FactorLayout = PACKED_LAYOUT,
 ) -> Question:
     """What a budget asks of a sweep through the model.
 
@@ -45,14 +47,15 @@ def budget_question(
         rounding: module's name → how its weights will be rounded, at one width.
         quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
+        layout: of the factors.
     """
-    most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM)
+    most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM, layout)
     by_name = {shape.name: shape for shape in shapes}
 
     def rank(name: str, bits: int) -> int:
-        return rank_options(by_name[name], most, factor_bits, fixed=fixed_rank(name)).ranks[-1]
+        return rank_options(by_name[name], most, factor_bits, fixed_rank(name), layout).ranks[-1]
 
-    return Question(rounding, rank, quantized, most_rank(shapes, budget, factor_bits, 1))
+    return Question(rounding, rank, quantized, most_rank(shapes, budget, factor_bits, 1, layout))
 
 
 def forecast_allocation(
@@ -62,6 +65,7 @@ def forecast_allocation(
     found: Swept,
     *,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
+    layout: FactorLayout = PACKED_LAYOUT,
 ) -> RankAllocation:
     """Give out the budget by what a sweep found.
 
@@ -76,9 +80,10 @@ def forecast_allocation(
         factor_bits: bits of a stored factor.
         found: the answer to `budget_question`.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
+        layout: of the factors.
     """
-    uniform = most_rank(shapes, budget, factor_bits, 1)
-    most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM)
+    uniform = most_rank(shapes, budget, factor_bits, 1, layout)
+    most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM, layout)
     known = {shape.name: next(iter(found.forecasts[shape.name].values())) for shape in shapes}
     scales = _scales(known, found.divergences, uniform)
     forecasts = {name: one.scaled(scales[kind_of(name)]) for name, one in known.items()}
@@ -88,11 +93,11 @@ def forecast_allocation(
         fixed = fixed_rank(shape.name) if shape.name in found.output_moments else 0
         reached = found.reached.get(shape.name, found.tokens)
         allowed = most if reached >= found.tokens else min(most, reached // TOKENS_A_COMPONENT)
-        options[shape.name] = rank_options(shape, allowed, factor_bits, fixed=fixed)
+        options[shape.name] = rank_options(shape, allowed, factor_bits, fixed, layout)
     curves = {shape.name: forecasts[shape.name].curve(options[shape.name]) for shape in shapes}
     at = price(list(curves.values()), budget)
     for name, offered in options.items():
-        largest = HEADROOM * offered.ranks[curves[name].best_at(at)] + RANK_STEP
+        largest = HEADROOM * offered.ranks[curves[name].best_at(at)] + layout.step
         count = max(sum(rank <= largest for rank in offered.ranks), 1)
         options[name], curves[name] = offered.first(count), curves[name].first(count)
     corrections = {name: one.correction for name, one in forecasts.items()}

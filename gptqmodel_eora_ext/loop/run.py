@@ -80,10 +80,10 @@ class Run:
         if self.allocation is not None and name in self.allocation.options:
             most = self.allocation.options[name].ranks[-1]
             choose = functools.partial(self.allocation.choose if first else self.allocation.strongest, name)
-            return Recipe(most, objective, factor_bits, choose)
+            return Recipe(most, objective, factor_bits, choose, layout=self.options.layout)
         rank = self.rank if fixed_rank is None else fixed_rank
         # Under a budget the rank is "auto"; a module that was not forecast then gets no adapter.
-        return Recipe(rank if isinstance(rank, int) else 0, objective, factor_bits)
+        return Recipe(rank if isinstance(rank, int) else 0, objective, factor_bits, layout=self.options.layout)
 
     def record(self, name: str, factors: ModuleFactors) -> None:
         """Keep a module's factors, on the CPU."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..formats.sizes import ModuleShape, factor_bytes
 
-# Ranks on offer are multiples of this: kernels read factors in tiles of 8 or 16 components.
-RANK_STEP = 8
+# Ranks on offer are multiples of this, where the layout of the factors says nothing else.
+RANK_STEP = PACKED_LAYOUT.step
 # No module gets more than this many times the rank that the budget gives to all alike. SmolLM2 at 2 bits and 0.25, 0.5
 # and 1 bpw: a limit of 4 times is predicted to lose 9, 2 and 5 % more than this one, and a limit of 16 times no less.
 MOST_OF_UNIFORM = 8
@@ -33,24 +34,35 @@ class RankOptions:
         return RankOptions(self.ranks[:count], self.nbytes[:count])
 
 
-def rank_options(shape: ModuleShape, most: int, factor_bits: int, fixed: int | None = None) -> RankOptions:
-    """The ranks on offer to a module: 0 and the multiples of `RANK_STEP` up to ``most``; or a ``fixed`` rank alone.
+def rank_options(
+    shape: ModuleShape,
+    most: int,
+    factor_bits: int,
+    fixed: int | None = None,
+    layout: FactorLayout = PACKED_LAYOUT,
+) -> RankOptions:
+    """The ranks on offer to a module: 0 and multiples of the layout's step up to ``most``; or a ``fixed`` rank alone.
 
     Args:
         shape: the module, whose smaller side limits its rank.
         most: the largest rank on offer.
         factor_bits: bits of a stored factor.
         fixed: the rank of a module that does not choose.
+        layout: of the factors.
     """
     limit = min(shape.in_features, shape.out_features, most)
-    ranks = (0, *range(RANK_STEP, limit + 1, RANK_STEP)) if fixed is None else (fixed,)
-    # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add.
-    stored = [max(rank, 1) if factor_bits == 16 else rank for rank in ranks]
-    return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits) for rank in stored))
+    ranks = (0, *range(layout.step, limit + 1, layout.step)) if fixed is None else (fixed,)
+    # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add; other files leave such a module out.
+    zeros = factor_bits == 16 and layout == PACKED_LAYOUT
+    stored = [max(rank, 1) if zeros else rank for rank in ranks]
+    return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits, layout) for rank in stored))
 
 
 def least_budget(
-    shapes: Iterable[ModuleShape], factor_bits: int, fixed_rank: Callable[[str], int | None] = lambda name: None
+    shapes: Iterable[ModuleShape],
+    factor_bits: int,
+    fixed_rank: Callable[[str], int | None] = lambda name: None,
+    layout: FactorLayout = PACKED_LAYOUT,
 ) -> int:
     """Bytes of the smallest adapter that does anything: the fewest components in one module, none in the others.
 
@@ -58,19 +70,27 @@ def least_budget(
         shapes: the modules that share a budget.
         factor_bits: of the factors.
         fixed_rank: rank of a module, by its name, that does not choose; None for one that does.
+        layout: of the factors.
     """
-    options = [rank_options(shape, RANK_STEP, factor_bits, fixed_rank(shape.name)) for shape in shapes]
+    options = [rank_options(shape, layout.step, factor_bits, fixed_rank(shape.name), layout) for shape in shapes]
     least = sum(one.nbytes[0] for one in options)
     if any(one.ranks[0] for one in options):
         return least
     return least + min((one.nbytes[1] - one.nbytes[0] for one in options if len(one.ranks) > 1), default=0)
 
 
-def most_rank(shapes: Iterable[ModuleShape], budget: int, factor_bits: int, of_uniform: int = MOST_OF_UNIFORM) -> int:
-    """The largest rank that a module may choose under ``budget`` bytes, a multiple of `RANK_STEP`: ``of_uniform``
+def most_rank(
+    shapes: Iterable[ModuleShape],
+    budget: int,
+    factor_bits: int,
+    of_uniform: int = MOST_OF_UNIFORM,
+    layout: FactorLayout = PACKED_LAYOUT,
+) -> int:
+    """The largest rank that a module may choose under ``budget`` bytes, a multiple of the layout's step: ``of_uniform``
     times the rank that all modules could have alike."""
-    uniform = budget / max(sum(factor_bytes(1, shape, factor_bits) for shape in shapes), 1)
-    return max(RANK_STEP, RANK_STEP * round(of_uniform * uniform / RANK_STEP))
+    step = layout.step
+    uniform = step * budget / max(sum(factor_bytes(step, shape, factor_bits, layout) for shape in shapes), 1)
+    return max(step, step * round(of_uniform * uniform / step))
 
 
 @dataclass(frozen=True)

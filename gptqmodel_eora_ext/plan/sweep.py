@@ -14,7 +14,7 @@ different tokens to be independent, but those that all keys of a window share ca
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,6 +68,8 @@ class Question:
         uniform: rank of the factors with which all modules of a kind are measured together.
         weighed: whether inputs are weighed by their tokens' gradients (`ranks.TokenCorrection`); without, the two are
             taken to be independent.
+        candidates: module's name and W → each Ŵ to compare, one for each of its widths, which are then no bits but
+            numbers of candidates; for a quantiser whose own files are compared. None otherwise.
     """
 
     rounding: Callable[[str], Rounding]
@@ -75,6 +77,12 @@ class Question:
     quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     uniform: int = 0
     weighed: bool = True
+    candidates: Callable[[str, torch.Tensor], Iterable[torch.Tensor]] | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether Ŵ has to be found by a quick GPTQ."""
+        return self.quantized is None and self.candidates is None
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,9 @@ def _of_layer(
         known = module_moments(name, wide, moments[leader], inputs.rows[leader], tokens, sensitivity)
         if not question.weighed:
             known = replace(known, weighted=None)
-        if question.quantized is not None:
+        if question.candidates is not None:
+            rounded: Iterable[torch.Tensor] = question.candidates(name, weight)
+        elif question.quantized is not None:
             rounded = [question.quantized(name, weight).to(torch.float32)]
         else:
             rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
@@ -298,7 +308,7 @@ def _columns(
     """What a quick GPTQ needs of each input, by `_column_key`. Made one after the other: each takes several matrices of
     in × in while it is made."""
     found: dict[tuple[str, int, bool], ColumnOrder] = {}
-    for name, leader in inputs.leaders.items() if question.quantized is None else ():
+    for name, leader in inputs.leaders.items() if question.rounds else ():
         how = question.rounding(name)
         key = _column_key(leader, how)
         if key not in found:

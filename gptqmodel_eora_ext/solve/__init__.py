@@ -16,11 +16,11 @@ from .allocate import (
     rank_curve,
 )
 from .error import energy_left, multiplies_bfloat16, square_root, weighted_energy
-from .factors import balance, refit_A, refit_B, round_to
+from .factors import balance, balance_together, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
-from .quantized import quantize_factors
+from .quantized import quantize_factors, stored_B
 
 __all__ = [
     "MOST_STEPS",
@@ -31,6 +31,7 @@ __all__ = [
     "RowMoment",
     "allocate",
     "balance",
+    "balance_together",
     "column_order",
     "component_gains",
     "diagonal",
@@ -56,6 +57,7 @@ __all__ = [
     "refit_B",
     "round_to",
     "square_root",
+    "stored_B",
     "svd",
     "weighted_energy",
 ]

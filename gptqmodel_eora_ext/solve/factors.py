@@ -28,6 +28,20 @@ def balance(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, t
     return lora_A * scale[:, None], lora_B / scale[None, :]
 
 
+def balance_together(lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale all components alike, so that A and B have the same norm; B A is unchanged.
+
+    Where components share a scale in B (`FactorLayout.along_rank`), its columns should stay of one size.
+
+    Args:
+        lora_A: rank × in.
+        lora_B: out × rank.
+    """
+    norm_a, norm_b = lora_A.norm(), lora_B.norm()
+    scale = (norm_b / norm_a).sqrt() if bool(norm_a > 0) and bool(norm_b > 0) else norm_a.new_ones(())
+    return lora_A * scale, lora_B / scale
+
+
 def refit_A(delta: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     """The A that is best beside a given B: (Bᵀ B)⁺ Bᵀ ΔW. It is the same under every second moment.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats.factors import GROUP_SIZE, QuantizedFactor, pack
+from ..formats.factors import GROUP_SIZE, PACKED_LAYOUT, FactorLayout, QuantizedFactor, pack
 from .error import WeightedError
 from .factors import refit_A, refit_B
 from .moments import times
@@ -18,23 +18,26 @@ CLIPPING = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 ROUNDS = 2
 
 
-def quantize_factor(values: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> QuantizedFactor:
+def quantize_factor(
+    values: torch.Tensor, bits: int, importance: torch.Tensor | None = None, group_size: int = GROUP_SIZE
+) -> QuantizedFactor:
     """Round to the grid, each group with the scale that gives the least squared error.
 
     Args:
         values: rows × features.
         bits: 8 or 4.
         importance: weight of each feature's squared error, of length features; None for all alike.
+        group_size: values of a row that share a scale.
 
     Raises:
         ValueError: when a scale does not fit float16.
     """
     rows, features = values.shape
-    groups = -(-features // GROUP_SIZE)
-    padding = groups * GROUP_SIZE - features
-    grouped = torch.nn.functional.pad(values.to(torch.float32), (0, padding)).view(rows, groups, GROUP_SIZE)
+    groups = -(-features // group_size)
+    padding = groups * group_size - features
+    grouped = torch.nn.functional.pad(values.to(torch.float32), (0, padding)).view(rows, groups, group_size)
     weights = torch.ones(features, device=values.device) if importance is None else importance.to(torch.float32)
-    weights = torch.nn.functional.pad(weights, (0, padding)).view(groups, GROUP_SIZE)
+    weights = torch.nn.functional.pad(weights, (0, padding)).view(groups, group_size)
     lowest = -(1 << (bits - 1))
     # The value of largest size, with its sign, lies on the lowest code, so that no code of the grid is wasted.
     extreme = grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2)
@@ -52,8 +55,8 @@ def quantize_factor(values: torch.Tensor, bits: int, importance: torch.Tensor | 
         best = torch.where(better, error, best)
         scales = torch.where(better, candidate, scales)
         integers = torch.where(better[:, :, None], rounded, integers)
-    flat = integers.view(rows, groups * GROUP_SIZE)[:, :features].to(torch.int8)
-    return QuantizedFactor(pack(flat, bits), scales, bits, features)
+    flat = integers.view(rows, groups * group_size)[:, :features].to(torch.int8)
+    return QuantizedFactor(pack(flat, bits), scales, bits, features, group_size)
 
 
 def quantize_factors(
@@ -61,6 +64,7 @@ def quantize_factors(
     second_moment: torch.Tensor | None,
     lora_A: torch.Tensor,
     bits: int,
+    layout: FactorLayout = PACKED_LAYOUT,
 ) -> tuple[QuantizedFactor, QuantizedFactor]:
     """Round A, re-solve B against the rounded A under C, round B; then again with A re-solved against the rounded B.
 
@@ -69,28 +73,43 @@ def quantize_factors(
         second_moment: C that the error is weighed by: in × in, its diagonal, or None for the identity.
         lora_A: rank × in, scaled as it is to be stored (`balance`).
         bits: 8 or 4.
+        layout: of the file that they are for. The rank is a multiple of `FactorLayout.multiple`.
 
     Returns:
-        A (rank × in) and Bᵀ (rank × out), the best pair of all rounds.
+        A (rank × in) and Bᵀ (rank × out), the best pair of all rounds; B (out × rank) where groups run along the rank.
     """
     error = WeightedError(target, second_moment)
-    candidates = _rounds(error, lora_A, bits)
-    return min(candidates, key=lambda pair: _relative_energy(error, *pair))
+    candidates = _rounds(error, lora_A, bits, layout)
+    return min(candidates, key=lambda pair: _relative_energy(error, pair[0], stored_B(pair[1], layout, torch.float64)))
 
 
-def _rounds(error: WeightedError, lora_A: torch.Tensor, bits: int) -> Iterator[tuple[QuantizedFactor, QuantizedFactor]]:
+def stored_B(packed_B: QuantizedFactor, layout: FactorLayout, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """B's values, out × rank, from the second of `quantize_factors`."""
+    values = packed_B.dequantize(dtype)
+    return values if layout.along_rank else values.T.contiguous()
+
+
+def _rounds(
+    error: WeightedError, lora_A: torch.Tensor, bits: int, layout: FactorLayout
+) -> Iterator[tuple[QuantizedFactor, QuantizedFactor]]:
     importance = error.channel_energies()
     for _ in range(ROUNDS):
-        packed_A = quantize_factor(lora_A, bits, importance)
-        lora_B = refit_B(error.delta, error.second_moment, packed_A.dequantize())
-        packed_B = quantize_factor(lora_B.T, bits)
+        packed_A = quantize_factor(lora_A, bits, importance, layout.group_size)
+        stored_A = packed_A.dequantize()
+        lora_B = refit_B(error.delta, error.second_moment, stored_A)
+        if layout.along_rank:
+            # Components share a scale, and an error in the first of them costs the most: its weight is A C Aᵀ there.
+            energies = (error.weigh(stored_A) * stored_A).sum(1)
+            packed_B = quantize_factor(lora_B, bits, energies, layout.group_size)
+        else:
+            packed_B = quantize_factor(lora_B.T, bits, group_size=layout.group_size)
         yield packed_A, packed_B
-        lora_A = refit_A(error.delta, packed_B.dequantize().T)
+        lora_A = refit_A(error.delta, stored_B(packed_B, layout))
 
 
-def _relative_energy(error: WeightedError, packed_A: QuantizedFactor, packed_B: QuantizedFactor) -> float:
+def _relative_energy(error: WeightedError, packed_A: QuantizedFactor, lora_B: torch.Tensor) -> float:
     """‖(ΔW − B A) C^½‖² − ‖ΔW C^½‖²: what a pair leaves, apart from what all pairs share."""
-    lora_A, lora_B = packed_A.dequantize(torch.float64), packed_B.dequantize(torch.float64).T
+    lora_A = packed_A.dequantize(torch.float64)
     weighted = error.weigh(lora_A)
     cross = (lora_B * times(weighted, error.delta.T).T).sum()
     return float((lora_B.T @ lora_B * (weighted @ lora_A.T)).sum() - 2 * cross)

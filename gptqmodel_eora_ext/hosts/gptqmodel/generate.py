@@ -25,7 +25,7 @@ from .adapter import EoRA
 from .awq import move_scales
 from .base_check import check_embeddings, scales_were_moved
 from .checkpoint.load import uncompiled
-from .known_weights import CheckpointProcessor
+from .known_weights import CheckpointProcessor, known_kernels
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, batches_required, rounds_to_make
 
@@ -123,7 +123,7 @@ def generate_adapter(
             watch_layers(model, report)
         with batches_required(model):
             processor = CheckpointProcessor(
-                kernels,
+                known_kernels(kernels),
                 tokenizer=tokenizer or model.tokenizer,
                 qcfg=config,
                 calibration=calibration,

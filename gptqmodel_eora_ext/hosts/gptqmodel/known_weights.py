@@ -16,6 +16,8 @@ from gptqmodel.looper.weight_only_processor import WeightOnlyProcessor
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import clone_weight_only_config_for_module
 
+from ...adapter.layers import oriented
+
 
 class _CalibratedProcessor(LoopProcessor):
     """Base of processors that need no statistics themselves, but are to see calibration data for compensation."""
@@ -47,11 +49,11 @@ class CheckpointProcessor(_CalibratedProcessor):
     """Takes each module's Ŵ from a quantised checkpoint.
 
     Args:
-        quantized: full module name → the checkpoint's quantised linear.
+        quantized: full module name → what gives Ŵ (out × in) for W; a module that is kept in 16 bits is not in it.
         calibration: what `LoopProcessor` takes.
     """
 
-    def __init__(self, quantized: Mapping[str, BaseQuantLinear], **calibration: Any) -> None:
+    def __init__(self, quantized: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], **calibration: Any) -> None:
         super().__init__(**calibration)
         self.quantized = quantized
 
@@ -60,14 +62,14 @@ class CheckpointProcessor(_CalibratedProcessor):
         return module.full_name not in self.quantized
 
     def quantized_weight(self, module: NamedModule) -> torch.Tensor:
-        """Ŵ, out × in, in the kernel's dtype."""
-        return dequantize(self.quantized[module.full_name])
+        """Ŵ, out × in, in the dtype that it is known in."""
+        return self.quantized[module.full_name](oriented(module.module, module.module.weight.data))
 
     def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Ŵ of a module by its full name, out × in, float32, on the device of W; W where the checkpoint keeps that."""
-        kernel = self.quantized.get(name)
-        # The kernel lies where the checkpoint was loaded to, which may be another device.
-        return (weight if kernel is None else dequantize(kernel)).to(device=weight.device, dtype=torch.float32)
+        known = self.quantized.get(name)
+        # A kernel lies where the checkpoint was loaded to, which may be another device.
+        return (weight if known is None else known(weight)).to(device=weight.device, dtype=torch.float32)
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:
         linear = module.module
@@ -82,6 +84,15 @@ class CheckpointProcessor(_CalibratedProcessor):
     @classmethod
     def name(cls) -> str:
         return "eora-checkpoint"
+
+
+def known_kernels(kernels: Mapping[str, BaseQuantLinear]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Quantised linears by full module name, as `CheckpointProcessor` takes them."""
+
+    def weight_of(kernel: BaseQuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight: dequantize(kernel)
+
+    return {name: weight_of(kernel) for name, kernel in kernels.items()}
 
 
 def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:

@@ -7,18 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from ...plan import without_groups
+from ...plan.layered import LayeredModel
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
-from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
+from ..registry import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA
 from .checkpoint.load import with_adapter
 from .generate import generate_adapter
-from .modules import check_experts, module_shapes
+from .known_model import CONFIG, compensate_known
+from .modules import check_experts, layered, module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
 from .survey import survey_model
@@ -35,8 +38,18 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
 
 
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
-    """Checkpoints in GPTQ's and AWQ's formats, AutoRound's among them; others are refused by name."""
-    return _make_adapter
+    """Checkpoints in GPTQ's and AWQ's formats, AutoRound's among them; others are refused by name. No single files."""
+    return None if checkpoint.is_file() else _make_adapter
+
+
+def full_precision(base: str) -> Callable[[str, bool], FullPrecision] | None:
+    """Whatever full-precision model GPTQModel knows."""
+    return lambda model, trust: _Planned(model, CONFIG, trust, dtype=torch.float32)
+
+
+def layer_loop(base: str) -> Callable[[LoopJob], Compensated] | None:
+    """Whatever full-precision model GPTQModel knows."""
+    return compensate_known
 
 
 def loader(checkpoint: Path) -> Loader | None:
@@ -69,6 +82,11 @@ def _config(settings: Mapping[str, Any]) -> QuantizeConfig:
 
 
 def _make_adapter(job: AdapterJob) -> Path:
+    if job.ranks is not None:
+        raise NotImplementedError(
+            f"EoRA: ranks by a plan are for files of the plan's host; `{job.checkpoint}` is a checkpoint of GPTQModel, "
+            f"whose plans `eora quantize --plan` runs."
+        )
     return generate_adapter(
         EoRA(path=job.output, **job.adapter),
         job.base,
@@ -100,10 +118,13 @@ def _load(
 
 
 class _Planned:
-    def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
-        self._host = GPTQModel.load(model, _config(settings), trust_remote_code=trust_remote_code)
+    def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool, **loading: Any) -> None:
+        self._host = GPTQModel.load(model, _config(settings), trust_remote_code=trust_remote_code, **loading)
         check_experts(self._host)
         self.shapes = module_shapes(self._host)
+
+    def layered(self) -> LayeredModel:
+        return layered(self._host, self.shapes)
 
     def survey(self, windows: Windows, question: Question, kind: str, bar: Bar) -> Swept:
         return survey_model(self._host, self.shapes, windows, question, kind=kind, bar=bar)

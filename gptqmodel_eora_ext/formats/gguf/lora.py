@@ -1,0 +1,130 @@
+"""Adapters in GGUF, as llama.cpp's `--lora` takes them: for each tensor T of the model `T.lora_a` and `T.lora_b`.
+
+`lora_a` is A, rank × in, and `lora_b` is B, out × rank. llama.cpp adds s · B A x, with s = scale · alpha / rank, or the
+user's scale alone where `adapter.lora.alpha` is 0. So alpha is 0 here, and every rank has the scale 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...system.files import replaced_file
+from ..factors import QuantizedFactor
+from . import GGUFError, gguf_package
+from .blocks import TYPES, to_blocks
+from .header import Header, read_header
+
+SUFFIX_A, SUFFIX_B = ".lora_a", ".lora_b"
+# Metadata of our own: what was measured, as JSON. llama.cpp reads over it.
+DETAILS_KEY = "eora.details"
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The factors of one tensor.
+
+    Attributes:
+        lora_A: rank × in, floating or in integers; of a tensor of experts one for each, experts × rank × in.
+        lora_B: out × rank, likewise.
+    """
+
+    lora_A: torch.Tensor | QuantizedFactor | list[QuantizedFactor]
+    lora_B: torch.Tensor | QuantizedFactor | list[QuantizedFactor]
+
+
+def write_lora(
+    path: Path, architecture: str, pairs: Mapping[str, LoraPair], *, name: str, details: Mapping[str, Any]
+) -> None:
+    """Write an adapter in one step; an older file in its place stays whole until then.
+
+    Args:
+        path: the file.
+        architecture: `general.architecture` of the model, which llama.cpp compares.
+        pairs: name of the model's tensor (`blk.0.attn_q.weight`) → its factors. Floating ones are stored in float16.
+        name: `general.name`.
+        details: what goes into the file as JSON.
+
+    Raises:
+        GGUFError: when there are no factors, or a value does not fit float16.
+    """
+    gguf = gguf_package()
+    if not pairs:
+        raise GGUFError(f"there is nothing to write into `{path}`: no module has factors.")
+    with replaced_file(path) as fresh:
+        writer = gguf.GGUFWriter(fresh, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        writer.add_string(DETAILS_KEY, json.dumps(details))
+        for tensor, pair in pairs.items():
+            for suffix, factor in ((SUFFIX_A, pair.lora_A), (SUFFIX_B, pair.lora_B)):
+                values, kind = _stored(factor, f"{tensor}{suffix}")
+                raw = gguf.GGMLQuantizationType[kind] if kind in TYPES.values() else None
+                writer.add_tensor(f"{tensor}{suffix}", values, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _stored(factor: torch.Tensor | QuantizedFactor | list[QuantizedFactor], name: str) -> tuple[np.ndarray, str]:
+    if isinstance(factor, list):
+        return np.stack([to_blocks(one) for one in factor]), TYPES[factor[0].bits]
+    if isinstance(factor, QuantizedFactor):
+        return to_blocks(factor), TYPES[factor.bits]
+    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    if largest > torch.finfo(torch.float16).max:
+        raise GGUFError(f"{name} reaches {largest:.3g}, too large for float16.")
+    return factor.detach().cpu().to(torch.float16).contiguous().numpy(), "F16"
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """What an adapter's file says without its values.
+
+    Attributes:
+        header: the file's.
+        ranks: tensor of the model → rank.
+        details: what was written as JSON; empty for an adapter that another tool made.
+        factor_bits: 16, 8 or 4 by the type of its first tensor.
+    """
+
+    header: Header
+    ranks: Mapping[str, int]
+    details: Mapping[str, Any]
+    factor_bits: int
+
+
+def read_lora_header(path: Path) -> LoraHeader:
+    """Read what an adapter's file says.
+
+    Raises:
+        GGUFError: for a file that is broken or no adapter, or a factor without its partner.
+    """
+    header = read_header(path)
+    if header.text("general.type") != "adapter":
+        raise GGUFError(f"`{path}` is of the kind `{header.text('general.type')}`, expected an adapter.")
+    ranks: dict[str, int] = {}
+    for name, info in header.tensors.items():
+        if name.endswith(SUFFIX_A):
+            partner = header.tensors.get(f"{name.removesuffix(SUFFIX_A)}{SUFFIX_B}")
+            if partner is None or partner.shape[-1] != info.shape[-2]:
+                raise GGUFError(f"`{path}`: {name} has no {SUFFIX_B} of its rank. Make the adapter again.")
+            ranks[name.removesuffix(SUFFIX_A)] = info.shape[-2]
+    try:
+        details = json.loads(header.text(DETAILS_KEY) or "{}")
+    except ValueError:
+        details = None
+    if not isinstance(details, dict):
+        raise GGUFError(f"`{path}`: `{DETAILS_KEY}` is no JSON object. Make the adapter again.")
+    kinds = {info.type for info in header.tensors.values()}
+    bits = next((width for width, kind in TYPES.items() if kind in kinds), 16)
+    return LoraHeader(header, ranks, details, bits)

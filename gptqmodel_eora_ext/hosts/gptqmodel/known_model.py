@@ -1,0 +1,82 @@
+"""GPTQModel's layer loop over a full-precision model, for quantised weights that another host knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+from ...loop.weights import check_weight_files
+from ..registry import Compensated, LoopJob
+from ..terminal import watch_layers
+from .adapter import EoRA
+from .generate import FINISHED
+from .known_weights import CheckpointProcessor
+from .modules import check_experts, layered, module_shapes
+from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
+from .run import CompensationRun, batches_required, rounds_to_make
+
+# What GPTQModel wants to know of a quantisation before it loads a model. Nothing is quantised by it here, and whole
+# rows as groups fit every width.
+CONFIG = {"bits": 4, "group_size": -1}
+
+
+def compensate_known(job: LoopJob) -> Compensated:
+    """Run the model layer by layer and make factors for every module whose Ŵ is known.
+
+    The model is computed in float32: kernels of other hosts keep more digits of Ŵ than bfloat16 has. Where GPTQModel
+    leaves weights in the checkpoint's files, one layer's are in memory at a time.
+
+    Raises:
+        ValueError: for missing data, broken weights, or weights that do not fit (by ``job.known``).
+        NotImplementedError: for several rounds, or experts that GPTQModel would pass over.
+        ModuleError: when compensating a module fails.
+    """
+    adapter = EoRA(**job.adapter)
+    adapter.settle_for_making()
+    adapter.options = dataclasses.replace(adapter.options, layout=job.layout)
+    rounds = rounds_to_make(adapter, FINISHED)
+    with logs_out_of_the_way():
+        config = QuantizeConfig(**CONFIG, dynamic=_dynamic(job.ranks))
+        host = GPTQModel.load(job.base, config, dtype=torch.float32, **job.loading)
+        check_experts(host)
+        check_weight_files(Path(host.model_local_path))
+        shapes = module_shapes(host)
+        model = layered(host, shapes)
+
+        def read(name: str) -> torch.Tensor:
+            with model.present([name]):
+                weight: torch.Tensor = model.model.get_submodule(name).weight  # type: ignore[assignment]
+                return weight.detach().to("cpu", copy=True)
+
+        known = job.known(shapes, read)
+        run = CompensationRun(adapter, config.dynamic, method=job.method, rounds=rounds)
+        setattr(host, RUN_ATTRIBUTE, run)
+        if job.report is not None:
+            watch_layers(host, job.report)
+        with batches_required(host):
+            processor = CheckpointProcessor(
+                known,
+                tokenizer=host.tokenizer,
+                qcfg=host.quantize_config,
+                calibration=list(job.windows),
+                prepare_dataset_func=host.prepare_dataset,
+                calibration_concat_size=None,
+                calibration_sort=None,
+                calibration_concat_separator=None,
+                batch_size=job.batch_size,
+            )
+        CompensatingLooper(host, processors=[processor]).loop()
+    return Compensated(run.factors, run.details())
+
+
+def _dynamic(ranks: Mapping[str, int] | None) -> dict[str, Any] | None:
+    """Ranks by GPTQModel's own overrides, a pattern for each module."""
+    if ranks is None:
+        return None
+    return {f"^{re.escape(name)}$": {"adapter": {"rank": rank}} for name, rank in ranks.items()}
