@@ -17,7 +17,7 @@ FLOORS = (
     ("kernels",),
     ("adapter",),
     ("plan",),
-    ("loop",),
+    ("loop", "refine"),
     ("hosts",),
     ("evaluate",),
     ("cli",),

@@ -16,6 +16,7 @@ from .inspect import inspect
 from .plan import plan
 from .printing import out
 from .quantize import quantize
+from .refine import refine
 from .report import report
 from .study import EXAMPLE as STUDY_EXAMPLE
 from .study import study
@@ -46,6 +47,9 @@ app.command(epilog=_example("quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 -
 app.command(
     epilog=_example("generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64")
 )(generate)
+app.command(
+    epilog=_example("refine out/qwen3-8b-2bit --base Qwen/Qwen3-8B --calibration c4.jsonl --tokens 160k")
+)(refine)
 app.command(epilog=_example("inspect out/qwen3-8b-2bit --modules"))(inspect)
 app.command(epilog=_example("plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json"))(plan)
 app.command(epilog=_example("export out/qwen3-8b-2bit --peft adapters/plain"))(export)

@@ -1,7 +1,7 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
+`planner`, `trainee`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in the
 order of `HOSTS`, and a host's library is imported only when the host is asked.
 """
 
@@ -18,6 +18,7 @@ from ..formats.sizes import ModuleShape
 from ..plan import Plan
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
+from ..refine import Trainee
 
 # The hosts' folders, in the order in which they are asked.
 HOSTS = ("gptqmodel", "autoround")
@@ -171,6 +172,16 @@ def loader(checkpoint: Path) -> Loader:
         ValueError: for a checkpoint that no host serves.
     """
     return _first("loader", checkpoint)
+
+
+def trainee(checkpoint: Path) -> Callable[..., Trainee]:
+    """What opens a checkpoint to train an adapter for it, from its folder and, by keyword, `trust_remote_code` and
+    `device`.
+
+    Raises:
+        ValueError: for a checkpoint that no host serves.
+    """
+    return _first("trainee", checkpoint)
 
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:

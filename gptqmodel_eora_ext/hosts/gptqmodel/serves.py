@@ -12,6 +12,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from ...plan import without_groups
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
+from ...refine import Trainee
 from ..registry import AdapterJob, Loaded, Loader, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
@@ -22,6 +23,7 @@ from .modules import check_experts, module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
 from .survey import survey_model
+from .trainable import open_trainee
 
 QUANTIZER = "gptq"
 
@@ -42,6 +44,11 @@ def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
 def loader(checkpoint: Path) -> Loader | None:
     """Whatever GPTQModel loads."""
     return _load
+
+
+def trainee(checkpoint: Path) -> Callable[..., Trainee] | None:
+    """Whatever GPTQModel loads."""
+    return open_trainee
 
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | None:
