@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..adapter.options import as_flag
 from ..adapter.summary import find_adapter, summarize
 from ..refine import DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, LOSSES, RefineSettings
-from .options import Calibration, TrustRemoteCode, as_flag, check_apart, check_model, read_calibration
+from .options import Calibration, TrustRemoteCode, check_apart, check_model, read_calibration
 from .printing import FAILED, errors, fail, progress_bars, say
 from .show import print_summary
 
@@ -20,7 +21,7 @@ def refine(
     base: Annotated[str, typer.Option(help="The full-precision model: a folder, or a name on the Hugging Face hub.")],
     calibration: Calibration,
     tokens: Annotated[
-        str, typer.Option(help="Tokens of calibration, as 160000 or 160k; a fifth validates, the others are trained on.")
+        str, typer.Option(help="Tokens of calibration, as 160000 or 160k; a fifth validates, the others train.")
     ] = str(DEFAULT_TOKENS),
     loss: Annotated[str, typer.Option(help=f"What is lowered: {' or '.join(LOSSES)}.")] = DEFAULT_LOSS,
     adapter: Annotated[

@@ -1,4 +1,4 @@
-"""Adam over all factors at once (Kingma and Ba, arXiv 1412.6980), some groups at a time, so that temporaries are small."""
+"""Adam over all factors at once (Kingma and Ba, arXiv 1412.6980), some groups at a time: temporaries are small."""
 
 from __future__ import annotations
 

@@ -49,9 +49,13 @@ class _Place:
     def groups(self) -> int:
         return self.rows * -(-self.features // GROUP_SIZE)
 
+    def whole(self, flat: torch.Tensor) -> torch.Tensor:
+        """A view of the factor in a tensor of all groups, its rows filled up to whole groups."""
+        return flat[self.start : self.start + self.groups].view(self.rows, -1)
+
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """A view of the factor, rows × features, in a tensor of all groups."""
-        return flat[self.start : self.start + self.groups].view(self.rows, -1)[:, : self.features]
+        return self.whole(flat)[:, : self.features]
 
 
 class TrainedFactors:
@@ -111,7 +115,7 @@ class TrainedFactors:
         return iter(self._places)
 
     def parameters(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A module's A (rank × in) and Bᵀ (rank × out) as leaves of autograd, in `used`; None without factors.
+        """A module's A and Bᵀ as leaves of autograd, in `used`, rows filled up to whole groups; None without factors.
 
         They are views: what is written to `used` is what they hold, and autograd adds their gradients up in `gradient`.
         """
@@ -120,8 +124,8 @@ class TrainedFactors:
             return None
         leaves = []
         for place in places:
-            leaf = place.of(self.used).detach().requires_grad_()
-            leaf.grad = place.of(self.gradient)
+            leaf = place.whole(self.used).detach().requires_grad_()
+            leaf.grad = place.whole(self.gradient)
             leaves.append(leaf)
         return leaves[0], leaves[1]
 

@@ -33,7 +33,8 @@ class TrainedLinear(torch.nn.Module):
 
     Args:
         weight: Ŵ.
-        factors: A (rank × in) and Bᵀ (rank × out), leaves of autograd in the dtype of the activations; None for none.
+        factors: A (rank × in or more) and Bᵀ (rank × out or more), of which what is beyond is not used: leaves of
+            autograd in the dtype of the activations. None for none.
     """
 
     def __init__(self, weight: FrozenWeight, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -47,7 +48,7 @@ class TrainedLinear(torch.nn.Module):
         y: torch.Tensor = _FrozenProduct.apply(rows, self.weight_source)
         if self.factors is not None:
             down, up = self.factors
-            y = torch.addmm(y, rows @ down.T, up)
+            y = torch.addmm(y, rows @ down[:, : self.in_features].T, up[:, : self.out_features])
         if self.weight_source.bias is not None:
             y = y + self.weight_source.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)

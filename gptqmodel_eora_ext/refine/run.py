@@ -177,7 +177,8 @@ def trained(lora_A: torch.Tensor | QuantizedFactor, up: torch.Tensor | Quantized
     packed = (lora_A, up) if isinstance(lora_A, QuantizedFactor) and isinstance(up, QuantizedFactor) else None
     dtype = torch.float32 if packed else lora_A.dtype  # type: ignore[union-attr]
     down, dense = to_dense(lora_A, dtype), to_dense(up, dtype).T.contiguous()
-    return ModuleFactors(down, dense, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None, packed=packed)
+    return ModuleFactors(down, dense, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None,
+                         packed=packed)  # fmt: skip
 
 
 def describe(outcome: Outcome, job: RefineJob) -> dict[str, Any]:

@@ -66,12 +66,13 @@ class RefineSettings:
         tokens = DEFAULT_TOKENS if tokens is None else parse_tokens(tokens, what=label("tokens"))
         if tokens < LEAST_WINDOWS * window:
             raise ValueError(
-                f"{label('tokens')} must fill at least {LEAST_WINDOWS} windows of {window}, of which one validates; got "
-                f"{tokens}. Name {LEAST_WINDOWS * window} or more."
+                f"{label('tokens')} must fill at least {LEAST_WINDOWS} windows of {window}, of which one validates; "
+                f"got {tokens}. Name {LEAST_WINDOWS * window} or more."
             )
         rate = LEARNING_RATE if learning_rate is None else learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (0 < rate < math.inf):
-            raise ValueError(f"{label('learning_rate')} must be a number above 0, got {rate!r}; {LEARNING_RATE} is usual.")
+            name = label("learning_rate")
+            raise ValueError(f"{name} must be a number above 0, got {rate!r}; {LEARNING_RATE} is usual.")
         return cls(
             loss=validate_choice(DEFAULT_LOSS if loss is None else loss, LOSSES, what=label("loss")),
             tokens=tokens,

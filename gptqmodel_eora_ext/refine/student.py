@@ -1,4 +1,4 @@
-"""A quantised model whose factors are trained: layers are run one after another, each computed again on the way back."""
+"""A quantised model whose factors are trained: layers run one after another, each once more on the way back."""
 
 from __future__ import annotations
 

@@ -190,15 +190,14 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, (int, float, str)) and one == other)
 
 
-def _mapped(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> dict[str, torch.Tensor]:
-    """Make a safetensors file of zeros, and give its tensors mapped into memory: what is written to them is in the file.
+def _mapped(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+    """Make a safetensors file of zeros, and give its tensors mapped into memory: writing to them writes the file.
 
     Raises:
         OSError: when there is too little space.
     """
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         nbytes = dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}

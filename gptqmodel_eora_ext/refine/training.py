@@ -26,7 +26,7 @@ VALIDATIONS = 8
 # Validations in a row without a better one, after which a run ends.
 PATIENCE = 3
 # A validation loss of so many times the first one is taken for divergence.
-DIVERGED = 2.0
+DIVERGED = 1.5
 # The share of the steps from which on the model uses the factors as they will be stored.
 ROUNDED_FROM = 0.0
 # Steps between two searches for the scales of packed factors; a search takes as long as a step's tenth on SmolLM2.
@@ -98,7 +98,8 @@ class Training:
                 last = self._look()
                 if outcome.ended != COMPLETE:
                     break
-            self._report(outcome.steps, outcome.planned, f"loss {value:.3f}, validation {last:.3f} ({outcome.before:.3f})")
+            note = f"loss {value:.3f}, validation {last:.3f}, {outcome.before:.3f} at the start"
+            self._report(outcome.steps, outcome.planned, note)
             outcome.seconds = spent + time.perf_counter() - begun
         outcome.seconds = spent + time.perf_counter() - begun
         if outcome.ended in RESUMABLE:
