@@ -20,6 +20,7 @@ from .options import (
     Objective,
     PresetName,
     Rank,
+    RefineTokens,
     Samples,
     Sensitivity,
     SeqLen,
@@ -27,6 +28,7 @@ from .options import (
     adapter_options,
     check_apart,
     check_model,
+    check_refine,
     read_calibration,
     tokenized,
 )
@@ -47,6 +49,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for the adapter; by default inside the checkpoint.")
     ] = None,
+    refine: RefineTokens = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
@@ -54,6 +57,7 @@ def generate(
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
+    check_refine(refine)
     check_model(model)
     if not (checkpoint / "config.json").is_file():
         fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -64,6 +68,7 @@ def generate(
             fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
+    from ..hosts.refine import refine_checkpoint
     from ..hosts.registry import AdapterJob, adapter_maker
     from ..hosts.terminal import quiet
 
@@ -80,4 +85,10 @@ def generate(
             report=bar("compensating layers"),
         )
         folder = adapter_maker(checkpoint)(job)
+        if refine is not None:
+            made, folder = folder, folder.with_name(f"{folder.name}-refined")
+            refine_checkpoint(
+                checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
+                trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
+            )  # fmt: skip
     print_summary(summarize(folder), time.perf_counter() - start)
