@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..adapter.options import in_python
@@ -80,6 +80,22 @@ class RefineSettings:
             learning_rate=float(rate),
             seed=0 if seed is None else validate_count(seed, what=label("seed"), minimum=0),
         )
+
+    @classmethod
+    def of(cls, asked: Any, *, what: str) -> RefineSettings | None:
+        """Settings out of what a user may write: tokens (160000, "160k"), a mapping of settings, or None for none.
+
+        Raises:
+            ValueError: for a value out of range, or a setting that is not known.
+        """
+        if asked is None or isinstance(asked, cls):
+            return asked
+        if not isinstance(asked, Mapping):
+            return cls.settle(tokens=asked, label=lambda option: what)
+        known = [one.name for one in fields(cls)]
+        if unknown := sorted(set(asked) - set(known)):
+            raise ValueError(f"{what} takes {', '.join(known)}; got {', '.join(map(str, unknown))}.")
+        return cls.settle(**asked, label=lambda option: f"{what}: `{option}`")
 
     @property
     def least_windows(self) -> int:
