@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gptqmodel_eora_ext.adapter.errors import AdapterError
 from gptqmodel_eora_ext.adapter.folder import AdapterFolder
@@ -74,8 +75,8 @@ def test_what_is_written_has_the_loss_that_is_told(
     assert float(divergence(refined)[order].mean()) == pytest.approx(outcome.after, rel=1e-3)
 
 
-def written(folder: Path) -> bytes:
-    return (folder / ADAPTER_WEIGHTS).read_bytes()
+def written(folder: Path) -> dict[str, list[int]]:
+    return {name: one.flatten().tolist() for name, one in load_file(folder / ADAPTER_WEIGHTS).items()}
 
 
 def test_a_rate_that_ruins_it_ends_and_leaves_the_start(
