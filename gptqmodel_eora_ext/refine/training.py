@@ -22,7 +22,7 @@ from .teacher import Teacher
 log = logging.getLogger(__name__)
 
 # Validations of a run, evenly; one more stands before the first step.
-VALIDATIONS = 6
+VALIDATIONS = 5
 # Validations in a row without a better one, after which a run ends.
 PATIENCE = 3
 # A validation loss of so many times the first one is taken for divergence.

@@ -136,7 +136,7 @@ def test_what_another_run_has_left_is_not_gone_on_with(
     stop = dataclasses.replace(job, training=lambda *_: signal.raise_signal(signal.SIGINT))
     assert refine_adapter(trainee, checkpoint, source, output, stop).steps == 1
     again = refine_adapter(trainee, checkpoint, source, output, with_rate(job, 0.01))
-    assert again.ended == COMPLETE and len(again.validations) == 1 + 8
+    assert again.ended == COMPLETE and len(again.validations) == 1 + 5 + 1
 
 
 def test_another_base_is_refused(
