@@ -43,7 +43,7 @@ def refine_checkpoint(
     Ŵ, norms and everything else stay as they are, so that the checkpoint serves the old adapter and the new one. The
     sizes stay, too: ranks, and the bits of the factors, to which they are rounded while they are trained.
 
-    In memory are the packed weights, five times the factors in float32, one layer's activations and its Ŵ, and the
+    In memory are the packed weights, four times the factors in float32, one layer's activations and its Ŵ, and the
     scores of some tokens; before that, one layer of the full-precision model at a time. Its last layer's outputs are
     kept in a file beside ``output`` until the run is complete: tokens × width in 16 bits.
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
+from ...kernels.triton import runs_on
 from ...refine import FrozenWeight, Trainee
 from .adapter import EoRA
 from .checkpoint.load import uncompiled
 from .fused import EoRAFusedLinear
 from .known_weights import dequantize
+from .triton import EoRATritonLinear
 
 
 class KernelWeight(FrozenWeight):
@@ -24,15 +26,27 @@ class KernelWeight(FrozenWeight):
 
     def __init__(self, kernel: BaseQuantLinear) -> None:
         self._kernel = kernel
+        self._stacked = stacked(kernel)
         self.in_features, self.out_features, self.bias = kernel.in_features, kernel.out_features, kernel.bias
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """See `FrozenWeight`: the plugin's CPU kernel dequantises, elsewhere the kernel's own torch code does."""
+        """See `FrozenWeight`: the plugin's CPU or Triton kernel dequantises, elsewhere the host's own torch code."""
         with torch.no_grad():
+            if self._stacked is not None:
+                return next(self._stacked.dense(dtype))
             if isinstance(self._kernel, EoRAFusedLinear) and self._kernel.served_on_cpu:
                 return self._kernel.dense(dtype)
             # Tensors made in inference mode cannot be saved for a gradient, so this is a copy.
             return dequantize(self._kernel).to(dtype, copy=True).T
+
+
+def stacked(kernel: BaseQuantLinear) -> Any:
+    """What the Triton kernels read of a module that they serve where it lies; None for another."""
+    if not isinstance(kernel, EoRATritonLinear) or not runs_on(kernel.runtime_device()):
+        return None
+    from ...kernels.triton.ops import StackedLinears
+
+    return StackedLinears.prepare([kernel.packed()], [None], [None])
 
 
 def open_trainee(checkpoint: Path, *, trust_remote_code: bool = False, device: str | None = None) -> Trainee:
