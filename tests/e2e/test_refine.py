@@ -42,7 +42,7 @@ def test_saving_refines_and_names_the_result(made: Made) -> None:
         name: (one.shape, one.dtype) for name, one in refined.items()
     }
     told = json.loads((made.folder / "eora-refined" / "eora.json").read_text())["refinement"]
-    assert told["after"] < told["before"] and told["steps"] == 13
+    assert told["after"] < told["before"] and 0 < told["best_step"] <= told["steps"] <= 13
 
 
 def test_the_loaded_model_is_nearer_to_full_precision(made: Made, two_layers: Path, token_ids: list[int]) -> None:
