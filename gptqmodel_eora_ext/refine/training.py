@@ -98,9 +98,10 @@ class Training:
                 last = self._look()
                 if outcome.ended != COMPLETE:
                     break
+                outcome.seconds = spent + time.perf_counter() - begun
+                self._progress.write(outcome)
             note = f"loss {value:.3f}, validation {last:.3f}, {outcome.before:.3f} at the start"
             self._report(outcome.steps, outcome.planned, note)
-            outcome.seconds = spent + time.perf_counter() - begun
         outcome.seconds = spent + time.perf_counter() - begun
         if outcome.ended in RESUMABLE:
             self._progress.write(outcome)

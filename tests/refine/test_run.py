@@ -129,6 +129,23 @@ def test_interrupted_and_gone_on_with_ends_the_same(
     assert second.validations == whole.validations and written(output) == written(checkpoint / "whole")
 
 
+def test_a_killed_run_goes_on_from_its_last_validation(
+    trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
+) -> None:
+    def die(done: int, total: int, note: str) -> None:
+        if done == 7:
+            raise MemoryError
+
+    output = checkpoint / "parts"
+    with pytest.raises(MemoryError):
+        refine_adapter(trainee, checkpoint, source, output, dataclasses.replace(job, training=die))
+    assert not output.exists()
+    steps: list[int] = []
+    watched = dataclasses.replace(job, training=lambda done, total, note: steps.append(done))
+    outcome = refine_adapter(trainee, checkpoint, source, output, watched)
+    assert steps[0] == 7 and [step for step, _ in outcome.validations] == [0, 3, 6, 9, 12, 15, 16]
+
+
 def test_what_another_run_has_left_is_not_gone_on_with(
     trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
 ) -> None:
