@@ -18,7 +18,7 @@ FLOORS = (
     ("kernels",),
     ("adapter",),
     ("plan",),
-    ("loop",),
+    ("loop", "refine"),
     ("hosts",),
     ("evaluate",),
     ("cli",),

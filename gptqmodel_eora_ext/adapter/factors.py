@@ -21,7 +21,8 @@ class ModuleFactors:
         tokens: tokens that the second moment stands on.
         signal: E‖W x‖², mean squared norm of the module's output.
         error_before: E‖ΔW x‖² without the adapter.
-        error_after: E‖(ΔW − B A) x‖² with the stored factors.
+        error_after: E‖(ΔW − B A) x‖² with the stored factors; None where they were trained afterwards, by what the
+            whole model loses: the error of a module by itself is not known then, and no measure of them.
         packed: A and Bᵀ in integers, where they are stored so (B, where its layout runs along the rank);
             ``lora_A`` and ``lora_B`` are their values.
     """
@@ -32,7 +33,7 @@ class ModuleFactors:
     tokens: int
     signal: float
     error_before: float
-    error_after: float
+    error_after: float | None
     packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
 
     @property

@@ -42,7 +42,7 @@ def save_adapter(
             needs the plugin, leaves it out.
         base_model: what `base_model_name_or_path` says.
         module_names: every module of the model, to tell whether a suffix (`q_proj`) names only modules with factors.
-        details: what goes into `eora.json` beside the per-module report.
+        details: what goes into `eora.json` beside the report of each module whose error is known.
 
     Raises:
         AdapterError: when there are no factors.
@@ -77,7 +77,7 @@ def save_adapter(
         if packed:
             content = read_json(fresh / ADAPTER_CONFIG)
             write_json(fresh / ADAPTER_CONFIG, packed_config(content, next(iter(packed.values()))[0].bits))
-        report = {"modules": {name: one.report() for name, one in factors.items()}}
+        report = {"modules": {name: one.report() for name, one in factors.items() if one.error_after is not None}}
         write_json(fresh / ADAPTER_DETAILS, {**details, **report, "version": DETAILS_VERSION})
 
 

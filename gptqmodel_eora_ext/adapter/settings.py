@@ -329,6 +329,13 @@ def read_details(path: Path) -> dict[str, Any]:
         for name in ("spent", "budget"):
             allocation.number(name, least=0)
         allocation.text("sensitivity")
+    if fields.mapping("refinement"):
+        refinement = fields.below("refinement", "refinement")
+        refinement.text("loss")
+        for name in ("tokens", "steps"):
+            refinement.whole(name, least=0)
+        for name in ("before", "after"):
+            refinement.number(name)
     for module, report in fields.mapping("modules").items():
         if not isinstance(report, dict):
             raise fields.below("modules", "modules").wrong(module, "an object of figures")

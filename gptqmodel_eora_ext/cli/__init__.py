@@ -17,6 +17,7 @@ from .inspect import inspect
 from .plan import plan
 from .printing import out
 from .quantize import quantize
+from .refine import refine
 from .report import report
 from .study import EXAMPLE as STUDY_EXAMPLE
 from .study import study
@@ -47,6 +48,9 @@ app.command(epilog=_example("quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 -
 app.command(
     epilog=_example("generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64")
 )(generate)
+app.command(
+    epilog=_example("refine out/qwen3-8b-2bit --base Qwen/Qwen3-8B --calibration c4.jsonl --tokens 160k")
+)(refine)
 app.command(epilog=_example("imatrix Qwen/Qwen3-8B qwen3-f16.gguf --calibration c4.jsonl --out imatrix.gguf"))(imatrix)
 app.command(epilog=_example("inspect out/qwen3-8b-2bit --modules"))(inspect)
 app.command(epilog=_example("plan Qwen/Qwen3-8B --calibration c4.jsonl --total 2.5bpw --out plan.json"))(plan)

@@ -21,6 +21,7 @@ from .options import (
     Objective,
     PresetName,
     Rank,
+    RefineTokens,
     Samples,
     Sensitivity,
     SeqLen,
@@ -28,6 +29,7 @@ from .options import (
     adapter_options,
     check_apart,
     check_model,
+    check_refine,
     check_unplanned,
     read_calibration,
     tokenized,
@@ -57,12 +59,14 @@ def generate(
             help="Folder for the adapter, by default in the checkpoint; for a GGUF model a file, by default beside it.",
         ),
     ] = None,
+    refine: RefineTokens = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make an adapter for a checkpoint that is already quantised."""
+    check_refine(refine)
     ranks = None
     if plan is None:
         chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset)
@@ -70,6 +74,8 @@ def generate(
         check_unplanned(context)
         chosen, ranks = _planned(plan)
     check_model(model)
+    if checkpoint.is_file() and refine is not None:
+        fail(f"--refine trains over checkpoints that GPTQModel loads, and `{checkpoint}` is a file. Leave it out.")
     if not checkpoint.is_file():
         if not (checkpoint / "config.json").is_file():
             fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -80,6 +86,7 @@ def generate(
             fail(f"`{output}` is the checkpoint; name another place for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
+    from ..hosts.refine import refine_checkpoint
     from ..hosts.registry import AdapterJob, adapter_maker
     from ..hosts.terminal import quiet
 
@@ -97,6 +104,12 @@ def generate(
             report=bar("compensating layers"),
         )
         folder = adapter_maker(checkpoint)(job)
+        if refine is not None:
+            made, folder = folder, folder.with_name(f"{folder.name}-refined")
+            refine_checkpoint(
+                checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
+                trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
+            )  # fmt: skip
     print_summary(summarize(folder), time.perf_counter() - start)
 
 

@@ -46,7 +46,10 @@ def inspect(
         return
     worst = sorted(summary.modules.items(), key=lambda item: -item[1]["error_after"] / (item[1]["signal"] or 1))
     if not worst:
-        out.print("No eora.json: another tool made this adapter, so errors are not known.")
+        if summary.details.get("refinement"):
+            out.print("Refined by what the whole model loses: errors of single modules are not known.")
+        else:
+            out.print("No eora.json: another tool made this adapter, so errors are not known.")
         return
     shown = worst if modules else worst[:WORST_MODULES]
     table = Table("module", "rank", "tokens", "error before", "after", "left",

@@ -13,6 +13,7 @@ from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import read_file, read_texts, windows
 from ..formats.autoround import BITS
 from ..plan import Plan
+from ..refine import RefineSettings
 from .printing import errors, fail
 
 QUANTIZED_BITS = (2, 3, 4, 8)
@@ -70,6 +71,11 @@ GroupSize = Annotated[int, typer.Option(help="Weights per scale; -1 for a whole 
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan.json of `eora plan`: bits, ranks and grid of every module.")
 ]
+RefineTokens = Annotated[
+    str | None,
+    typer.Option("--refine", help="Afterwards train the factors together on so many tokens of the calibration text, as "
+                                  "`160k`, against the full-precision model; as `eora refine`, into `eora-refined`."),
+]  # fmt: skip
 TrustRemoteCode = Annotated[
     bool, typer.Option(help="Allow code that comes with the model or its tokenizer, from a folder or the hub.")
 ]
@@ -95,6 +101,13 @@ def adapter_options(
     with errors():
         AdapterOptions.settle(**asked, label=as_flag)
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_refine(tokens: str | None) -> None:
+    """Fail unless this is nothing, or tokens enough to refine on."""
+    if tokens is not None:
+        with errors():
+            RefineSettings.settle(tokens=tokens, label=lambda option: "--refine")
 
 
 def check_group_size(group_size: int) -> None:

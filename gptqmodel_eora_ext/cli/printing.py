@@ -57,14 +57,18 @@ def errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """A bar with an estimate; yields a maker of `report(done, total)` callbacks."""
+def progress_bars() -> Iterator[Callable[[str], Callable[..., None]]]:
+    """A bar with an estimate; yields a maker of `report(done, total)` callbacks, which take a note as well."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=err) as progress:
 
         def start(what: str) -> Callable[[int, int], None]:
             task = progress.add_task(what, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
+
+            def report(done: int, total: int, note: str = "") -> None:
+                progress.update(task, completed=done, total=total, description=f"{what}: {note}" if note else what)
+
+            return report
 
         yield start

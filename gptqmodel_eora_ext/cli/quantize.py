@@ -27,6 +27,7 @@ from .options import (
     PlanFile,
     PresetName,
     Rank,
+    RefineTokens,
     Rounds,
     Samples,
     Sensitivity,
@@ -37,6 +38,7 @@ from .options import (
     check_group_size,
     check_model,
     check_out,
+    check_refine,
     given,
     read_calibration,
     read_plan,
@@ -68,6 +70,7 @@ def quantize(
     objective: Objective = OBJECTIVES[0],
     factor_bits: FactorBits = None,
     rounds: Rounds = None,
+    refine: RefineTokens = None,
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
@@ -85,7 +88,10 @@ def quantize(
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     check_group_size(group_size)
+    check_refine(refine)
     planned = read_plan(context, plan_file) if plan_file else None
+    if planned and refine is not None and not planned.largest_rank:
+        fail("--refine trains an adapter, and the plan gives no module one. Leave --refine out.")
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
     if quantizer == AUTOROUND:
         check_format(format, *([bits] if planned is None else {one.bits for one in planned.modules.values()}))
@@ -96,6 +102,7 @@ def quantize(
     check_out(output, force, model)
     texts = read_calibration(calibration)
 
+    from ..hosts.refine import refine_checkpoint
     from ..hosts.registry import QuantizeJob
     from ..hosts.registry import quantizer as serving
     from ..hosts.terminal import quiet
@@ -114,6 +121,11 @@ def quantize(
             report=bar("quantising layers"),
         )
         serving(quantizer)(job)
+        if refine is not None:
+            refine_checkpoint(
+                output, model, read_calibration(calibration), tokens=refine, trust_remote_code=trust_remote_code,
+                teaching=bar("full precision"), training=bar("refining"),
+            )  # fmt: skip
     if planned is None or planned.largest_rank:
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from ..adapter.summary import AdapterSummary
@@ -37,7 +39,11 @@ def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None
             table.add_row("budget", f"{spent} of {budget}, ranks by {allocation['sensitivity']} sensitivity")
         table.add_row("objective", f"{details.get('objective')}, after {details.get('method')}")
         table.add_row("calibration", f"{data.get('tokens')} tokens, sha256 {str(data.get('sha256'))[:12]}…")
-        table.add_row("error left", f"{summary.error_left():.1%} of the weighted error (geometric mean over modules)")
+        if not math.isnan(left := summary.error_left()):
+            table.add_row("error left", f"{left:.1%} of the weighted error (geometric mean over modules)")
+        if refined := details.get("refinement"):
+            table.add_row("refined", f"by {refined['loss']} on {refined['tokens']} tokens, {refined['steps']} steps; "
+                                     f"validation loss {refined['before']:.4f} → {refined['after']:.4f}")  # fmt: skip
         table.add_row("made by", versions)
     if seconds is not None:
         table.add_row("seconds", f"{seconds:.0f}")

@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns what
-serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's library
-is imported only when the host is asked.
+`planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns
+what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's
+library is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
 from ..plan.types import TypePlan
+from ..refine import Trainee
 
 # The hosts' folders, in the order in which they are asked.
 HOSTS = ("llamacpp", "gptqmodel", "autoround")
@@ -342,6 +343,16 @@ def loader(checkpoint: Path) -> Loader:
         ValueError: for a checkpoint that no host serves.
     """
     return _first("loader", checkpoint)
+
+
+def trainee(checkpoint: Path) -> Callable[..., Trainee]:
+    """What opens a checkpoint to train an adapter for it, from its folder and, by keyword, `trust_remote_code` and
+    `device`.
+
+    Raises:
+        ValueError: for a checkpoint that no host serves.
+    """
+    return _first("trainee", checkpoint)
 
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:

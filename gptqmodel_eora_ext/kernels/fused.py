@@ -78,6 +78,13 @@ class FusedLinear:
             return layers.matmul(x)
         return layers.codes(x, choice.isa) if choice.path == CODES else layers.tiles(x, choice.isa)
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Ŵᵀ, in × out, rounded once to ``dtype``: for who multiplies many rows by it, there and back."""
+        weight = torch.empty(self.cpu.in_features, self.cpu.out_features, dtype=dtype)
+        for begin, end, tile in self.cpu.dequantized(self.choice(torch.float32, 1).isa):
+            weight[:, begin:end] = tile
+        return weight
+
     def transposed(self, grad: torch.Tensor) -> torch.Tensor:
         """grad (Ŵ + B A): the gradient by x of a gradient by y, rows × in."""
         rows = grad.to(torch.float32)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.adapter.test_folder import NAMES, write
 
-COMMANDS = ["quantize", "generate", "imatrix", "plan", "export", "inspect", "eval", "report", "card", "study",
+COMMANDS = ["quantize", "generate", "refine", "imatrix", "plan", "export", "inspect", "eval", "report", "card", "study",
             "demo"]  # fmt: skip
 runner = CliRunner()
 

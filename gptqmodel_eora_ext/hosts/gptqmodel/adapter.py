@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.triton import runs_on
 from ...kernels.versions import unchanged
 from ...plan import Plan, plan_to_follow
+from ...refine import RefineSettings
 from .installed import require_installed
 from .kept_factors import KeepsFactors
 
@@ -61,6 +64,9 @@ class EoRA(KeepsFactors, Lora):
         preset: "fast", "balanced" or "best": factor_bits, sensitivity and rounds that go together (docs/budget.md).
         plan: a `Plan` of `eora plan`, or its file, in place of ``rank``: the ranks and the bits of the factors. The
             model has to be loaded with `QuantizeConfig(**plan.quantize_config())`, which names them module by module.
+        refine: train the factors of all modules together once the checkpoint is written, by what the whole model loses
+            (docs/refinement.md): tokens as 160000 or "160k", or a mapping of settings such as
+            `{"tokens": "160k", "loss": "kl"}`. The calibration data has to have that many; None for no training.
         lora_A: in_features × rank; only GPTQModel itself passes factors.
         lora_B: rank × out_features.
 
@@ -86,11 +92,13 @@ class EoRA(KeepsFactors, Lora):
         rounds: int | None = None,
         preset: str | None = None,
         plan: Plan | str | os.PathLike[str] | None = None,
+        refine: int | str | Mapping[str, Any] | RefineSettings | None = None,
     ) -> None:
         require_installed()
         self.plan = None if plan is None else plan_to_follow(plan, rank=rank, budget=budget)
         if self.plan is not None:
             rank, factor_bits = self.plan.largest_rank, self.plan.factor_bits
+        self.refine = RefineSettings.of(refine, what="EoRA: `refine`")
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"EoRA: `path` must be a folder's path, got {path!r} ({type(path).__name__}).")
         if path is not None:
@@ -176,6 +184,7 @@ class EoRA(KeepsFactors, Lora):
             **({"budget": self.budget, "sensitivity": self.sensitivity} if self.rank == AUTO else {}),
             **({"rounds": self.rounds} if self.rounds > 1 else {}),
             **({"preset": self.preset} if self.preset is not None else {}),
+            **({"refine": asdict(self.refine)} if self.refine is not None else {}),
         }
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -174,8 +174,17 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         return self._served_here
 
     @property
+    def served_on_cpu(self) -> bool:
+        """Whether the CPU kernels multiply with this weight where it lies now."""
+        return self._served_here
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Ŵᵀ, in × out, by the CPU kernels; for a weight that they serve."""
+        return self._layer(None).dense(dtype)
+
+    @property
     def _served_here(self) -> bool:
-        """Whether the kernels multiply with this weight where it lies now."""
+        """As `served_on_cpu`."""
         if self.runtime_device().type != "cpu":
             return False
         return choose("cpu", torch.float32, self.bits, 1, self._off).path != TORCH

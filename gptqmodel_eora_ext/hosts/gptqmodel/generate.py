@@ -20,6 +20,7 @@ from ...adapter.naming import DEFAULT_FOLDER
 from ...formats.autoround import read_config
 from ...loop.run import write_adapter
 from ...loop.weights import check_weight_files
+from ...system.memory import release_free_memory
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
@@ -27,6 +28,7 @@ from .base_check import check_embeddings, scales_were_moved
 from .checkpoint.load import uncompiled
 from .known_weights import CheckpointProcessor, known_kernels
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
+from .refining import refine_written
 from .run import CompensationRun, batches_required, rounds_to_make
 
 log = logging.getLogger(__name__)
@@ -137,7 +139,11 @@ def generate_adapter(
     names = [name for name, _ in model.model.named_modules()]
     write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
-    return folder
+    if run.refine is None:
+        return folder
+    del model, kernels, processor
+    release_free_memory()
+    return refine_written(checkpoint, base, folder, run.refine_windows, run.refine)
 
 
 def _folder_for(adapter: EoRA, checkpoint: Path) -> Path:

@@ -32,6 +32,7 @@ from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
 from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
+from .refining import joined_windows
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
 from .survey import allocate_ranks
 
@@ -235,6 +236,8 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     check_token_ids([*own_batches, *run.adapter_batches], vocabulary)
     run.describe_calibration(counted_tokens(run.adapter_batches or own_batches))
+    if run.refine is not None:
+        run.refine_windows = joined_windows(run.adapter_batches or own_batches, run.refine)
     if run.own_data:
         # One set of forwards serves both: the adapter's batches first, each side's hooks reading only its own.
         processor.calibration_dataset = [*run.adapter_batches, *own_batches]

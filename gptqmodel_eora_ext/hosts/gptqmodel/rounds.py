@@ -57,7 +57,7 @@ class JointRounds:
             task.module_copy = weight - self._update(self.factors, weight)
             found = self._original(*args, **kwargs)
             latest = self._solve(found[0], False)
-            if latest.error_after >= self.factors.error_after:
+            if _error(latest) >= _error(self.factors):
                 break
             kept, self.factors = found, latest
         return kept
@@ -66,3 +66,9 @@ class JointRounds:
         """B A as GPTQ holds weights: out × columns, padded columns last."""
         update = factors.lora_B.to(torch.float32) @ factors.lora_A.to(torch.float32)
         return torch.nn.functional.pad(update.to(weight.device), (0, weight.shape[1] - update.shape[1]))
+
+
+def _error(factors: ModuleFactors) -> float:
+    """The error that is left; known, as of all factors that were just computed."""
+    assert factors.error_after is not None
+    return factors.error_after

@@ -44,9 +44,13 @@ class CompensationRun(Run):
     ) -> None:
         super().__init__(adapter.options)
         self.rounds = rounds
+        self.refine = adapter.refine
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.full_precision_inputs: FullPrecisionInputs | None = None
+        # What `EoRA(refine=…)` trains on, and what came of it once it has.
+        self.refine_windows: list[dict[str, list[int]]] = []
+        self.refinement: Mapping[str, Any] | None = None
         self._ranks = _dynamic_ranks(dynamic)
 
     @property
@@ -73,7 +77,8 @@ class CompensationRun(Run):
 
     def details(self) -> dict[str, Any]:
         """What goes into `eora.json` beside the per-module report."""
-        return self.describe(self.method, "gptqmodel", rounds=self.rounds)
+        refinement = {} if self.refinement is None else {"refinement": self.refinement}
+        return self.describe(self.method, "gptqmodel", rounds=self.rounds, **refinement)
 
 
 def check_token_ids(batches: Iterable[Mapping[str, Any]], vocabulary: int) -> None:

@@ -14,6 +14,7 @@ from ...plan import without_groups
 from ...plan.layered import LayeredModel
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
+from ...refine import Trainee
 from ..registry import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
@@ -25,6 +26,7 @@ from .modules import check_experts, layered, module_shapes
 from .planned import check_plan
 from .quantize import logs_out_of_the_way
 from .survey import survey_model
+from .trainable import open_trainee
 
 QUANTIZER = "gptq"
 
@@ -55,6 +57,11 @@ def layer_loop(base: str) -> Callable[[LoopJob], Compensated] | None:
 def loader(checkpoint: Path) -> Loader | None:
     """Whatever GPTQModel loads."""
     return _load
+
+
+def trainee(checkpoint: Path) -> Callable[..., Trainee] | None:
+    """Whatever GPTQModel loads."""
+    return open_trainee
 
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | None:

@@ -6,7 +6,7 @@ synchronisation and no allocation whose size depends on data. They have no backw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -17,7 +17,8 @@ from ...formats.factors import GROUP_SIZE, Factors, QuantizedFactor
 from ...formats.packed_weights import LayoutError, PackedWeight, pack_words
 from . import settings
 from .correction import COUNTERS, correction_kernel, counters
-from .dense import dequantize_kernel, factor_kernel
+from .dense import factor_kernel
+from .dequantized import dequantized
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel
 from .launch import Known, aligned, launch, on
@@ -123,6 +124,12 @@ class StackedLinears:
         ys: list[torch.Tensor] = fused_linears(rows, *_fields(self)) if _traced(x) else _linears(rows, self)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
+    def dense(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Ŵᵀ of one module after another, in × out, rounded once to ``dtype``."""
+        for tensors in zip(self.qweights, self.qzeros, self.scales, self.g_idx, strict=True):
+            yield dequantized(*tensors, in_features=self.in_features, bits=self.bits, group_size=self.group_size,
+                              dtype=dtype)  # fmt: skip
+
 
 @torch.library.custom_op("gptqmodel_eora_ext::fused_linears", mutates_args=())
 def fused_linears(
@@ -165,7 +172,7 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tens
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
     if rows > settings.MOST_FUSED_ROWS:
-        return _dense_linears(x, fused, block_k)
+        return _dense_linears(x, fused)
     ys = [x.new_empty(rows, out) for out in outs]
     if rows == 0:
         return ys
@@ -234,24 +241,15 @@ def _constants(
     return {**first, **groups, **adapter, **tiles}
 
 
-def _dense_linears(x: torch.Tensor, fused: StackedLinears, block_k: int) -> list[torch.Tensor]:
+def _dense_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
     """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
     in_features = x.shape[1]
     t, first = None, 0
     if fused.down is not None:
         t = x @ _dense_factor(fused.down, fused.down_scales, in_features, fused.factor_bits, x.dtype).T
-    chosen = settings.dequantize(block_k)
     ys = []
-    for qweight, qzeros, scales, g_idx, bias, up, up_scales in zip(
-        fused.qweights, fused.qzeros, fused.scales, fused.g_idx, fused.biases, fused.ups, fused.up_scales, strict=True
-    ):
-        out = qweight.shape[1]
-        weight = x.new_empty(in_features, out)
-        dequantize_kernel[(-(-out // chosen.block_n), -(-in_features // chosen.block_k))](
-            weight, qweight, qzeros, scales, g_idx, in_features, out, BITS=fused.bits,
-            CODES=settings.unit_codes(fused.bits), GROUP_SIZE=fused.group_size, BLOCK_N=chosen.block_n,
-            BLOCK_K=chosen.block_k, **chosen.options(),
-        )  # fmt: skip
+    for weight, bias, up, up_scales in zip(fused.dense(x.dtype), fused.biases, fused.ups, fused.up_scales, strict=True):
+        out = weight.shape[1]
         y = x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
         if t is not None and up is not None:
             rank = up.shape[0]

@@ -13,12 +13,15 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
 from ....adapter.checkpoint import replaced_checkpoint
 from ....adapter.factors import ModuleFactors
+from ....adapter.folder import AdapterFolder
 from ....adapter.naming import DEFAULT_FOLDER
 from ....adapter.settings import read_details
 from ....formats.names import ADAPTER_DETAILS
 from ....loop.run import write_adapter
+from ....refine import trained
 from ..adapter import EoRA
 from ..quantize import RUN_ATTRIBUTE
+from ..refining import refine_written
 from ..run import CompensationRun
 
 # GPTQModel's names of a checkpoint's weights: one file, or the list of several.
@@ -61,7 +64,24 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
             names = [name for name, _ in model.model.named_modules()]
             write_adapter(fresh, folder, factors, names, details, base_model=checkpoint)
     _remember_weights(loaded, checkpoint.resolve())
+    run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+    if factors and run is not None and run.refine is not None and run.refinement is None:
+        _refine(model, run, checkpoint, _folder(asked or path, checkpoint, checkpoint))
     return result
+
+
+def _refine(model: Any, run: CompensationRun, checkpoint: Path, folder: Path) -> None:
+    """Refine what was written, and have the run carry it, so that another save writes the refined adapter."""
+    assert run.refine is not None
+    refined = AdapterFolder.open(
+        refine_written(checkpoint, str(model.model_local_path), folder, run.refine_windows, run.refine)
+    )
+    names = {stored: name for name, stored in refined.match(run.factors).items()}
+    run.factors |= {
+        names[stored]: trained(*(read.packed or (read.lora_A, read.lora_B.T)))
+        for stored, read in refined.factors(list(names))
+    }
+    run.refinement = (refined.details or {})["refinement"]
 
 
 def _remember_weights(loaded: Any, checkpoint: Path) -> None:

@@ -1,0 +1,263 @@
+"""What does refining an adapter win, by loss, tokens and size, and what does it cost beside a plain PyTorch loop?
+
+Shares are those of `recovery.py`, whose losses of the full-precision and the plainly quantised model are taken over:
+(loss_q − loss_adapter) / (loss_q − loss_full), GPTQ at 2 bits in groups of 64. Each budget is quantised once by the
+preset "balanced" and kept below `--checkpoints`; every refinement begins there, with the factors as stored, on C4, and
+is evaluated as it is stored. Results are kept after every run.
+
+    python benchmarks/refine.py --parts shares --budgets 0.5bpw 0.25bpw --losses kl --tokens 160k
+    python benchmarks/refine.py --parts cost
+
+The part "cost" takes the same windows through two processes: `refine_checkpoint`, and a loop as one writes it in
+PyTorch, with dense Ŵ and factors in bfloat16 as parameters of a transformers model, the full-precision model beside it,
+`kl_div` of whole logits, and torch's Adam. Peak memory is the process's resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+from gptqmodel_eora_ext import EoRA, refine_checkpoint
+from gptqmodel_eora_ext.hosts.terminal import quiet
+from gptqmodel_eora_ext.refine import DEFAULT_WINDOW, LOSSES
+from gptqmodel_eora_ext.refine.settings import DEFAULT_TOKENS, parse_tokens, validated
+from gptqmodel_eora_ext.refine.training import VALIDATIONS
+from gptqmodel_eora_ext.system.files import cache_folder
+
+BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4
+# As in `recovery.py`.
+SAMPLES, SEQLEN = 32, 256
+TEXTS = ("wikitext2", "c4")
+PARTS = ("shares", "cost")
+START = "start"
+# Windows of the part "cost", of which a fifth validates; the plain loop trains on all of fewer.
+COST_WINDOWS, PLAIN_STEPS = 40, 8
+COST_BUDGET = "0.5bpw"
+OURS, PLAIN = "ours", "plain"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A refinement, or the adapter that one begins with.
+
+    Attributes:
+        budget: of the adapter.
+        by: the loss that it was trained by; `START` for none.
+        tokens: of C4.
+    """
+
+    budget: str
+    by: str = START
+    tokens: int = 0
+
+
+def cell_of(run: dict[str, Any]) -> Cell:
+    return Cell(**{one.name: run[one.name] for one in fields(Cell)})
+
+
+def quantised(base: common.Subject, budget: str, folder: Path) -> Path:
+    """The checkpoint of a budget, made on first use."""
+    checkpoint = folder / f"q{budget}{base.suffix}"
+    if not (checkpoint / "config.json").is_file():
+        with quiet():
+            model = GPTQModel.load(str(base.folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH))
+            calibration = common.calibration(base, SAMPLES, SEQLEN)
+            adapter = EoRA(preset="balanced", budget=budget)
+            model.quantize(calibration, batch_size=common.BATCH_SIZE, adapter=adapter)
+            model.save(str(checkpoint))
+    return checkpoint
+
+
+def measure(
+    base: common.Subject, cell: Cell, checkpoint: Path, texts: dict[str, torch.Tensor], windows: int
+) -> dict[str, Any]:
+    """Refine where that is asked, and evaluate what is stored."""
+    told: dict[str, Any] = {}
+    with common.scratch() as folder:
+        adapter = checkpoint / "eora"
+        if cell.by != START:
+            calibration = common.calibration(base, cell.tokens // DEFAULT_WINDOW, DEFAULT_WINDOW)
+            start = time.perf_counter()
+            outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
+                                        output=folder / "refined", loss=cell.by, tokens=cell.tokens,
+                                        training=_say(cell))  # fmt: skip
+            told = {**outcome.described(), "seconds": time.perf_counter() - start}
+            adapter = folder / "refined"
+        with quiet():
+            nats = common.losses(common.densified(checkpoint, base, EoRA(path=adapter)), texts, windows)
+    return {**asdict(cell), **told, "nats": nats, "measured": common.measured(base)}
+
+
+def _say(cell: Cell) -> Any:
+    return lambda done, total, note: print(f"{cell}: {done} of {total}, {note}", file=sys.stderr, flush=True)
+
+
+def shares(runs: list[dict[str, Any]], full: dict[str, float], plain: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a run and text."""
+    rows = [
+        {
+            **asdict(cell_of(run)),
+            "minutes": run.get("seconds", 0) / 60,
+            "text": text,
+            "nats": run["nats"][text],
+            "share": (plain[text] - run["nats"][text]) / (plain[text] - full[text]),
+        }
+        for run in runs
+        for text in common.common_texts(run["nats"], full, plain)
+    ]
+    return sorted(rows, key=lambda row: (row["text"], row["budget"], row["by"] != START, row["by"], row["tokens"]))
+
+
+def benchmark_shares(options: argparse.Namespace, base: common.Subject) -> dict[str, Any]:
+    """Measure the cells that the results file lacks."""
+    recovery = common.kept(base.results("recovery"))
+    windows = options.windows or recovery["setup"]["windows"]
+    setup = {"samples": SAMPLES, "seqlen": SEQLEN, "bits": BITS, "group_size": GROUP_SIZE, "mse": SCALE_SEARCH,
+             "window": DEFAULT_WINDOW, "windows": windows}  # fmt: skip
+    path = base.results(options.out)
+    result = common.kept(path, setup)
+    runs = result.setdefault("runs", [])
+    full = recovery["full"]
+    plain = next(run["loss"] for run in recovery["runs"] if run["kind"] == "none" and run["bits"] == BITS)
+    texts = {name: ids for name, ids in common.held_out(base).items() if name in TEXTS}
+    for budget in options.budgets:
+        checkpoint = quantised(base, budget, options.checkpoints)
+        cells = [Cell(budget), *(Cell(budget, by, tokens) for tokens in options.tokens for by in options.losses)]
+        for cell in cells:
+            if cell not in map(cell_of, runs):
+                runs.append(measure(base, cell, checkpoint, texts, windows))
+            rows = shares(runs, full, plain)
+            common.keep(path, {**result, "setup": setup, "full": full, "quantised": plain, "shares": rows})
+    return common.kept(path)
+
+
+def ours(base: common.Subject, checkpoint: Path) -> dict[str, float]:
+    """Seconds a window of each part of a refinement, and its peak memory."""
+    times: list[float] = []
+    teaching: list[float] = []
+    with common.scratch() as folder, quiet():
+        refine_checkpoint(
+            checkpoint, str(base.folder), common.calibration(base, COST_WINDOWS, DEFAULT_WINDOW),
+            adapter=checkpoint / "eora", output=folder / "refined", tokens=COST_WINDOWS * DEFAULT_WINDOW,
+            teaching=lambda done, total: teaching.append(time.perf_counter()),
+            training=lambda done, total, note: times.append(time.perf_counter()),
+        )  # fmt: skip
+    held = validated(COST_WINDOWS)
+    every = (COST_WINDOWS - held) // VALIDATIONS
+    steps = [second - first for first, second in itertools.pairwise(times)]
+    with_validation = [one for number, one in enumerate(steps, 2) if number % every == 0]
+    step = statistics.median(one for number, one in enumerate(steps, 2) if number % every)
+    return {
+        "teacher": (teaching[-1] - teaching[0]) / COST_WINDOWS,
+        "step": step,
+        "validation": (statistics.median(with_validation) - step) / held,
+    }
+
+
+def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, float]:
+    """Seconds a step of a plain loop, and its peak memory."""
+    with quiet():
+        model = common.densified(checkpoint, base)
+        teacher = common.base_model(base)
+    parameters = []
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, common.Corrected):
+            for name in ("lora_A", "lora_B"):
+                factor = torch.nn.Parameter(getattr(module, name))
+                delattr(module, name)
+                module.register_parameter(name, factor)
+                parameters.append(factor)
+    adam = torch.optim.Adam(parameters, lr=1e-3)
+    seconds = []
+    for window in common.calibration(base, PLAIN_STEPS, DEFAULT_WINDOW):
+        start = time.perf_counter()
+        ids = torch.tensor([window["input_ids"]])
+        with torch.no_grad():
+            wanted = teacher(ids).logits.float().log_softmax(-1)
+        found = model(ids).logits.float().log_softmax(-1)
+        loss = torch.nn.functional.kl_div(found[0], wanted[0], reduction="batchmean", log_target=True)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return {"step": statistics.median(seconds[1:])}
+
+
+def benchmark_cost(options: argparse.Namespace, base: common.Subject) -> dict[str, Any]:
+    """Both contenders, each in a process of its own, in turns."""
+    checkpoint = quantised(base, COST_BUDGET, options.checkpoints)
+    runs: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
+    for _ in range(options.repeats):
+        for one in runs:
+            command = [sys.executable, __file__, "--one", one, "--checkpoints", str(options.checkpoints),
+                       "--model", options.model]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            runs[one].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    median = {one: {key: statistics.median(run[key] for run in found) for key in found[0]}
+              for one, found in runs.items()}  # fmt: skip
+    windows = DEFAULT_TOKENS // DEFAULT_WINDOW
+    held = validated(windows)
+    mine = median[OURS]
+    total = windows * mine["teacher"] + (windows - held) * mine["step"] + (VALIDATIONS + 1) * held * mine["validation"]
+    against = windows * median[PLAIN]["step"]
+    memory = mine["peak MB"] / median[PLAIN]["peak MB"]
+    result = {"checkpoint": str(checkpoint.name), "runs": runs, "minutes of 160k tokens": total / 60,
+              "plain minutes of 160k tokens": against / 60, "time ratio": total / against, "memory ratio": memory,
+              "measured": common.measured(base)}  # fmt: skip
+    common.keep(base.results(f"{options.out}_cost"), result)
+    return result
+
+
+def _tokens(text: str) -> int:
+    return parse_tokens(text, what="--tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--budgets", nargs="+", default=["0.5bpw", "0.25bpw"])
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--tokens", nargs="+", default=[DEFAULT_TOKENS], type=_tokens, help="as 160k")
+    parser.add_argument("--windows", type=int, default=0, help="held-out windows a text; by default as recovery.py's")
+    parser.add_argument("--checkpoints", type=Path, default=cache_folder() / "benchmark-refine")
+    parser.add_argument("--repeats", type=int, default=2, help="of the part cost")
+    parser.add_argument("--out", default="refine", help="name of the results file")
+    parser.add_argument("--one", choices=(OURS, PLAIN), help="measure one contender of the part cost, in this process")
+    common.add_model(parser)
+    options = parser.parse_args()
+    with common.subject(options) as base:
+        if options.one:
+            checkpoint = quantised(base, COST_BUDGET, options.checkpoints)
+            found = (ours if options.one == OURS else plain_loop)(base, checkpoint)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+            print(json.dumps({**found, "peak MB": peak}))
+            return
+        if "shares" in options.parts:
+            rows = benchmark_shares(options, base)["shares"]
+            common.table(tuple(rows[0]), [list(row.values()) for row in rows])
+        if "cost" in options.parts:
+            cost = benchmark_cost(options, base)
+            names = [name for name, value in cost.items() if isinstance(value, float)]
+            common.table(names, [[cost[name] for name in names]])
+
+
+if __name__ == "__main__":
+    main()

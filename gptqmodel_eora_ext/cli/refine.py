@@ -1,0 +1,81 @@
+"""The command `eora refine`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..adapter.options import as_flag
+from ..adapter.summary import find_adapter, summarize
+from ..refine import DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, LOSSES, RefineSettings
+from .options import Calibration, TrustRemoteCode, check_apart, check_model, read_calibration
+from .printing import FAILED, errors, fail, progress_bars, say
+from .show import print_summary
+
+
+def refine(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
+    base: Annotated[str, typer.Option(help="The full-precision model: a folder, or a name on the Hugging Face hub.")],
+    calibration: Calibration,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of calibration, as 160000 or 160k; a fifth validates, the others train.")
+    ] = str(DEFAULT_TOKENS),
+    loss: Annotated[str, typer.Option(help=f"What is lowered: {' or '.join(LOSSES)}.")] = DEFAULT_LOSS,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter to begin with; by default the one that the checkpoint names.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the refined adapter; by default `eora-refined` in the checkpoint."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = DEFAULT_WINDOW,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the windows.", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train an adapter's factors together, by what the whole model loses against full precision. Ctrl-C ends it with
+    the best so far; the same command goes on from there."""
+    with errors():
+        RefineSettings.settle(
+            loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed, label=as_flag
+        )
+        if not (checkpoint / "config.json").is_file():
+            fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+        find_adapter(checkpoint if adapter is None else adapter)
+    check_model(base)
+    check_apart(checkpoint, base)
+    if output is not None:
+        check_apart(output, base)
+        if output.resolve() == checkpoint.resolve():
+            fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
+    texts = read_calibration(calibration)
+
+    from ..hosts.refine import DEFAULT_REFINED, refine_checkpoint
+    from ..hosts.terminal import quiet
+
+    start = time.perf_counter()
+    with errors(), progress_bars() as bar, quiet():
+        outcome = refine_checkpoint(
+            checkpoint,
+            base,
+            texts,
+            adapter=adapter,
+            output=output,
+            loss=loss,
+            tokens=tokens,
+            window=window,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            teaching=bar("full precision"),
+            training=bar("refining"),
+        )
+    print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
+    if outcome.ended == INTERRUPTED:
+        say("Interrupted; the best so far is written. The same command goes on.")
+        raise typer.Exit(FAILED)

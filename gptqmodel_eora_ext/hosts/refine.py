@@ -1,0 +1,125 @@
+"""Refining the adapter of a finished checkpoint, whichever host loads it: what `eora refine` and Python call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter.folder import AdapterFolder
+from ..adapter.summary import find_adapter
+from ..calibration import read_texts, windows
+from ..refine import Outcome, RefineJob, RefineSettings, refine_adapter
+from .registry import trainee
+
+log = logging.getLogger(__name__)
+
+# The refined adapter's folder inside a checkpoint, where the user names no other.
+DEFAULT_REFINED = "eora-refined"
+
+
+def refine_checkpoint(
+    checkpoint: str | Path,
+    base: str,
+    calibration: str | Iterable[Any],
+    *,
+    adapter: str | Path | None = None,
+    output: str | Path | None = None,
+    loss: str | None = None,
+    tokens: int | str | None = None,
+    window: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    teaching: Callable[[int, int], None] = lambda done, total: None,
+    training: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Outcome:
+    """Train the factors of a checkpoint's adapter together, by what the whole model loses, and write a new adapter.
+
+    Ŵ, norms and everything else stay as they are, so that the checkpoint serves the old adapter and the new one. The
+    sizes stay, too: ranks, and the bits of the factors, to which they are rounded while they are trained.
+
+    In memory are the packed weights, four times the factors in float32, one layer's activations and its Ŵ, and the
+    scores of some tokens; before that, one layer of the full-precision model at a time. Its last layer's outputs are
+    kept in a file beside ``output`` until the run is complete: tokens × width in 16 bits.
+
+    Args:
+        checkpoint: folder of the quantised model.
+        base: the full-precision model that it was quantised from, a folder or a hub name.
+        calibration: a file or data set, as `eora quantize --calibration` takes it; documents; or windows of token ids,
+            as `calibration.windows` cuts them.
+        adapter: folder of the adapter to begin with; None for the one that the checkpoint names.
+        output: folder for the refined one; None for `eora-refined` inside the checkpoint, which then names it.
+        loss: "kl" (divergence of the scores from the full-precision model's) or "rilq"; None for "kl".
+        tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000.
+        window: tokens in a window; None for 512.
+        learning_rate: of Adam's first step; None for 1e-3.
+        seed: of the order of the windows; None for 0.
+        device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
+        trust_remote_code: whether model code from the hub may run.
+        teaching: hears how far the full-precision model is: (layers done, layers in all).
+        training: hears of every step: (steps done, steps in all, its loss in words).
+
+    Returns:
+        What the run has come to: validation losses before and after, steps, and what ended it.
+
+    Raises:
+        AdapterError: where there is no adapter, or one that does not fit.
+        ValueError: for a setting out of range, or a base or calibration that does not fit the checkpoint.
+        NotImplementedError: for a checkpoint that no host loads, or a model that cannot be run layer by layer.
+
+    Example:
+        >>> outcome = refine_checkpoint("out", "Qwen/Qwen3-8B", "c4.jsonl", tokens="160k")
+        >>> outcome.after <= outcome.before
+        True
+    """
+    checkpoint = Path(checkpoint)
+    settings = RefineSettings.settle(
+        loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed
+    )  # fmt: skip
+    found = Path(adapter) if adapter is not None else find_adapter(checkpoint)
+    assert found is not None
+    source = AdapterFolder.open(found)
+    target = checkpoint / DEFAULT_REFINED if output is None else Path(output)
+    ids = _ids(calibration, base, settings, trust_remote_code)
+    opened = trainee(checkpoint)(checkpoint, trust_remote_code=trust_remote_code, device=device)
+    job = RefineJob(base, ids, settings, trust_remote_code, teaching, training)
+    return refine_adapter(opened, checkpoint, source, target, job)
+
+
+def _ids(
+    calibration: str | Iterable[Any], base: str, settings: RefineSettings, trust_remote_code: bool
+) -> torch.Tensor:
+    """Windows × tokens of calibration.
+
+    Raises:
+        ValueError: for too little of it, or windows of another length.
+    """
+    documents = read_texts(calibration) if isinstance(calibration, str) else calibration
+    if isinstance(documents, Sequence) and documents and isinstance(documents[0], dict):
+        cut: list[dict[str, list[int]]] = list(documents)[: settings.windows]
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        cut = windows(documents, tokenizer, samples=settings.windows, seqlen=settings.window)
+    for number, one in enumerate(cut):
+        if len(one["input_ids"]) != settings.window or not all(one.get("attention_mask", [1])):
+            raise ValueError(
+                f"EoRA: window {number} of the calibration has {len(one['input_ids'])} tokens, padding included; "
+                f"expected {settings.window} without padding. Cut it so, or pass window={len(one['input_ids'])}."
+            )
+    least = settings.least_windows
+    if len(cut) < least:
+        raise ValueError(
+            f"EoRA: the calibration fills {len(cut)} windows of {settings.window} tokens; refinement needs {least}, of "
+            f"which one validates. Pass more text, or a smaller window."
+        )
+    if len(cut) < settings.windows:
+        log.warning("EoRA: the calibration has %d tokens where %d were asked for.",
+                    len(cut) * settings.window, settings.tokens)  # fmt: skip
+    return torch.tensor([one["input_ids"] for one in cut])

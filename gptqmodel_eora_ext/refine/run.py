@@ -1,0 +1,220 @@
+"""A refinement from beginning to end: an adapter and a quantised model in, a better adapter out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..adapter.errors import AdapterError, read_json
+from ..adapter.factors import ModuleFactors
+from ..adapter.folder import AdapterFolder
+from ..adapter.naming import name_adapter
+from ..adapter.save import save_adapter
+from ..formats.factors import QuantizedFactor, to_dense
+from ..solve import balance, multiplies_bfloat16
+from ..system.files import unfinished_folder, write_json
+from ..system.interrupt import asked_to_stop
+from .factors import TrainedFactors
+from .outcome import RESUMABLE, Outcome
+from .settings import RefineSettings
+from .student import Student, Trainee
+from .teacher import Teacher, keep_teacher
+from .training import Report, Training
+
+log = logging.getLogger(__name__)
+
+TEACHER, STATE, ASKED = "teacher.safetensors", "state.safetensors", "asked.json"
+
+# A module's A (rank × in) and Bᵀ (rank × out) in the form that adapters have.
+Pair = tuple[torch.Tensor | QuantizedFactor, torch.Tensor | QuantizedFactor]
+
+
+@dataclass(frozen=True)
+class RefineJob:
+    """What a refinement works with.
+
+    Attributes:
+        base: the full-precision model, a folder or a hub name.
+        ids: windows × tokens.
+        settings: what was asked.
+        trust_remote_code: whether model code from the hub may run.
+        teaching: hears how far the full-precision model is: (steps done, steps in all).
+        training: hears of every step, with a note of its loss.
+    """
+
+    base: str
+    ids: torch.Tensor
+    settings: RefineSettings
+    trust_remote_code: bool = False
+    teaching: Callable[[int, int], None] = lambda done, total: None
+    training: Report = lambda done, total, note: None
+
+
+def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, output: Path, job: RefineJob) -> Outcome:
+    """Train an adapter's factors by what the whole model loses, and write them as an adapter of its own.
+
+    Ctrl-C ends the training after the step under way, and what is best so far is written. The same call goes on from
+    there: until a run is complete, its state and what the full-precision model computes are kept in a hidden folder
+    beside ``output``.
+
+    Args:
+        trainee: the quantised model in memory, without an adapter.
+        checkpoint: its folder. Where ``output`` lies inside, the checkpoint names it from then on.
+        source: the adapter to begin with; it stays as it is.
+        output: folder for the refined one.
+        job: base, calibration and settings.
+
+    Returns:
+        The run's outcome; `after` is never above `before`.
+
+    Raises:
+        AdapterError: when the adapter does not fit the checkpoint.
+        ValueError: for a base or calibration that does not fit the checkpoint, or for ``output`` equal to ``source``.
+        NotImplementedError: for a model that cannot be run layer by layer.
+
+    Example:
+        >>> refine_adapter(trainee, Path("out"), AdapterFolder.open("out/eora"), Path("out/eora-refined"), job)
+    """
+    if output.resolve() == source.path.resolve():
+        raise ValueError(f"EoRA: `{output}` is the adapter to begin with, which stays as it is. Name another folder.")
+    start, bits, stored_as = read_start(source, trainee)
+    work = unfinished_folder(output)
+    _prepare(work, source, job)
+    outcome, factors = refine_factors(trainee, start, bits, stored_as, job, work)
+    details = {**(source.details or {}), "refinement": describe(outcome, job), "factor_bits": bits}
+    names = [name for name, _ in trainee.model.named_modules()]
+    written = {name: trained(*pair) for name, pair in factors.items()}
+    save_adapter(output, written, base_model=str(checkpoint), module_names=names, details=details)
+    name_adapter(checkpoint, output, written)
+    if outcome.ended not in RESUMABLE:
+        shutil.rmtree(work, ignore_errors=True)
+    return outcome
+
+
+def refine_factors(
+    trainee: Trainee, start: Mapping[str, Pair], bits: int, stored_as: torch.dtype, job: RefineJob, work: Path
+) -> tuple[Outcome, dict[str, Pair]]:
+    """As `refine_adapter`, from factors in memory to factors in memory.
+
+    Args:
+        trainee: the quantised model, whose modules are replaced meanwhile.
+        start: module → A and Bᵀ, as they are stored.
+        bits: of a stored value: 16, 8 or 4.
+        stored_as: dtype of factors in 16 bits.
+        job: base, calibration and settings.
+        work: folder for what is kept between runs; what lies there is gone on from.
+    """
+    device = next(trainee.model.parameters()).device
+    dtype = activation_dtype(device)
+    dense = {name: (to_dense(a, torch.float32), to_dense(b, torch.float32)) for name, (a, b) in start.items()}
+    if bits not in (4, 8):
+        # Adam moves every value by about as much, so A and B should have values of one size. Packed factors have, and
+        # lie on a grid that scaling would leave.
+        dense = {name: _balanced(*pair) for name, pair in dense.items()}
+    _check_ids(job.ids, trainee.model)
+    if not (work / TEACHER).is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        keep_teacher(job.base, list(trainee.weights), job.ids, work / TEACHER, dtype, device=device,
+                     trust_remote_code=job.trust_remote_code, report=job.teaching)  # fmt: skip
+    factors = TrainedFactors(dense, bits=bits, stored_as=stored_as, dtype=dtype, device=device)
+    del dense
+    teacher = Teacher(work / TEACHER)
+    student = Student(trainee, factors, dtype)
+    try:
+        with student.head() as head:
+            teacher.check_head(head, job.base)
+        with asked_to_stop() as stopping:
+            training = Training(student, teacher, job.ids, job.settings, state=work / STATE, interrupted=stopping,
+                                report=job.training)  # fmt: skip
+            outcome = training.run()
+    finally:
+        student.close()
+    log.info("EoRA: refinement ended (%s) after %d of %d steps; validation loss %.4f, %.4f at the start.",
+             outcome.ended, outcome.steps, outcome.planned, outcome.after, outcome.before)  # fmt: skip
+    if outcome.best is None:
+        return outcome, dict(start)
+    return outcome, {name: factors.read(outcome.best, name) for name in factors.modules()}
+
+
+def activation_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    return torch.bfloat16 if device.type != "cpu" or multiplies_bfloat16(device) else torch.float32
+
+
+def read_start(source: AdapterFolder, trainee: Trainee) -> tuple[dict[str, Pair], int, torch.dtype]:
+    """The factors of an adapter by the model's names of modules, their bits, and the dtype of those in 16 bits.
+
+    Raises:
+        AdapterError: when they do not fit the model.
+    """
+    names = {stored: name for name, stored in source.match(trainee.weights).items()}
+    start: dict[str, Pair] = {}
+    stored_as = torch.float16
+    for stored, read in source.factors(list(names)):
+        weight = trainee.weights[names[stored]]
+        found, expected = (len(read.lora_B), read.lora_A.shape[1]), (weight.out_features, weight.in_features)
+        if found != expected:
+            raise AdapterError(
+                f"Adapter: {stored} in `{source.path}` is for a weight of out × in = {found[0]} × {found[1]}, but the "
+                f"checkpoint's is {expected[0]} × {expected[1]}. Use the adapter that was made for the checkpoint."
+            )
+        start[names[stored]] = read.packed or (read.lora_A, read.lora_B.T)
+        stored_as = read.lora_A.dtype
+    return start, source.factor_bits, stored_as
+
+
+def trained(lora_A: torch.Tensor | QuantizedFactor, up: torch.Tensor | QuantizedFactor) -> ModuleFactors:
+    """Trained factors as adapters are saved from, of which a module's own error is not known."""
+    packed = (lora_A, up) if isinstance(lora_A, QuantizedFactor) and isinstance(up, QuantizedFactor) else None
+    dtype = torch.float32 if packed else lora_A.dtype  # type: ignore[union-attr]
+    down, dense = to_dense(lora_A, dtype), to_dense(up, dtype).T.contiguous()
+    return ModuleFactors(down, dense, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None,
+                         packed=packed)  # fmt: skip
+
+
+def describe(outcome: Outcome, job: RefineJob) -> dict[str, Any]:
+    """What `eora.json` tells of a refinement."""
+    digest = hashlib.sha256(job.ids.to(torch.int64).numpy().tobytes()).hexdigest()
+    settings = {**asdict(job.settings), "tokens": job.ids.numel()}
+    return {**settings, "sha256": digest, **outcome.described(), "version": __version__}
+
+
+def _balanced(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lora_A, lora_B = balance(down, up.T)
+    return lora_A, lora_B.T
+
+
+def _check_ids(ids: torch.Tensor, model: Any) -> None:
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    largest = int(ids.max())
+    if largest >= vocabulary or int(ids.min()) < 0:
+        raise ValueError(
+            f"EoRA: calibration holds token id {largest if largest >= vocabulary else int(ids.min())}, but the model "
+            f"embeds {vocabulary} ids. Tokenize with the model's own tokenizer."
+        )
+
+
+def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
+    """Have the folder hold what an interrupted run with the same start, data and settings has left, or nothing."""
+    with source.weights.open("rb") as file:
+        begun_with = hashlib.file_digest(file, "sha256").hexdigest()
+    asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": begun_with,
+             "ids": hashlib.sha256(job.ids.to(torch.int64).numpy().tobytes()).hexdigest()}  # fmt: skip
+    if (work / ASKED).is_file():
+        if read_json(work / ASKED) == json.loads(json.dumps(asked)):
+            log.info("EoRA: an interrupted refinement in `%s` is gone on with.", work)
+            return
+        log.warning("EoRA: what an interrupted refinement with other settings, data or factors has left in `%s` is "
+                    "removed.", work)  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / ASKED, asked)

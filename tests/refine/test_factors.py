@@ -1,0 +1,90 @@
+"""Factors as they are trained: what the model uses is what would be stored, and gradients go straight through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptqmodel_eora_ext.formats.factors import QuantizedFactor, to_dense
+from gptqmodel_eora_ext.refine.adam import Adam, cosine_rate
+from gptqmodel_eora_ext.refine.factors import TrainedFactors
+from gptqmodel_eora_ext.solve.quantized import quantize_factor
+
+
+def trained(rank: int, features: tuple[int, int], bits: int, seed: int = 0) -> tuple[TrainedFactors, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pair = tuple(torch.randn(rank, width, generator=generator) for width in features)
+    factors = TrainedFactors({"a": (pair[0], pair[1])}, bits=bits, stored_as=torch.float16, dtype=torch.float32)
+    return factors, pair[0]
+
+
+@given(rank=st.integers(1, 5), wide=st.integers(1, 200), tall=st.integers(1, 200), bits=st.sampled_from([4, 8, 16]),
+       seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_what_is_used_is_what_is_stored(rank: int, wide: int, tall: int, bits: int, seed: int) -> None:
+    factors, _ = trained(rank, (wide, tall), bits, seed)
+    factors.choose_scales()
+    factors.use_rounded()
+    parameters = factors.parameters("a")
+    assert parameters is not None
+    for used, written in zip(parameters, factors.read(factors.stored(), "a"), strict=True):
+        assert isinstance(written, QuantizedFactor) == (bits < 16)
+        values = to_dense(written, torch.float32)
+        assert torch.equal(used[:, : values.shape[1]], values)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_stored_factor_is_its_own_rounding(bits: int) -> None:
+    """So the loss at the start is that of the adapter as it was."""
+    _, values = trained(6, (200, 64), bits)
+    stored = quantize_factor(values, bits)
+    start = stored.dequantize()
+    factors = TrainedFactors({"a": (start, start)}, bits=bits, stored_as=torch.float16, dtype=torch.float32)
+    factors.choose_scales()
+    written = factors.read(factors.stored(), "a")[0]
+    assert isinstance(written, QuantizedFactor)
+    assert torch.equal(written.dequantize(), start)
+
+
+def test_scales_are_those_of_the_search() -> None:
+    factors, values = trained(6, (200, 64), 4)
+    factors.choose_scales()
+    written = factors.read(factors.stored(), "a")[0]
+    assert isinstance(written, QuantizedFactor)
+    assert torch.equal(written.scales, quantize_factor(values, 4).scales)
+
+
+def test_the_gradient_passes_the_rounding() -> None:
+    factors, _ = trained(3, (70, 5), 4)
+    factors.choose_scales()
+    factors.use_rounded()
+    parameters = factors.parameters("a")
+    assert parameters is not None
+    (parameters[0][:, :70] * torch.arange(70.0)).sum().backward()
+    before = factors.master.clone()
+    Adam(factors).step(0.1)
+    moved = (before - factors.master)[: 3 * 2].view(3, -1)
+    # Adam's first step is the rate by the gradient's sign; what fills a row up to whole groups stays zero.
+    assert torch.allclose(moved[:, 1:70], torch.full((3, 69), 0.1), atol=1e-5)
+    assert not moved[:, 0].any() and not moved[:, 70:].any()
+    assert not factors.gradient.any()
+
+
+def test_adam_is_the_paper_s() -> None:
+    """Written out for single values, in float64."""
+    factors, _ = trained(3, (64, 64), 16)
+    value, first, second = factors.master.double(), 0.0, 0.0
+    ours = Adam(factors)
+    for step in range(5):
+        gradient = torch.randn(factors.master.shape, generator=torch.Generator().manual_seed(step))
+        factors.gradient.copy_(gradient)
+        rate = cosine_rate(1e-2, step, 5)
+        ours.step(rate)
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.999 * second + 0.001 * gradient.double() ** 2
+        unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        value = value - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    assert torch.allclose(value.float(), factors.master, atol=1e-6)
+    assert cosine_rate(1.0, 0, 5) == 1.0 and cosine_rate(1.0, 4, 5) == pytest.approx(0.1)
