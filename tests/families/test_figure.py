@@ -16,8 +16,8 @@ from .steps import OF_AUTOROUND, OF_GPTQMODEL, STEPS, Found, assert_near
 pytestmark = pytest.mark.families
 
 TYPES = ("qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss")
-# Others that docs/autoround.md lists: what AutoRound's loop refuses of them, a model in its files and a budget; and those
-# that it serves.
+# Others that docs/autoround.md lists: what AutoRound's loop refuses of them, a model in its files or a budget; and what
+# it serves.
 ALSO_REFUSED = {
     "phimoe": "of type phimoe in its files, and would stop",
     "minimax_m2": "of type minimax_m2 in its files, and would stop",
