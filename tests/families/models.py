@@ -43,6 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
                    "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
                    "moe_shared_expert_intermediate_size": 64, "use_mamba_kernels": False},
     "qwen3_5_moe_text": {"layer_types": MIXED},
+    "qwen3_next": {"layer_types": MIXED},
     "qwen3_5_moe": {"text_config": {"layer_types": MIXED}, "vision_config": VISION},
     "qwen3_vl_moe": {"vision_config": VISION},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,

@@ -23,6 +23,17 @@ WINDOWS, SEQLEN = 8, 64
 OF_GPTQMODEL = ("default", "planned", "plain")
 OF_AUTOROUND: dict[str, dict[str, Any]] = {"rank": {}, "budget": {"budget": "1bpw"}, "memory": {"budget": "1bpw"}}
 
+# At most tokens, logits are nearer to each other than this share of what the adapter changes in them. Hosts compute in
+# 16 bits, the other way in 32; so a token that is nearly between two experts may go another way.
+NEAR = 0.2
+
+
+def assert_near(one: torch.Tensor, other: torch.Tensor, unadapted: torch.Tensor) -> None:
+    """Fail where two ways to logits do not agree. All are 1 × tokens × vocabulary."""
+    assert torch.isfinite(one).all()
+    apart, changed = (float((one - from_there).norm(dim=-1).median()) for from_there in (other, unadapted))
+    assert apart < NEAR * changed
+
 
 class Found:
     """What a step finds of one family: logits, or why there are none."""
@@ -254,7 +265,7 @@ def _computed_apart(base: Path, checkpoint: Path, *, every_second: bool) -> torc
         experts: Any = known[f"{block}.experts"]
         joined = experts.down_proj if projection in ("down_proj", "w2") else experts.gate_up_proj
         rows = joined.data[int(number)]
-        if getattr(experts, "is_transposed", False):
+        if getattr(experts, "is_transposed", False) or rows.shape[1] != weight.shape[1]:
             rows = rows.T
         if joined is not experts.down_proj:
             second = projection in ("up_proj", "w3")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Steps
-from .steps import OF_GPTQMODEL, Found
+from .steps import OF_GPTQMODEL, Found, assert_near
 
 pytestmark = pytest.mark.families
 
@@ -43,14 +43,19 @@ def met(found: Found) -> str:
 
 
 @pytest.fixture(scope="module")
-def finds(tmp_path_factory: pytest.TempPathFactory, run_step: Steps) -> Callable[[str], Found]:
+def finds(tmp_path_factory: pytest.TempPathFactory, run_step: Steps) -> Callable[[str, str], Found]:
     folder = tmp_path_factory.mktemp("types")
     types = sorted(told())
-    for step in ("make", "gptqmodel"):
+    for step in ("make", "gptqmodel", "apart"):
         run_step(folder, step, types)
-    return lambda model_type: Found(folder, "gptqmodel", model_type).read()
+    return lambda step, model_type: Found(folder, step, model_type).read()
 
 
 @pytest.mark.parametrize("model_type", sorted(told()))
-def test_a_type_meets_what_the_table_says(model_type: str, finds: Callable[[str], Found]) -> None:
-    assert met(finds(model_type)) == told()[model_type]
+def test_a_type_meets_what_the_table_says(model_type: str, finds: Callable[[str, str], Found]) -> None:
+    own, apart = finds("gptqmodel", model_type), finds("apart", model_type)
+    word = met(own)
+    assert word == told()[model_type]
+    if word == "served":
+        for case in OF_GPTQMODEL:
+            assert_near(own.logits[f"{case} logits"], apart.logits[f"{case} logits"], own.logits[f"{case} without"])

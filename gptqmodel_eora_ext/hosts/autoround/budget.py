@@ -40,8 +40,12 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
     """
     quantized = quantized_linears(orchestrator)
     if not quantized or not token_ids:
-        missing = "linear layers to compensate" if token_ids else "calibration tokens"
-        raise ValueError(f"EoRA: a budget needs {missing}, and there are none. Name a rank.")
+        missing = (
+            "linear layers to compensate, and there are none"
+            if token_ids
+            else "calibration tokens, and AutoRound hands on none (of models that also see it does not)"
+        )
+        raise ValueError(f"EoRA: a budget needs {missing}. Name a rank.")
 
     def rounding(name: str) -> Rounding:
         linear = quantized[name]
