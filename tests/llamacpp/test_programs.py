@@ -79,6 +79,10 @@ def make(kind: str, folder: Path, tokenizer: Any) -> Any:
                 parameter.normal_(std=0.5)
     model.to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # transformers has classes of its own for some architectures, which would cut text in another way than this one.
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**content, "tokenizer_class": "PreTrainedTokenizerFast"}))
     if kind == "gemma3":
         from gptqmodel_eora_ext.evaluate.texts import demo_text
 
@@ -113,7 +117,9 @@ def test_llama_cpp_applies_every_factor_where_it_belongs(
     order of rows, any scale or expert that was wrong would show."""
     make(kind, tmp_path / "base", tokenizer)
     whole = llama.convert(tmp_path / "base", tmp_path / "f16.gguf")
-    file = llama.quantize(whole, tmp_path / "q2.gguf", "Q2_K", "--pure")
+    # Embedding and output have no factors; in F16 they are out of the comparison.
+    ends = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
+    file = llama.quantize(whole, tmp_path / "q2.gguf", "Q2_K", *ends)
     with quiet():
         job = AdapterJob(str(tmp_path / "base"), file, windows, {"rank": WIDTH}, batch_size=4)
         adapter = adapter_maker(file)(job)
@@ -121,8 +127,7 @@ def test_llama_cpp_applies_every_factor_where_it_belongs(
     expected = llamacpp_logits.logits_of_llama(whole, ids)
     plain = distance(llamacpp_logits.logits_of_llama(file, ids), expected)
     adapted = distance(llamacpp_logits.logits_of_llama(file, ids, adapter), expected)
-    # The embedding and the output are quantised, too, and have no factors.
-    assert adapted < 0.5 * plain, (plain, adapted)
+    assert adapted < 0.2 * plain, (plain, adapted)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -149,7 +154,7 @@ def test_an_importance_matrix_and_a_plan_are_taken(
         imatrix_maker(whole)(ImatrixJob(str(base), whole, windows, imatrix, "a text"))
     files = [
         llama.quantize(whole, tmp_path / f"{kind}.gguf", kind, "--imatrix", imatrix, "--pure",
-                       "--token-embedding-type", "q8_0")
+                       "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
         for kind in ("IQ2_XS", "Q3_K")
     ]  # fmt: skip
     with quiet():
@@ -179,7 +184,8 @@ def test_an_exported_checkpoint_computes_what_its_weights_say(
         expected = reference(torch.tensor([ids])).logits[0]
     exported = distance(llamacpp_logits.logits_of_llama(tmp_path / "out.gguf", ids), expected)
     original = distance(llamacpp_logits.logits_of_llama(whole, ids), expected)
-    assert exported < 0.05 and exported < original
+    # What is left is llama.cpp's rounding of activations. 8 bits differ from the original by no more than that.
+    assert exported < 0.05 and (bits == 8 or exported < original / 2)
     assert GGUFModel(tmp_path / "out.gguf").info(tensor_of("model.layers.0.mlp.up_proj")).type[:2] == f"Q{bits}"
 
 
