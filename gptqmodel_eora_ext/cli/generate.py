@@ -85,6 +85,7 @@ def generate(
 
     start = time.perf_counter()
     with errors(), progress_bars() as bar, quiet():
+        make = adapter_maker(checkpoint)
         job = AdapterJob(
             base=model,
             checkpoint=checkpoint,
@@ -96,7 +97,7 @@ def generate(
             loading={"trust_remote_code": trust_remote_code},
             report=bar("compensating layers"),
         )
-        folder = adapter_maker(checkpoint)(job)
+        folder = make(job)
     print_summary(summarize(folder), time.perf_counter() - start)
 
 
