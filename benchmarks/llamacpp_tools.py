@@ -51,7 +51,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def convert(folder: Path, output: Path, kind: str = "f16", tokenizer: str | None = None) -> Path:
-    """A Hugging Face folder as GGUF, by llama.cpp's own converter; ``tokenizer`` names one that it would not know."""
+    """A Hugging Face folder as GGUF, by llama.cpp's converter; ``tokenizer`` names one that it would not know."""
     script = SOURCE / "convert_hf_to_gguf.py"
     told = [] if tokenizer is None else ["-c", CONVERT_AS.format(name=tokenizer)]
     command = [sys.executable, *told, str(script), str(folder), "--outfile", str(output), "--outtype", kind]
