@@ -25,7 +25,8 @@ from gptqmodel_eora_ext.formats.gguf.lora import read_lora_header
 
 TYPES = ("IQ2_XS", "Q2_K", "Q3_K_S")
 UNIFORM_RANK, FACTOR_BITS = 64, 4
-SAMPLES, SEQLEN = 32, 512
+# Windows of 512 tokens of C4: 8k tokens for adapters, twice as many for the importance matrix.
+SAMPLES, IMATRIX_SAMPLES, SEQLEN = 16, 32, 512
 PARTS = ("recovery", "speed", "logits", "cost")
 RESULT = common.RESULTS / "llamacpp.json"
 PROMPT, WRITTEN, REPEATS = "The history of the steam engine begins", 96, 5
@@ -62,12 +63,25 @@ class Work:
     def imatrix(self) -> Path:
         path = self.folder / "imatrix.gguf"
         if not path.is_file():
-            eora("imatrix", self.base, self.whole, *self.data(), "--out", path)
+            eora("imatrix", self.base, self.whole, *self.data(IMATRIX_SAMPLES), "--out", path)
         return path
 
-    def data(self) -> list[str | Path]:
+    def data(self, samples: int = SAMPLES) -> list[str | Path]:
         """Options of our commands that name the calibration."""
-        return ["--calibration", self.calibration, "--samples", str(SAMPLES), "--seqlen", str(SEQLEN)]
+        return ["--calibration", self.calibration, "--samples", str(samples), "--seqlen", str(SEQLEN)]
+
+    def nats(self, model: Path, chunks: int, adapter: Path | None = None) -> dict[str, float]:
+        """Loss on each text; kept, so that an interrupted run measures nothing twice."""
+        path = self.folder / "nats.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        found = {}
+        for name, text in self.texts.items():
+            key = " ".join([model.name, adapter.name if adapter else "", name, str(chunks)])
+            if key not in known:
+                known[key] = llama.nats(model, text, chunks, adapter)
+                path.write_text(json.dumps(known, indent=1))
+            found[name] = known[key]
+        return found
 
     def quantized(self, kind: str) -> Path:
         path = self.folder / f"{kind}.gguf"
@@ -81,7 +95,7 @@ class Work:
     def chosen(self, kind: str) -> Path:
         """The adapter of the same bytes whose ranks are chosen module by module."""
         path = self.folder / f"{kind}-chosen.gguf"
-        return path if path.is_file() else self._generate(kind, path, "--budget", str(factor_bytes(self.uniform(kind))))
+        return path if path.is_file() else self._generate(kind, path, "--budget", f"{factor_bytes(self.uniform(kind))}b")
 
     def _generate(self, kind: str, path: Path, *rank: str) -> Path:
         eora("generate", self.base, self.quantized(kind), *rank,
@@ -104,21 +118,20 @@ def factor_bytes(adapter: Path) -> int:
 
 def recovery(work: Work, types: list[str], chunks: int, previous: dict[str, Any]) -> dict[str, Any]:
     """Figure 1: the share of lost nats that adapters of the same bytes win back."""
-    texts = work.texts
     found: dict[str, Any] = {**previous, "measured": common.measured(), "chunks": chunks}
-    found["full"] = {name: llama.nats(work.whole, text, chunks) for name, text in texts.items()}
+    found["full"] = work.nats(work.whole, chunks)
     for kind in types:
         model = work.quantized(kind)
         row: dict[str, Any] = {"model bytes": model.stat().st_size}
-        row["plain"] = {name: llama.nats(model, text, chunks) for name, text in texts.items()}
+        row["plain"] = work.nats(model, chunks)
         for label, adapter in (("uniform", work.uniform(kind)), ("chosen", work.chosen(kind))):
             row[f"{label} bytes"] = factor_bytes(adapter)
-            row[label] = {name: llama.nats(model, text, chunks, adapter) for name, text in texts.items()}
+            row[label] = work.nats(model, chunks, adapter)
             row[f"{label} share"] = {
                 name: (row["plain"][name] - row[label][name]) / (row["plain"][name] - found["full"][name])
-                for name in texts
+                for name in work.texts
             }
-        row["ratio"] = {name: row["chosen share"][name] / row["uniform share"][name] for name in texts}
+        row["ratio"] = {name: row["chosen share"][name] / row["uniform share"][name] for name in work.texts}
         found[kind] = row
         print(kind, json.dumps(row), file=sys.stderr, flush=True)
     return found

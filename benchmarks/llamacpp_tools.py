@@ -39,11 +39,23 @@ def run(program: str, *arguments: str | Path, threads: int | None = None) -> str
     return printed
 
 
-def convert(folder: Path, output: Path, kind: str = "f16") -> Path:
-    """A Hugging Face folder as GGUF, by llama.cpp's own converter."""
+# The converter knows a tokenizer by what it makes of a text. A small model in a test has one that its architecture never
+# had; then it is told which it is.
+CONVERT_AS = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: {name!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def convert(folder: Path, output: Path, kind: str = "f16", tokenizer: str | None = None) -> Path:
+    """A Hugging Face folder as GGUF, by llama.cpp's converter; ``tokenizer`` names one that it would not know."""
     script = SOURCE / "convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), str(folder), "--outfile", str(output), "--outtype", kind]
-    paths = os.pathsep.join([str(SOURCE / "gguf-py"), str(HOME / "python")])
+    told = [] if tokenizer is None else ["-c", CONVERT_AS.format(name=tokenizer)]
+    command = [sys.executable, *told, str(script), str(folder), "--outfile", str(output), "--outtype", kind]
+    paths = os.pathsep.join([str(SOURCE), str(SOURCE / "gguf-py"), str(HOME / "python")])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr[-3000:]}")

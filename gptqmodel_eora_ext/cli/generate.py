@@ -92,6 +92,7 @@ def generate(
 
     start = time.perf_counter()
     with errors(), progress_bars() as bar, quiet():
+        make = adapter_maker(checkpoint)
         job = AdapterJob(
             base=model,
             checkpoint=checkpoint,
@@ -103,7 +104,7 @@ def generate(
             loading={"trust_remote_code": trust_remote_code},
             report=bar("compensating layers"),
         )
-        folder = adapter_maker(checkpoint)(job)
+        folder = make(job)
         if refine is not None:
             made, folder = folder, folder.with_name(f"{folder.name}-refined")
             refine_checkpoint(

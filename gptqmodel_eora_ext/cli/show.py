@@ -28,7 +28,8 @@ def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None
         "modules", f"{len(summary.ranks)}, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
     )
     table.add_row("bytes", f"{readable(summary.bytes)}, factors in {summary.factor_bits} bits")
-    checkpoint = weight_bytes(summary.folder.parent)
+    # A GGUF file may lie anywhere; a folder lies in its checkpoint.
+    checkpoint = weight_bytes(summary.folder.parent) if summary.folder.is_dir() else 0
     if checkpoint:
         table.add_row("checkpoint", f"{readable(checkpoint)} without the adapter")
     if details:

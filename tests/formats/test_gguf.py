@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -132,6 +133,12 @@ def test_absurd_numbers_are_refused_by_name(tmp_path: Path, body: bytes, message
     path.write_bytes(b"GGUF" + body + bytes(8))
     with pytest.raises(GGUFError, match=message):
         read_header(path)
+
+
+def test_a_missing_package_is_named_with_its_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"pip install 'gptqmodel-eora-ext\[gguf\]'"):
+        read_header(file)
 
 
 def test_split_models_are_read_whole_or_the_missing_part_is_named(tmp_path: Path) -> None:

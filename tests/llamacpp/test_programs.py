@@ -112,8 +112,10 @@ def test_llama_cpp_applies_every_factor_where_it_belongs(
     """With factors of full rank Ŵ + B A is W, so llama.cpp's scores have to be those of the model in F16: any name, any
     order of rows, any scale or expert that was wrong would show."""
     make(kind, tmp_path / "base", tokenizer)
-    whole = llama.convert(tmp_path / "base", tmp_path / "f16.gguf")
-    file = llama.quantize(whole, tmp_path / "q2.gguf", "Q2_K", "--pure")
+    whole = llama.convert(tmp_path / "base", tmp_path / "f16.gguf", tokenizer="smollm")
+    # Embedding and output have no factors; in F16 they are out of the comparison.
+    ends = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
+    file = llama.quantize(whole, tmp_path / "q2.gguf", "Q2_K", *ends)
     with quiet():
         job = AdapterJob(str(tmp_path / "base"), file, windows, {"rank": WIDTH}, batch_size=4)
         adapter = adapter_maker(file)(job)
@@ -121,8 +123,7 @@ def test_llama_cpp_applies_every_factor_where_it_belongs(
     expected = llamacpp_logits.logits_of_llama(whole, ids)
     plain = distance(llamacpp_logits.logits_of_llama(file, ids), expected)
     adapted = distance(llamacpp_logits.logits_of_llama(file, ids, adapter), expected)
-    # The embedding and the output are quantised, too, and have no factors.
-    assert adapted < 0.5 * plain, (plain, adapted)
+    assert adapted < 0.2 * plain, (plain, adapted)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -149,7 +150,7 @@ def test_an_importance_matrix_and_a_plan_are_taken(
         imatrix_maker(whole)(ImatrixJob(str(base), whole, windows, imatrix, "a text"))
     files = [
         llama.quantize(whole, tmp_path / f"{kind}.gguf", kind, "--imatrix", imatrix, "--pure",
-                       "--token-embedding-type", "q8_0")
+                       "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
         for kind in ("IQ2_XS", "Q3_K")
     ]  # fmt: skip
     with quiet():
@@ -179,7 +180,8 @@ def test_an_exported_checkpoint_computes_what_its_weights_say(
         expected = reference(torch.tensor([ids])).logits[0]
     exported = distance(llamacpp_logits.logits_of_llama(tmp_path / "out.gguf", ids), expected)
     original = distance(llamacpp_logits.logits_of_llama(whole, ids), expected)
-    assert exported < 0.05 and exported < original
+    # What is left is llama.cpp's rounding of activations. 8 bits differ from the original by no more than that.
+    assert exported < 0.05 and (bits == 8 or exported < original / 2)
     assert GGUFModel(tmp_path / "out.gguf").info(tensor_of("model.layers.0.mlp.up_proj")).type[:2] == f"Q{bits}"
 
 

@@ -199,7 +199,7 @@ def _blocks(read: Callable[[], PackedWeight], one: Placed) -> np.ndarray:
 
 def _reader(folder: Path, stack: ExitStack) -> Callable[[str], torch.Tensor]:
     """What reads weights of a full-precision folder by the module's name."""
-    files = {}
+    files: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         handle = stack.enter_context(safe_open(path, framework="pt"))
         files |= {key: handle for key in handle.keys()}  # noqa: SIM118, C420
