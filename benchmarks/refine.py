@@ -3,7 +3,8 @@
 Shares are those of `recovery.py`, whose losses of the full-precision and the plainly quantised model are taken over:
 (loss_q − loss_adapter) / (loss_q − loss_full), GPTQ at 2 bits in groups of 64. Each budget is quantised once by the
 preset "balanced" and kept below `--checkpoints`; every refinement begins there, with the factors as stored, on C4, and
-is evaluated as it is stored. Results are kept after every run.
+is evaluated as it is stored. Results are kept after every run. Seconds are without the full-precision model's, whose
+outputs the runs share.
 
     python benchmarks/refine.py --parts shares --budgets 0.5bpw 0.25bpw --losses kl --tokens 160k
     python benchmarks/refine.py --parts cost
@@ -23,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel_eora_ext import EoRA, refine_checkpoint
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.refine import DEFAULT_WINDOW, LOSSES
+from gptqmodel_eora_ext.refine import run as refine_run
 from gptqmodel_eora_ext.refine.settings import DEFAULT_TOKENS, parse_tokens, validated
 from gptqmodel_eora_ext.refine.training import VALIDATIONS
 from gptqmodel_eora_ext.system.files import cache_folder
@@ -91,15 +95,36 @@ def measure(
         adapter = checkpoint / "eora"
         if cell.by != START:
             calibration = common.calibration(base, cell.tokens // DEFAULT_WINDOW, DEFAULT_WINDOW)
-            start = time.perf_counter()
-            outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
-                                        output=folder / "refined", loss=cell.by, tokens=cell.tokens,
-                                        training=_say(cell))  # fmt: skip
-            told = {**outcome.described(), "seconds": time.perf_counter() - start}
+            with one_teacher(checkpoint.parent):
+                outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
+                                            output=folder / "refined", loss=cell.by, tokens=cell.tokens,
+                                            training=_say(cell))  # fmt: skip
+            told = outcome.described()
             adapter = folder / "refined"
         with quiet():
             nats = common.losses(common.densified(checkpoint, base, EoRA(path=adapter)), texts, windows)
     return {**asdict(cell), **told, "nats": nats, "measured": common.measured(base)}
+
+
+@contextmanager
+def one_teacher(folder: Path) -> Iterator[None]:
+    """Have refinements within the block share what the full-precision model computes: their windows are the same, or
+    the first of them, so the longest is to come first. The model takes a fifth of a refinement's time."""
+    usual = refine_run.keep_teacher
+
+    def shared(base: str, modules: Any, ids: torch.Tensor, path: Path, *args: Any, **kwargs: Any) -> None:
+        kept = sorted(folder.glob("teacher-*.safetensors"), key=lambda one: int(one.stem.split("-")[1]))
+        fitting = [one for one in kept if int(one.stem.split("-")[1]) >= len(ids)]
+        if not fitting:
+            fitting = [folder / f"teacher-{len(ids)}.safetensors"]
+            usual(base, modules, ids, fitting[0], *args, **kwargs)
+        path.hardlink_to(fitting[0])
+
+    refine_run.keep_teacher = shared
+    try:
+        yield
+    finally:
+        refine_run.keep_teacher = usual
 
 
 def _say(cell: Cell) -> Any:
