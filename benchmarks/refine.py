@@ -3,7 +3,8 @@
 Shares are those of `recovery.py`, whose losses of the full-precision and the plainly quantised model are taken over:
 (loss_q − loss_adapter) / (loss_q − loss_full), GPTQ at 2 bits in groups of 64. Each budget is quantised once by the
 preset "balanced" and kept below `--checkpoints`; every refinement begins there, with the factors as stored, on C4, and
-is evaluated as it is stored. Results are kept after every run.
+is evaluated as it is stored. Results are kept after every run. Seconds are without the full-precision model's, whose
+outputs the runs share.
 
     python benchmarks/refine.py --parts shares --budgets 0.5bpw 0.25bpw --losses kl --tokens 160k
     python benchmarks/refine.py --parts cost
@@ -19,10 +20,11 @@ import argparse
 import itertools
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel_eora_ext import EoRA, refine_checkpoint
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.refine import DEFAULT_WINDOW, LOSSES
+from gptqmodel_eora_ext.refine import run as refine_run
 from gptqmodel_eora_ext.refine.settings import DEFAULT_TOKENS, parse_tokens, validated
 from gptqmodel_eora_ext.refine.training import VALIDATIONS
 from gptqmodel_eora_ext.system.files import cache_folder
@@ -45,7 +48,7 @@ TEXTS = ("wikitext2", "c4")
 PARTS = ("shares", "cost")
 START = "start"
 # Windows of the part "cost", of which a fifth validates; the plain loop trains on all of fewer.
-COST_WINDOWS, PLAIN_STEPS = 40, 8
+COST_WINDOWS, PLAIN_STEPS = 20, 5
 COST_BUDGET = "0.5bpw"
 OURS, PLAIN = "ours", "plain"
 
@@ -91,15 +94,36 @@ def measure(
         adapter = checkpoint / "eora"
         if cell.by != START:
             calibration = common.calibration(base, cell.tokens // DEFAULT_WINDOW, DEFAULT_WINDOW)
-            start = time.perf_counter()
-            outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
-                                        output=folder / "refined", loss=cell.by, tokens=cell.tokens,
-                                        training=_say(cell))  # fmt: skip
-            told = {**outcome.described(), "seconds": time.perf_counter() - start}
+            with one_teacher(checkpoint.parent):
+                outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
+                                            output=folder / "refined", loss=cell.by, tokens=cell.tokens,
+                                            training=_say(cell))  # fmt: skip
+            told = outcome.described()
             adapter = folder / "refined"
         with quiet():
             nats = common.losses(common.densified(checkpoint, base, EoRA(path=adapter)), texts, windows)
     return {**asdict(cell), **told, "nats": nats, "measured": common.measured(base)}
+
+
+@contextmanager
+def one_teacher(folder: Path) -> Iterator[None]:
+    """Have refinements within the block share what the full-precision model computes: their windows are the same, or
+    the first of them, so the longest is to come first. The model takes a fifth of a refinement's time."""
+    usual = refine_run.keep_teacher
+
+    def shared(base: str, modules: Any, ids: torch.Tensor, path: Path, *args: Any, **kwargs: Any) -> None:
+        kept = sorted(folder.glob("teacher-*.safetensors"), key=lambda one: int(one.stem.split("-")[1]))
+        fitting = [one for one in kept if int(one.stem.split("-")[1]) >= len(ids)]
+        if not fitting:
+            fitting = [folder / f"teacher-{len(ids)}.safetensors"]
+            usual(base, modules, ids, fitting[0], *args, **kwargs)
+        path.hardlink_to(fitting[0])
+
+    refine_run.keep_teacher = shared
+    try:
+        yield
+    finally:
+        refine_run.keep_teacher = usual
 
 
 def _say(cell: Cell) -> Any:
@@ -145,31 +169,35 @@ def benchmark_shares(options: argparse.Namespace, base: common.Subject) -> dict[
     return common.kept(path)
 
 
-def ours(base: common.Subject, checkpoint: Path) -> dict[str, float]:
-    """Seconds a window of each part of a refinement, and its peak memory."""
-    times: list[float] = []
-    teaching: list[float] = []
+def now() -> torch.Tensor:
+    """Seconds: of the clock, and of the processor (all threads), which other programs on the machine do not add to."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+def median(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(rows)).median(0).values
+
+
+def ours(base: common.Subject, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Seconds a window of each part of a refinement."""
+    times: list[torch.Tensor] = []
+    teaching: list[torch.Tensor] = []
     with common.scratch() as folder, quiet():
         refine_checkpoint(
             checkpoint, str(base.folder), common.calibration(base, COST_WINDOWS, DEFAULT_WINDOW),
             adapter=checkpoint / "eora", output=folder / "refined", tokens=COST_WINDOWS * DEFAULT_WINDOW,
-            teaching=lambda done, total: teaching.append(time.perf_counter()),
-            training=lambda done, total, note: times.append(time.perf_counter()),
+            teaching=lambda done, total: teaching.append(now()), training=lambda done, total, note: times.append(now()),
         )  # fmt: skip
     held = validated(COST_WINDOWS)
     every = (COST_WINDOWS - held) // VALIDATIONS
     steps = [second - first for first, second in itertools.pairwise(times)]
-    with_validation = [one for number, one in enumerate(steps, 2) if number % every == 0]
-    step = statistics.median(one for number, one in enumerate(steps, 2) if number % every)
-    return {
-        "teacher": (teaching[-1] - teaching[0]) / COST_WINDOWS,
-        "step": step,
-        "validation": (statistics.median(with_validation) - step) / held,
-    }
+    step = median([one for number, one in enumerate(steps, 2) if number % every])
+    validation = (median([one for number, one in enumerate(steps, 2) if number % every == 0]) - step) / held
+    return {"teacher": (teaching[-1] - teaching[0]) / COST_WINDOWS, "step": step, "validation": validation}
 
 
-def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, float]:
-    """Seconds a step of a plain loop, and its peak memory."""
+def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Seconds a step of a plain loop."""
     with quiet():
         model = common.densified(checkpoint, base)
         teacher = common.base_model(base)
@@ -186,7 +214,7 @@ def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, float]:
     adam = torch.optim.Adam(parameters, lr=1e-3)
     seconds = []
     for window in common.calibration(base, PLAIN_STEPS, DEFAULT_WINDOW):
-        start = time.perf_counter()
+        start = now()
         ids = torch.tensor([window["input_ids"]])
         with torch.no_grad():
             wanted = teacher(ids).logits.float().log_softmax(-1)
@@ -195,14 +223,14 @@ def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, float]:
         loss.backward()
         adam.step()
         adam.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return {"step": statistics.median(seconds[1:])}
+        seconds.append(now() - start)
+    return {"step": median(seconds[1:])}
 
 
 def benchmark_cost(options: argparse.Namespace, base: common.Subject) -> dict[str, Any]:
     """Both contenders, each in a process of its own, in turns."""
     checkpoint = quantised(base, COST_BUDGET, options.checkpoints)
-    runs: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
+    runs: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: []}
     for _ in range(options.repeats):
         for one in runs:
             command = [sys.executable, __file__, "--one", one, "--checkpoints", str(options.checkpoints),
@@ -211,17 +239,22 @@ def benchmark_cost(options: argparse.Namespace, base: common.Subject) -> dict[st
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
             runs[one].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    median = {one: {key: statistics.median(run[key] for run in found) for key in found[0]}
-              for one, found in runs.items()}  # fmt: skip
+
+    def found(one: str, name: str) -> torch.Tensor:
+        return median([torch.tensor(run[name], dtype=torch.float64) for run in runs[one]])
+
     windows = DEFAULT_TOKENS // DEFAULT_WINDOW
     held = validated(windows)
-    mine = median[OURS]
-    total = windows * mine["teacher"] + (windows - held) * mine["step"] + (VALIDATIONS + 1) * held * mine["validation"]
-    against = windows * median[PLAIN]["step"]
-    memory = mine["peak MB"] / median[PLAIN]["peak MB"]
-    result = {"checkpoint": str(checkpoint.name), "runs": runs, "minutes of 160k tokens": total / 60,
-              "plain minutes of 160k tokens": against / 60, "time ratio": total / against, "memory ratio": memory,
-              "measured": common.measured(base)}  # fmt: skip
+    total = windows * found(OURS, "teacher") + (windows - held) * found(OURS, "step")
+    total += (VALIDATIONS + 1) * held * found(OURS, "validation")
+    against = windows * found(PLAIN, "step")
+    result: dict[str, Any] = {"checkpoint": checkpoint.name, "runs": runs}
+    for place, of in enumerate(("clock", "processor")):
+        result |= {f"minutes of 160k tokens, {of}": float(total[place]) / 60,
+                   f"plain minutes, {of}": float(against[place]) / 60,
+                   f"time ratio, {of}": float(total[place] / against[place])}  # fmt: skip
+    result["memory ratio"] = float(found(OURS, "peak MB") / found(PLAIN, "peak MB"))
+    result["measured"] = common.measured(base)
     common.keep(base.results(f"{options.out}_cost"), result)
     return result
 
@@ -246,9 +279,9 @@ def main() -> None:
     with common.subject(options) as base:
         if options.one:
             checkpoint = quantised(base, COST_BUDGET, options.checkpoints)
-            found = (ours if options.one == OURS else plain_loop)(base, checkpoint)
+            seconds = (ours if options.one == OURS else plain_loop)(base, checkpoint)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-            print(json.dumps({**found, "peak MB": peak}))
+            print(json.dumps({**{name: one.tolist() for name, one in seconds.items()}, "peak MB": peak}))
             return
         if "shares" in options.parts:
             rows = benchmark_shares(options, base)["shares"]

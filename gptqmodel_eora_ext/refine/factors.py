@@ -6,7 +6,7 @@ A row of A, and a row of Bᵀ, is filled up with zeros to whole groups. So one c
 whatever the ranks are.
 
     master      float32                      what is trained
-    used        the dtype of the activations what the model multiplies with: the master, or what would be stored of it
+    used        the dtype of the activations what the model multiplies with: what would be stored of the master
     gradient    the dtype of the activations of the loss at `used`, taken as that at the master (straight through)
 """
 
@@ -143,10 +143,6 @@ class TrainedFactors:
         """Have the model use what would be stored now."""
         for begin, values in self._chunks():
             self.used[begin : begin + len(values)] = self._values(self._rounded(begin, values))
-
-    def use_plain(self) -> None:
-        """Have the model use the values as they are trained."""
-        self.used.copy_(self.master)
 
     def stored(self) -> Stored:
         """What would be written now: a copy."""

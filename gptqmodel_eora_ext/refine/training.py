@@ -27,8 +27,6 @@ VALIDATIONS = 5
 PATIENCE = 3
 # A validation loss of so many times the first one is taken for divergence.
 DIVERGED = 1.5
-# The share of the steps from which on the model uses the factors as they will be stored.
-ROUNDED_FROM = 0.0
 # Steps between two searches for the scales of packed factors; a search takes as long as a step's tenth on SmolLM2.
 SCALES_EVERY = 16
 
@@ -128,10 +126,8 @@ class Training:
         """One window forward and back, and one step of Adam. Returns the window's loss."""
         if step % SCALES_EVERY == 0:
             self._factors.choose_scales()
-        if step >= ROUNDED_FROM * self.outcome.planned:
-            self._factors.use_rounded()
-        else:
-            self._factors.use_plain()
+        # From the first step on: rounding at the end alone gives 40 % of what was won back (SmolLM2, 4-bit factors).
+        self._factors.use_rounded()
         window = self._training[step]
         ids = self._ids[window].to(self._student.device)
         with torch.enable_grad():

@@ -28,7 +28,7 @@ def factors_of(trainee: Trainee) -> TrainedFactors:
     # One module has none, as under a budget.
     start.pop("model.layers.0.mlp.up_proj")
     factors = TrainedFactors(start, bits=16, stored_as=torch.float16, dtype=torch.float32)
-    factors.use_plain()
+    factors.use_rounded()
     return factors
 
 
