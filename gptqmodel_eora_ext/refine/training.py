@@ -92,7 +92,8 @@ class Training:
                 outcome.ended = NOT_FINITE
                 break
             outcome.steps += 1
-            if outcome.steps % every == 0 or outcome.steps == outcome.planned:
+            left = outcome.planned - outcome.steps
+            if not left or (outcome.steps % every == 0 and left >= every):
                 last = self._look()
                 if outcome.ended != COMPLETE:
                     break
