@@ -202,12 +202,15 @@ def plain_loop(base: common.Subject, checkpoint: Path) -> dict[str, torch.Tensor
         model = common.densified(checkpoint, base)
         teacher = common.base_model(base)
     parameters = []
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for module in model.modules():
+    copies: dict[int, torch.nn.Parameter] = {}
+    for module in list(model.modules()):
+        # Copies, since what was dequantised in inference mode cannot take part in a gradient; tied ones stay tied.
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            copy = copies.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            setattr(module, name, copy)
         if isinstance(module, common.Corrected):
             for name in ("lora_A", "lora_B"):
-                factor = torch.nn.Parameter(getattr(module, name))
+                factor = torch.nn.Parameter(getattr(module, name).clone())
                 delattr(module, name)
                 module.register_parameter(name, factor)
                 parameters.append(factor)
