@@ -184,8 +184,9 @@ def one(folder: Path) -> None:
     from gptqmodel_eora_ext.calibration import read_texts, windows
     from gptqmodel_eora_ext.capture import OutputErrorMoment, SecondMoment
     from gptqmodel_eora_ext.hosts.gptqmodel import compensation
+    from gptqmodel_eora_ext.hosts.jobs import AdapterJob
     from gptqmodel_eora_ext.hosts.llamacpp import weights
-    from gptqmodel_eora_ext.hosts.registry import AdapterJob, adapter_maker
+    from gptqmodel_eora_ext.hosts.registry import adapter_maker
     from gptqmodel_eora_ext.hosts.terminal import quiet
 
     work = Work(folder)

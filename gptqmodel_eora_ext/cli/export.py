@@ -69,7 +69,8 @@ def _export_gguf(path: Path, gguf: Path, like: Path | None, base: Path | None, f
     if gguf.exists() and not force:
         fail(f"`{gguf}` is there. Choose another file, or pass --force to replace it.")
 
-    from ..hosts.registry import ExportJob, exporter
+    from ..hosts.jobs import ExportJob
+    from ..hosts.registry import exporter
 
     with errors(), progress_bars() as bar:
         done = exporter(like)(ExportJob(path, like, gguf, base, bar("looking through modules")))

@@ -86,8 +86,9 @@ def generate(
             fail(f"`{output}` is the checkpoint; name another place for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
+    from ..hosts.jobs import AdapterJob
     from ..hosts.refine import refine_checkpoint
-    from ..hosts.registry import AdapterJob, adapter_maker
+    from ..hosts.registry import adapter_maker
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()

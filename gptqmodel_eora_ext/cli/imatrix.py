@@ -30,7 +30,8 @@ def imatrix(
         fail(f"`{output}` is {'a folder' if output.is_dir() else 'the model'}; name a file of its own to write.")
     texts = read_calibration(calibration)
 
-    from ..hosts.registry import ImatrixJob, imatrix_maker
+    from ..hosts.jobs import ImatrixJob
+    from ..hosts.registry import imatrix_maker
     from ..hosts.terminal import quiet
 
     with errors(), progress_bars() as bar, quiet():

@@ -18,7 +18,8 @@ from ..adapter.vocabulary import FACTOR_BITS, OBJECTIVES, SENSITIVITIES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from ..evaluate.size import readable
 from ..formats.sizes import ModuleShape
-from ..hosts.registry import Planned, Windows, planner
+from ..hosts.jobs import Planned, Windows
+from ..hosts.registry import planner
 from ..plan import (
     PLAIN_TITLE,
     PLANNED_BITS,

@@ -14,7 +14,8 @@ from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
 from ..evaluate.size import readable
-from ..hosts.registry import TypePlanJob, TypePlanned, type_planner
+from ..hosts.jobs import TypePlanJob, TypePlanned
+from ..hosts.registry import type_planner
 from ..system.progress import counted
 from .options import check_model, read_calibration, tokenized
 from .printing import errors, fail, out, progress_bars, say

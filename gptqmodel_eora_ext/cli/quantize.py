@@ -102,8 +102,8 @@ def quantize(
     check_out(output, force, model)
     texts = read_calibration(calibration)
 
+    from ..hosts.jobs import QuantizeJob
     from ..hosts.refine import refine_checkpoint
-    from ..hosts.registry import QuantizeJob
     from ..hosts.registry import quantizer as serving
     from ..hosts.terminal import quiet
 

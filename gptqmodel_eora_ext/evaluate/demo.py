@@ -131,7 +131,8 @@ def _plan(base: Path, total: str, progress: Progress) -> Any:
 
 
 def _quantize(base: Path, folder: Path, plan: Any, report: Callable[[int, int], None]) -> None:
-    from ..hosts.registry import QuantizeJob, quantizer
+    from ..hosts.jobs import QuantizeJob
+    from ..hosts.registry import quantizer
     from ..hosts.terminal import quiet
 
     plain = {"bits": PLAIN_BITS, "group_size": GROUP_SIZE, "sym": SYMMETRIC, "mse": SCALE_SEARCH}

@@ -154,7 +154,8 @@ class Study:
         if QUANTIZED in self.state["steps"]:
             return
         options = self.options
-        from ..hosts.registry import QuantizeJob, quantizer
+        from ..hosts.jobs import QuantizeJob
+        from ..hosts.registry import quantizer
 
         start = time.perf_counter()
         job = QuantizeJob(
@@ -179,7 +180,8 @@ class Study:
     def _make_adapter(self, name: str, options: dict[str, Any], progress: Progress) -> None:
         if name in self.state["steps"]:
             return
-        from ..hosts.registry import AdapterJob, adapter_maker
+        from ..hosts.jobs import AdapterJob
+        from ..hosts.registry import adapter_maker
         from ..hosts.terminal import quiet
 
         start = time.perf_counter()

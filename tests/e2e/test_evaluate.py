@@ -19,7 +19,8 @@ from gptqmodel_eora_ext.evaluate.outcome import rows
 from gptqmodel_eora_ext.evaluate.perplexity import text_loss
 from gptqmodel_eora_ext.evaluate.texts import demo_text
 from gptqmodel_eora_ext.hosts.gptqmodel.generate import generate_adapter
-from gptqmodel_eora_ext.hosts.registry import QuantizeJob, quantizer
+from gptqmodel_eora_ext.hosts.jobs import QuantizeJob
+from gptqmodel_eora_ext.hosts.registry import quantizer
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.adapter.test_folder import factors
 from tests.e2e.helpers import Batches

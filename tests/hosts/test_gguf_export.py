@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from gptqmodel_eora_ext.formats.gguf.lora import SUFFIX_A, SUFFIX_B, read_lora_header
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel, read_tensor
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, pack_words
-from gptqmodel_eora_ext.hosts.registry import Exported, ExportJob, exporter
+from gptqmodel_eora_ext.hosts.jobs import Exported, ExportJob
+from gptqmodel_eora_ext.hosts.registry import exporter
 from gptqmodel_eora_ext.kernels.reference import dequantize
 from tests.gguf_files import in_file_order, tensor_of, write_model
 from tests.hosts.test_llamacpp import linears, make

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptqmodel_eora_ext.hosts.registry import ImatrixJob, imatrix_maker
+from gptqmodel_eora_ext.hosts.jobs import ImatrixJob
+from gptqmodel_eora_ext.hosts.registry import imatrix_maker
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import tensor_of, write_model
 from tests.hosts.test_llamacpp import linears, make, windows

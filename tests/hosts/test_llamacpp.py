@@ -20,8 +20,9 @@ from transformers import (
 from gptqmodel_eora_ext.adapter.layers import shape_of
 from gptqmodel_eora_ext.formats.gguf.lora import SUFFIX_A, SUFFIX_B, read_lora_header
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel, read_tensor
+from gptqmodel_eora_ext.hosts.jobs import AdapterJob
 from gptqmodel_eora_ext.hosts.llamacpp.weights import GGUFWeights
-from gptqmodel_eora_ext.hosts.registry import AdapterJob, adapter_maker
+from gptqmodel_eora_ext.hosts.registry import adapter_maker
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import in_file_order, tensor_of, write_model
 

@@ -18,7 +18,8 @@ from gptqmodel_eora_ext.adapter.layers import shape_of
 from gptqmodel_eora_ext.formats.factors import FactorLayout
 from gptqmodel_eora_ext.formats.gguf.lora import read_lora_header
 from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes
-from gptqmodel_eora_ext.hosts.registry import AdapterJob, TypePlanJob, adapter_maker, type_planner
+from gptqmodel_eora_ext.hosts.jobs import AdapterJob, TypePlanJob
+from gptqmodel_eora_ext.hosts.registry import adapter_maker, type_planner
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan.forecast import UNCORRECTED, Forecast
 from gptqmodel_eora_ext.plan.types import TypedModule, TypePlan, choose

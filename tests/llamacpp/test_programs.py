@@ -24,16 +24,8 @@ from transformers import (
 )
 
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel
-from gptqmodel_eora_ext.hosts.registry import (
-    AdapterJob,
-    ExportJob,
-    ImatrixJob,
-    TypePlanJob,
-    adapter_maker,
-    exporter,
-    imatrix_maker,
-    type_planner,
-)
+from gptqmodel_eora_ext.hosts.jobs import AdapterJob, ExportJob, ImatrixJob, TypePlanJob
+from gptqmodel_eora_ext.hosts.registry import adapter_maker, exporter, imatrix_maker, type_planner
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import tensor_of
 from tests.hosts.test_gguf_export import checkpoint, packed

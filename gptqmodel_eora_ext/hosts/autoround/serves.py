@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import AUTO
-from ..registry import QuantizeJob, Report
+from ..jobs import QuantizeJob, Report
 from . import seams
 from .config import EoRAConfig
 

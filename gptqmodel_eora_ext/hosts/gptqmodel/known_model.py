@@ -12,7 +12,7 @@ import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from ...loop.weights import check_weight_files
-from ..registry import Compensated, LoopJob
+from ..jobs import Compensated, LoopJob
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .generate import FINISHED

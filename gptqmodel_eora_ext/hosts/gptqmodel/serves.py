@@ -15,7 +15,7 @@ from ...plan.layered import LayeredModel
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
 from ...refine import Trainee
-from ..registry import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
+from ..jobs import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA

@@ -28,7 +28,7 @@ from ...formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
 from ...formats.packed_weights import WORD_BITS, PackedWeight
 from ...formats.sizes import ModuleShape
 from ...kernels.reference import dequantize
-from ..registry import Exported, ExportJob
+from ..jobs import Exported, ExportJob
 from .generate import DEFAULT_SUFFIX
 from .weights import GGUFWeights, Placed
 

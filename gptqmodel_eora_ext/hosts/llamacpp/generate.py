@@ -19,7 +19,8 @@ from ...formats.gguf.blocks import GGUF_LAYOUT
 from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel
 from ...formats.sizes import ModuleShape
-from ..registry import AdapterJob, KnownWeights, LoopJob, ReadWeight, layer_loop
+from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
+from ..registry import layer_loop
 from .weights import GGUFWeights, Placed
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from ...loop.run import require_token_ids
 from ...plan.gradients import Progress
 from ...plan.layered import LayeredModel, Window
 from ...plan.survey import first_tokens
-from ..registry import ImatrixJob, full_precision
+from ..jobs import ImatrixJob
+from ..registry import full_precision
 from .names import Place, TensorNames
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from ...plan.ranks import most_rank
 from ...plan.sweep import Question, Rounding
 from ...plan.types import TypedModule, TypePlan, choose
 from ...solve import Grid
-from ..registry import KnownWeights, TypePlanJob, TypePlanned, full_precision
+from ..jobs import KnownWeights, TypePlanJob, TypePlanned
+from ..registry import full_precision
 from .weights import GGUFWeights
 
 NAME = "llamacpp"

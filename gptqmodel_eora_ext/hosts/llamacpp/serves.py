@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
-from ..registry import AdapterJob, Exported, ExportJob, ImatrixJob, TypePlanJob, TypePlanned
+from ..jobs import AdapterJob, Exported, ExportJob, ImatrixJob, TypePlanJob, TypePlanned
 from .export import export
 from .generate import generate_adapter
 from .imatrix import measure_imatrix

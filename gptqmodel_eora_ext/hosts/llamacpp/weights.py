@@ -16,7 +16,7 @@ import torch
 from ...formats.gguf.header import TensorInfo
 from ...formats.gguf.model import FLOATING, GGUFModel
 from ...formats.sizes import ModuleShape
-from ..registry import KnownWeights, ReadWeight
+from ..jobs import KnownWeights, ReadWeight
 from .names import Place, TensorNames, rotary_order
 
 log = logging.getLogger(__name__)
