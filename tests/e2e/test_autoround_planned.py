@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from auto_round.algorithms.composer import AlgorithmComposer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import EoRAConfig, Plan
@@ -22,7 +22,7 @@ from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.plan import ModulePlan, PlanError
 
 from .helpers import Batches, kernels, load, measured_errors
-from .test_autoround import autoround
+from .test_autoround import autoround, random_model
 
 pytestmark = pytest.mark.e2e
 
@@ -33,13 +33,7 @@ SHORT = ["--samples", "8", "--seqlen", "64", "--iters", "2", "--quantizer", "aut
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_model(tmp_path_factory.mktemp("tiny"), tokenizer, layers=2)
 
 
 @pytest.fixture(scope="module")
