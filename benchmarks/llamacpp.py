@@ -95,7 +95,9 @@ class Work:
     def chosen(self, kind: str) -> Path:
         """The adapter of the same bytes whose ranks are chosen module by module."""
         path = self.folder / f"{kind}-chosen.gguf"
-        return path if path.is_file() else self._generate(kind, path, "--budget", f"{factor_bytes(self.uniform(kind))}b")
+        if path.is_file():
+            return path
+        return self._generate(kind, path, "--budget", f"{factor_bytes(self.uniform(kind))}b")
 
     def _generate(self, kind: str, path: Path, *rank: str) -> Path:
         eora("generate", self.base, self.quantized(kind), *rank,

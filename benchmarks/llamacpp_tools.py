@@ -39,8 +39,8 @@ def run(program: str, *arguments: str | Path, threads: int | None = None) -> str
     return printed
 
 
-# The converter knows a tokenizer by what it makes of a text. A small model in a test has one that its architecture never
-# had; then it is told which it is.
+# The converter knows a tokenizer by what it makes of a text. A small model in a test has one that its architecture
+# never had; then it is told which it is.
 CONVERT_AS = """
 import runpy, sys
 sys.argv = sys.argv[1:]
