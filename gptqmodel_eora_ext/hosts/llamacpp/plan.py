@@ -32,7 +32,7 @@ NAME = "llamacpp"
 TYPES_SUFFIX = ".types.txt"
 # Nothing is rounded here; the quantiser has done it.
 NO_GRID = Grid(-1, True)
-# Beyond this rank no component of a module was worth its bytes in any plan; it bounds the time of forecasting.
+# Ranks on offer end here, whatever the total: each component more is one more to forecast, in each type.
 MOST_RANK = 256
 Reader = Callable[[torch.Tensor], torch.Tensor]
 

@@ -21,7 +21,7 @@ from .names import Place, TensorNames, rotary_order
 
 log = logging.getLogger(__name__)
 
-# Ŵ and W agree to at least this cosine. One bit a weight gives some 0.8, more bits more; matrices that have nothing to
+# Ŵ and W agree to at least this cosine. Signs alone give √(2/π) = 0.8, more bits more; matrices that have nothing to
 # do with each other give 0, to within a hundredth.
 LEAST_AGREEMENT = 0.5
 # Rows that are compared before the run. They are taken evenly from all of the matrix.
