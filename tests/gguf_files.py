@@ -44,6 +44,18 @@ def tensor_of(module: str) -> str:
     return f"blk.{layer}.{LINEARS[kind]}.weight"
 
 
+def experts(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of all experts of a layer, experts × out × in each.
+
+    GPTQModel, once it has opened such a model, has transformers make a module of each expert in this process.
+    """
+    if isinstance(module, torch.nn.ModuleList):
+        parts = ("gate", "up", "down")
+        return {part: torch.stack([getattr(one, f"{part}_proj").weight for one in module]) for part in parts}
+    gate, up = module.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator, union-attr]
+    return {"gate": gate, "up": up, "down": module.down_proj}  # type: ignore[dict-item]
+
+
 def write_model(
     model: Any, path: Path, kind: str = "Q4_0", *, skipped: str = "", metadata: dict[str, int] | None = None
 ) -> Path:
@@ -81,10 +93,8 @@ def write_model(
             add(tensor_of(name), in_file_order(name, module.weight, config), not plain)
         elif name.endswith(".experts"):
             layer = name.split(".")[2]
-            gate, up = module.gate_up_proj.detach().float().chunk(2, dim=1)
-            add(f"blk.{layer}.ffn_gate_exps.weight", gate.numpy(), True)
-            add(f"blk.{layer}.ffn_up_exps.weight", up.numpy(), True)
-            add(f"blk.{layer}.ffn_down_exps.weight", module.down_proj.detach().float().numpy(), True)
+            for part, weight in experts(module).items():
+                add(f"blk.{layer}.ffn_{part}_exps.weight", weight.detach().float().numpy(), True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

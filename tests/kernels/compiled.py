@@ -23,6 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from gptqmodel_eora_ext.kernels.triton import ops
+from gptqmodel_eora_ext.kernels.triton.dense import dequantize_kernel
 
 from .cases import packed_weight, random_factors
 
@@ -39,7 +40,9 @@ TARGETS = {
 }
 RANK = 64
 PROCESSORS = 132
-KERNELS = ("shrink_kernel", "gemv_kernel", "gemm_kernel", "correction_kernel", "dequantize_kernel", "factor_kernel")
+KERNELS = (
+    ops.shrink_kernel, ops.gemv_kernel, ops.gemm_kernel, ops.correction_kernel, dequantize_kernel, ops.factor_kernel
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,15 @@ def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ..
     def collect(kernel: JITFunction) -> Callable[..., None]:
         return lambda *args, grid, warmup, **options: found.append((kernel, args, options))
 
-    kernels = [getattr(ops, name) for name in KERNELS]
     counts = ops._processors, ops._at_once
-    for kernel in kernels:
+    for kernel in KERNELS:
         kernel.run = collect(kernel)
     ops._processors = ops._at_once = lambda device: processors  # type: ignore[assignment]
     try:
         yield found
     finally:
         ops._processors, ops._at_once = counts
-        for kernel in kernels:
+        for kernel in KERNELS:
             del kernel.run
 
 

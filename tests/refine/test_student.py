@@ -107,7 +107,7 @@ def test_a_loss_in_chunks_is_the_plain_loss(
         plain = PLAIN[loss](head(rows), head(teacher), ids[0])
         plain.backward()
         alone, nothing = window_loss(loss, head, hidden, teacher, ids[0], VOCABULARY, with_gradient=False)
-    assert value == pytest.approx(float(plain), rel=1e-5) and alone == pytest.approx(value) and nothing is None
+    assert value == pytest.approx(plain.item(), rel=1e-5) and alone == pytest.approx(value) and nothing is None
     assert gradient is not None and torch.allclose(gradient, rows.grad, atol=1e-6)
 
 
