@@ -1,4 +1,4 @@
-"""Plans under AutoRound: widths through its own per-layer configuration, ranks ours; by the command and from Python."""
+"""AutoRound by the command, and plans in its loop: widths through its own per-layer configuration, ranks ours."""
 
 from __future__ import annotations
 
@@ -110,6 +110,15 @@ def test_one_rank_for_all_under_a_budget(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     details = json.loads((tmp_path / "out/eora/eora.json").read_text())
     assert {one["rank"] for one in details["modules"].values()} == {details["rank"]} and details["rank"] > 1
+
+
+def test_what_autoround_made_is_refined(tiny: Path, tmp_path: Path) -> None:
+    result = run(tiny, tmp_path / "out", "--rank", "8", "--group-size", "32", "--refine", "2560")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "out/eora-refined/eora.json").read_text())["refinement"]
+    assert told["tokens"] == 2560 and told["steps"] == 4 and told["after"] <= told["before"]
+    named = json.loads((tmp_path / "out/quantize_config.json").read_text())["adapter"]["path"]
+    assert named == "eora-refined"
 
 
 @pytest.mark.parametrize(
