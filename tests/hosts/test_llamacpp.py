@@ -24,7 +24,7 @@ from gptqmodel_eora_ext.hosts.jobs import AdapterJob
 from gptqmodel_eora_ext.hosts.llamacpp.weights import GGUFWeights
 from gptqmodel_eora_ext.hosts.registry import adapter_maker
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from tests.gguf_files import in_file_order, tensor_of, write_model
+from tests.gguf_files import experts, in_file_order, tensor_of, write_model
 
 WIDTH, LAYERS, VOCABULARY = 64, 2, 96
 COMMON: dict[str, Any] = {
@@ -130,10 +130,9 @@ def test_experts_in_one_tensor_get_their_factors(tmp_path: Path, tokenizer: Any)
     assert tensors[f"blk.0.ffn_gate_exps.weight{SUFFIX_A}"].shape == (3, 32, WIDTH)
     assert tensors[f"blk.0.ffn_down_exps.weight{SUFFIX_B}"].shape == (3, WIDTH, 32)
     gguf = GGUFModel(file)
+    weights = experts(model.model.layers[1].mlp.experts)["down"].detach()
     for expert in range(3):
-        experts = model.model.layers[1].mlp.experts
-        weight = experts.down_proj[expert].detach()
-        delta = weight - gguf.read("blk.1.ffn_down_exps.weight", expert=expert)
+        delta = weights[expert] - gguf.read("blk.1.ffn_down_exps.weight", expert=expert)
         lora_A, lora_B = (
             read_tensor(tensors[f"blk.1.ffn_down_exps.weight{one}"], expert=expert) for one in (SUFFIX_A, SUFFIX_B)
         )
