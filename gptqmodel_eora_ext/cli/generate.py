@@ -87,7 +87,7 @@ def generate(
     texts = read_calibration(calibration)
 
     from ..hosts.jobs import AdapterJob
-    from ..hosts.refine import refine_checkpoint
+    from ..hosts.refine import refine_checkpoint, refined_beside
     from ..hosts.registry import adapter_maker
     from ..hosts.terminal import quiet
 
@@ -107,7 +107,7 @@ def generate(
         )
         folder = make(job)
         if refine is not None:
-            made, folder = folder, folder.with_name(f"{folder.name}-refined")
+            made, folder = folder, refined_beside(folder)
             refine_checkpoint(
                 checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
                 trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..adapter.folder import AdapterFolder
+from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import find_adapter
 from ..calibration import read_texts, windows
 from ..refine import Outcome, RefineJob, RefineSettings, refine_adapter
@@ -17,8 +18,14 @@ from .registry import trainee
 
 log = logging.getLogger(__name__)
 
-# The refined adapter's folder inside a checkpoint, where the user names no other.
-DEFAULT_REFINED = "eora-refined"
+# What a refined adapter's folder is called after the one that it began with; inside a checkpoint, after the default.
+REFINED = "-refined"
+DEFAULT_REFINED = DEFAULT_FOLDER + REFINED
+
+
+def refined_beside(adapter: Path) -> Path:
+    """The folder for what becomes of an adapter, where the user names none."""
+    return adapter.with_name(adapter.name + REFINED)
 
 
 def refine_checkpoint(

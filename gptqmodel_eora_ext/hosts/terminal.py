@@ -111,9 +111,8 @@ class LayerProgress:
 
 def watch_layers(model: Any, report: Callable[[int, int], None]) -> None:
     """Have ``report`` called with (layers done, layers in all) after each layer of a GPTQModel model."""
-    from gptqmodel.utils.model import get_layers_with_prefixes
+    from .gptqmodel.modules import layer_names
 
     # Counted on the model, since configs of models that also see or hear tell no number of layers.
-    layers = get_layers_with_prefixes(model.model, model.extract_layers_node())[1]
-    total = len(layers) + int(bool(model.quantize_config.lm_head))
+    total = len(layer_names(model)) + int(bool(model.quantize_config.lm_head))
     model.layer_callback = LayerProgress(report, total)

@@ -192,23 +192,3 @@ def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch
         ids = torch.as_tensor(batch["input_ids"])
         mask = batch.get("attention_mask")
         yield ids, int(torch.as_tensor(mask).sum()) if mask is not None else ids.numel()
-
-
-def require_token_ids(ids: torch.Tensor, vocabulary: int) -> None:
-    """Refuse token ids that the model does not embed.
-
-    Args:
-        ids: integers of any shape, at least one.
-        vocabulary: number of ids that the model embeds: 0 to ``vocabulary`` − 1.
-
-    Raises:
-        ValueError: naming the id.
-    """
-    smallest, largest = (int(one) for one in ids.aminmax())
-    if smallest < 0 or largest >= vocabulary:
-        found = smallest if smallest < 0 else largest
-        raise ValueError(
-            f"EoRA: calibration holds token id {found}, but the model embeds {vocabulary} ids. The tokenizer does not "
-            f"fit the model, or padding has ids of its own: tokenize with the model's own tokenizer, and mark padding "
-            f"in `attention_mask`."
-        )

@@ -245,6 +245,16 @@ class LayeredModel:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return next((name for name, module in self.model.named_modules() if module is head), None)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """A copy of a linear module's weight, out × in, on the CPU in its own dtype.
+
+        Raises:
+            NotImplementedError: for a weight that the checkpoint does not hold under its name.
+        """
+        with self.present([name]):
+            weight: torch.Tensor = self.model.get_submodule(name).weight  # type: ignore[assignment]
+            return weight.detach().to("cpu", copy=True)
+
     @contextmanager
     def present(self, names: Sequence[str]) -> Iterator[None]:
         """Have modules of these names, and all inside them, hold their tensors on the device, without gradients.

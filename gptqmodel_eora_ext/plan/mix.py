@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..formats.sizes import ModuleShape, weight_bytes
-from ..solve import MOST_STEPS, Curve, Grid, allocate
+from ..solve import MOST_STEPS, Grid, allocate
 from .file import ModulePlan, Plan
-from .modules import PlannedModule, bits_per_weight, plain_bytes
+from .modules import PlannedModule, bits_per_weight, choice_curve, plain_bytes, undominated
 from .ranks import most_rank
 
 # A plan's total is divided into this many steps, in which sizes are counted. Sizes are rounded up to whole steps, and
@@ -66,7 +66,7 @@ def mixed(
         )
     most = largest_rank(shapes, total, fewest, grid.group_size, factor_bits)
     choices = [_choices(module, most, grid.group_size, factor_bits) for module in modules]
-    picked = allocate([_curve(options) for options in choices], total, steps=steps)
+    picked = allocate([choice_curve(options) for options in choices], total, steps=steps)
     taken = [options[index] for options, index in zip(choices, picked, strict=True)]
     weights = sum(weight_bytes(shape, one.bits, grid.group_size) for shape, one in zip(shapes, taken, strict=True))
     spent = sum(one.nbytes for one in taken)
@@ -97,16 +97,7 @@ def _choices(module: PlannedModule, most: int, group_size: int, factor_bits: int
         stored = weight_bytes(module.shape, bits, group_size)
         for rank, nbytes, loss in zip(ranks, curve.nbytes, curve.losses, strict=True):
             found.append(_Choice(stored + nbytes, loss, bits, rank))
-    found.sort(key=lambda one: (one.nbytes, one.loss))
-    kept = found[:1]
-    for one in found[1:]:
-        if one.loss < kept[-1].loss:
-            kept.append(one)
-    return kept
-
-
-def _curve(choices: Sequence[_Choice]) -> Curve:
-    return Curve(tuple(one.nbytes for one in choices), tuple(one.loss for one in choices))
+    return undominated(found)
 
 
 def planned(

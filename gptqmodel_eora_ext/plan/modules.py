@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from ..adapter.vocabulary import FACTOR_BITS
 from ..formats.sizes import ModuleShape, factor_bytes, weight_bytes
@@ -100,6 +101,34 @@ def planned_modules(shapes: Sequence[ModuleShape], found: Swept) -> list[Planned
 def _worth(shape: ModuleShape) -> int:
     """The rank whose factors, stored in the fewest bits, take `WORTH_BITS` bits per weight."""
     return WORTH_BITS * shape.weights // (8 * factor_bytes(1, shape, min(FACTOR_BITS)))
+
+
+class Priced(Protocol):
+    """A choice for a module, with its bytes and the predicted loss."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+
+Choice = TypeVar("Choice", bound=Priced)
+
+
+def undominated(choices: Iterable[Choice]) -> list[Choice]:
+    """Choices ascending in bytes, without what is larger and no better."""
+    found = sorted(choices, key=lambda one: (one.nbytes, one.loss))
+    kept = found[:1]
+    for one in found[1:]:
+        if one.loss < kept[-1].loss:
+            kept.append(one)
+    return kept
+
+
+def choice_curve(choices: Sequence[Priced]) -> Curve:
+    """Loss against bytes of choices that `undominated` has left."""
+    return Curve(tuple(one.nbytes for one in choices), tuple(one.loss for one in choices))
 
 
 def plain_bytes(shapes: Iterable[ModuleShape], bits: int, group_size: int) -> int:

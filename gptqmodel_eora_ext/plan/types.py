@@ -13,10 +13,10 @@ from typing import Any
 from ..adapter.errors import AdapterError, Fields, read_json
 from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
-from ..solve import Curve, allocate, rank_curve
+from ..solve import allocate, rank_curve
 from ..system.files import write_json
 from .forecast import Forecast
-from .modules import KEPT_BY_ROUNDING
+from .modules import KEPT_BY_ROUNDING, choice_curve, undominated
 from .ranks import rank_options
 
 # The size is divided into so many steps, as for mixes of widths.
@@ -165,8 +165,7 @@ def choose(
             f"EoRA: a total of {total} bytes ({8 * total / weights:.3f} bpw) is below what the smallest types on offer "
             f"take: {least} bytes ({8 * least / weights:.3f} bpw). Allow more, or offer a file of a smaller type."
         )
-    curves = [Curve(tuple(one.nbytes for one in few), tuple(one.loss for one in few)) for few in options]
-    picked = allocate(curves, total, steps=STEPS)
+    picked = allocate([choice_curve(few) for few in options], total, steps=STEPS)
     found = _plan(modules, [few[index] for few, index in zip(options, picked, strict=True)], model, host, factor_bits)
     for types in plain.values():
         # Bytes are rounded up to steps, so that a file which fits exactly may have been passed over.
@@ -196,9 +195,4 @@ def _options(module: TypedModule, factor_bits: int, layout: FactorLayout) -> lis
         curve = rank_curve(KEPT_BY_ROUNDING[factor_bits] * known.gains, known.total, ranks.ranks, ranks.nbytes)
         for rank, nbytes, loss in zip(ranks.ranks, curve.nbytes, curve.losses, strict=True):
             found.append(TypeChoice(module.tensor, kind, rank, module.nbytes[kind] + nbytes, loss))
-    found.sort(key=lambda one: (one.nbytes, one.loss))
-    kept = found[:1]
-    for one in found[1:]:
-        if one.loss < kept[-1].loss:
-            kept.append(one)
-    return kept
+    return undominated(found)

@@ -19,6 +19,7 @@ from ..adapter.factors import ModuleFactors
 from ..adapter.folder import AdapterFolder
 from ..adapter.naming import name_adapter
 from ..adapter.save import save_adapter
+from ..calibration.token_ids import require_token_ids
 from ..formats.factors import QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
 from ..system.files import unfinished_folder, write_json
@@ -120,7 +121,7 @@ def refine_factors(
         # Adam moves every value by about as much, so A and B should have values of one size. Packed factors have, and
         # lie on a grid that scaling would leave.
         dense = {name: _balanced(*pair) for name, pair in dense.items()}
-    _check_ids(job.ids, trainee.model)
+    require_token_ids(job.ids, int(trainee.model.get_input_embeddings().weight.shape[0]))
     if not (work / TEACHER).is_file():
         work.mkdir(parents=True, exist_ok=True)
         keep_teacher(job.base, list(trainee.weights), job.ids, work / TEACHER, dtype, device=device,
@@ -183,9 +184,8 @@ def trained(lora_A: torch.Tensor | QuantizedFactor, up: torch.Tensor | Quantized
 
 def describe(outcome: Outcome, job: RefineJob) -> dict[str, Any]:
     """What `eora.json` tells of a refinement."""
-    digest = hashlib.sha256(job.ids.to(torch.int64).numpy().tobytes()).hexdigest()
     settings = {**asdict(job.settings), "tokens": job.ids.numel()}
-    return {**settings, "sha256": digest, **outcome.described(), "version": __version__}
+    return {**settings, "sha256": _fingerprint(job.ids), **outcome.described(), "version": __version__}
 
 
 def _balanced(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,14 +193,8 @@ def _balanced(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch
     return lora_A, lora_B.T
 
 
-def _check_ids(ids: torch.Tensor, model: Any) -> None:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    largest = int(ids.max())
-    if largest >= vocabulary or int(ids.min()) < 0:
-        raise ValueError(
-            f"EoRA: calibration holds token id {largest if largest >= vocabulary else int(ids.min())}, but the model "
-            f"embeds {vocabulary} ids. Tokenize with the model's own tokenizer."
-        )
+def _fingerprint(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
 def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
@@ -208,7 +202,7 @@ def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
     with source.weights.open("rb") as file:
         begun_with = hashlib.file_digest(file, "sha256").hexdigest()
     asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": begun_with,
-             "ids": hashlib.sha256(job.ids.to(torch.int64).numpy().tobytes()).hexdigest()}  # fmt: skip
+             "ids": _fingerprint(job.ids)}  # fmt: skip
     if (work / ASKED).is_file():
         if read_json(work / ASKED) == json.loads(json.dumps(asked)):
             log.info("EoRA: an interrupted refinement in `%s` is gone on with.", work)

@@ -46,11 +46,18 @@ def to_blocks(factor: QuantizedFactor) -> np.ndarray:
     rows = factor.codes.shape[0]
     scales = factor.scales.cpu().contiguous().view(torch.uint8).view(rows, -1, 2)
     codes = factor.integers().cpu().view(rows, -1, BLOCK)
-    if factor.bits == 8:
-        values = codes.contiguous().view(torch.uint8)
-    else:
-        halves = (codes + 8).to(torch.uint8)
-        values = halves[:, :, : BLOCK // 2] | (halves[:, :, BLOCK // 2 :] << 4)
+    values = codes.contiguous().view(torch.uint8) if factor.bits == 8 else _nibbles((codes + 8).to(torch.uint8))
+    return _joined(scales, values)
+
+
+def _nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 0 to 15, … × 32, as Q4_0 has them: the second half of a block in the high halves of its bytes."""
+    first, second = codes.chunk(2, dim=-1)
+    return first | (second << 4)
+
+
+def _joined(scales: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+    """Rows of blocks, each its scale and then its values, of bytes in rows × blocks × bytes."""
     return torch.cat([scales, values], dim=2).flatten(1).contiguous().numpy()
 
 
@@ -85,10 +92,9 @@ def weight_blocks(weight: PackedWeight) -> tuple[str, np.ndarray]:
     elif weight.bits == 8:
         values = (codes - middle).to(torch.int8).view(torch.uint8)
     else:
-        halves = codes.to(torch.uint8)
-        values = halves[:, :, : block // 2] | (halves[:, :, block // 2 :] << 4)
+        values = _nibbles(codes.to(torch.uint8))
     stored = scales.view(torch.uint8).view(weight.out_features, -1, 2)
-    return kind, torch.cat([stored, values], dim=2).flatten(1).contiguous().numpy()
+    return kind, _joined(stored, values)
 
 
 def _unfit(weight: PackedWeight) -> str | None:

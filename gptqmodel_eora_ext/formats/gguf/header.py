@@ -6,6 +6,7 @@ file makes this allocate memory or count to 2⁶⁴. Long arrays (a vocabulary) 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -57,10 +58,7 @@ class TensorInfo:
     @property
     def weights(self) -> int:
         """Number of values."""
-        count = 1
-        for one in self.shape:
-            count *= one
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -272,12 +270,9 @@ class _Reader:
                 f"`{self._path}`: {name} is of ggml's type number {kind}, which the installed package `gguf` does not "
                 f"know. Update `gguf`, or quantise the model to a type that it knows."
             ) from None
-        count = 1
-        for one in shape:
-            count *= one
         if min(shape) < 1 or shape[-1] % block:
             raise GGUFError(
                 f"`{self._path}`: {name} is {' × '.join(map(str, shape))} in {label}, whose rows are cut into "
                 f"blocks of {block}. {REMEDY}"
             )
-        return label, count // block * block_bytes
+        return label, math.prod(shape) // block * block_bytes

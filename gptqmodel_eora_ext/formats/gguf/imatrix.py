@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ...system.files import replaced_file
-from . import GGUFError, gguf_package
+from . import GGUFError
+from .writing import written
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -46,12 +46,10 @@ def write_imatrix(path: Path, tensors: Mapping[str, Importance], *, source: str,
     Raises:
         GGUFError: when nothing was summed.
     """
-    gguf = gguf_package()
     if not tensors:
         raise GGUFError(f"there is nothing to write into `{path}`: no tensor's input was measured.")
-    with replaced_file(path) as fresh:
-        # The architecture is not part of this kind of file; gguf-py writes one that is not empty.
-        writer = gguf.GGUFWriter(fresh, KIND)
+    # The architecture is not part of this kind of file; gguf-py writes one that is not empty.
+    with written(path, KIND) as writer:
         writer.add_type(KIND)
         writer.add_array(DATASETS, [source])
         writer.add_uint32(CHUNKS, windows)
@@ -59,7 +57,3 @@ def write_imatrix(path: Path, tensors: Mapping[str, Importance], *, source: str,
         for name, one in tensors.items():
             writer.add_tensor(f"{name}{SUMS}", one.sums.to(torch.float32).cpu().contiguous().numpy())
             writer.add_tensor(f"{name}{COUNTS}", one.counts.to(torch.float32).cpu().reshape(-1, 1).contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...system.files import replaced_file
 from ..factors import QuantizedFactor
 from . import GGUFError, gguf_package
 from .blocks import TYPES, to_blocks
 from .header import Header, read_header
+from .writing import written
 
 SUFFIX_A, SUFFIX_B = ".lora_a", ".lora_b"
 # Metadata of our own: what was measured, as JSON. llama.cpp reads over it.
@@ -57,8 +57,7 @@ def write_lora(
     gguf = gguf_package()
     if not pairs:
         raise GGUFError(f"there is nothing to write into `{path}`: no module has factors.")
-    with replaced_file(path) as fresh:
-        writer = gguf.GGUFWriter(fresh, architecture)
+    with written(path, architecture) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -69,10 +68,6 @@ def write_lora(
                 values, kind = _stored(factor, f"{tensor}{suffix}")
                 raw = gguf.GGMLQuantizationType[kind] if kind in TYPES.values() else None
                 writer.add_tensor(f"{tensor}{suffix}", values, raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
 
 def _stored(factor: torch.Tensor | QuantizedFactor | list[QuantizedFactor], name: str) -> tuple[np.ndarray, str]:

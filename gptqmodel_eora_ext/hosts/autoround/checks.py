@@ -11,7 +11,7 @@ import torch
 from auto_round.utils import get_block_names
 from auto_round.utils.disk_stream_util import materialize_module
 
-from ...loop.run import require_token_ids
+from ...calibration.token_ids import require_token_ids
 
 log = logging.getLogger(__name__)
 

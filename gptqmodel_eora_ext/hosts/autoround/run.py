@@ -107,8 +107,10 @@ class LoopRun(Run):
 
     def _asked(self) -> dict[str, Any]:
         """What finished blocks must have been compensated with for a run to go on after them."""
-        ranks = {} if self._plan is None else {name: one.rank for name, one in self._plan.modules.items()}
-        return {**self.options.described(), **({"ranks": ranks} if ranks else {})}
+        asked = self.options.described()
+        if self._plan is not None:
+            asked["ranks"] = {name: one.rank for name, one in self._plan.modules.items()}
+        return asked
 
     def begin_stage(self, names: Sequence[str]) -> None:
         """Called with modules that are compensated together, before any of them is."""

@@ -47,14 +47,7 @@ def compensate_known(job: LoopJob) -> Compensated:
         check_experts(host)
         check_weight_files(Path(host.model_local_path))
         shapes = module_shapes(host)
-        model = layered(host, shapes)
-
-        def read(name: str) -> torch.Tensor:
-            with model.present([name]):
-                weight: torch.Tensor = model.model.get_submodule(name).weight  # type: ignore[assignment]
-                return weight.detach().to("cpu", copy=True)
-
-        known = job.known(shapes, read)
+        known = job.known(shapes, layered(host, shapes).weight)
         run = CompensationRun(adapter, config.dynamic, method=job.method, rounds=rounds)
         setattr(host, RUN_ATTRIBUTE, run)
         if job.report is not None:

@@ -97,7 +97,7 @@ def check_experts(model: Any) -> None:
     """
     subsets = model.simple_layer_modules(model.model.config, model.quantize_config)
     listed = tuple(f".{name}.weight" for subset in subsets for name in subset if EXPERTS in name)
-    layers = tuple(f"{name}." for name in _layer_names(model))
+    layers = tuple(f"{name}." for name in layer_names(model))
     experts = [
         name
         for name, parameter in model.model.named_parameters()
@@ -121,7 +121,7 @@ def linear_shapes(model: Any) -> list[ModuleShape]:
     known = dict(model.model.named_modules())
     names = [name for subset in model.simple_layer_modules(model.model.config, config) for name in subset]
     shapes = []
-    for layer in _layer_names(model):
+    for layer in layer_names(model):
         for name in names:
             full = f"{layer}.{name}"
             linear = known.get(full)
@@ -130,7 +130,7 @@ def linear_shapes(model: Any) -> list[ModuleShape]:
     return shapes
 
 
-def _layer_names(model: Any) -> list[str]:
+def layer_names(model: Any) -> list[str]:
     """Full names of the layers. GPTQModel may know several places for them, of which a model has some.
 
     Raises:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from ...refine import RefineSettings
-from ..refine import refine_checkpoint
-
-REFINED = "-refined"
+from ..refine import refine_checkpoint, refined_beside
 
 
 def joined_windows(batches: Iterable[Mapping[str, Any]], settings: RefineSettings) -> list[dict[str, list[int]]]:
@@ -59,7 +57,7 @@ def refine_written(
     Returns:
         The refined adapter's folder, beside ``adapter``.
     """
-    output = adapter.with_name(f"{adapter.name}{REFINED}")
+    output = refined_beside(adapter)
     asked = {**asdict(settings), "tokens": len(windows) * settings.window}
     refine_checkpoint(checkpoint, base, windows, adapter=adapter, output=output, **asked)
     return output

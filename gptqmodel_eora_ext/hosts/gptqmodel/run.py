@@ -11,7 +11,8 @@ import torch
 
 from ...adapter.compensate import Recipe
 from ...adapter.validate import validate_rank
-from ...loop.run import Run, require_token_ids
+from ...calibration.token_ids import require_token_ids
+from ...loop.run import Run
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
 

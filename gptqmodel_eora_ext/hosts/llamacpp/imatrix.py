@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ...calibration.token_ids import require_token_ids
 from ...capture import RoutedRows
 from ...capture.second_moment import DiagonalMoment
 from ...formats.gguf.imatrix import Importance, write_imatrix
 from ...formats.gguf.model import GGUFModel
-from ...loop.run import require_token_ids
 from ...plan.gradients import Progress
 from ...plan.layered import LayeredModel, Window
 from ...plan.survey import first_tokens

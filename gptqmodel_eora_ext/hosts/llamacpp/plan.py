@@ -59,13 +59,7 @@ def plan_types(job: TypePlanJob) -> TypePlanned:
     files = [GGUFModel(path) for path in job.files]
     opened = full_precision(job.base)(job.base, job.trust_remote_code)
     shapes = opened.shapes
-    layered = opened.layered()
-
-    def read(name: str) -> torch.Tensor:
-        with layered.present([name]):
-            weight: torch.Tensor = layered.model.get_submodule(name).weight  # type: ignore[assignment]
-            return weight.detach().to("cpu", copy=True)
-
+    read = opened.layered().weight
     found = []
     for file in files:
         weights = GGUFWeights(file, job.base)
