@@ -27,6 +27,8 @@ from .vocabulary import FACTOR_BITS
 log = logging.getLogger(__name__)
 
 DETAILS_VERSION = 1
+# Where reports of modules stand: of the adapter's own factors, or of those that its refinement began with.
+MODULES, MODULES_BEFORE = "modules", "modules_before_refinement"
 LORA_TYPE = "LORA"
 # PEFT's own, for a config that leaves `lora_alpha` out.
 DEFAULT_ALPHA = 8
@@ -304,8 +306,8 @@ def read_details(path: Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        The object; "modules" maps a module to a report with rank, requested_rank, tokens, bytes, signal, error_before
-        and error_after, where the file has reports.
+        The object; `MODULES` and `MODULES_BEFORE` map a module to a report with rank, requested_rank, tokens, bytes,
+        signal, error_before and error_after, where the file has reports.
 
     Raises:
         AdapterError: naming file, field, value and what was expected.
@@ -336,12 +338,13 @@ def read_details(path: Path) -> dict[str, Any]:
             refinement.whole(name, least=0)
         for name in ("before", "after"):
             refinement.number(name)
-    for module, report in fields.mapping("modules").items():
-        if not isinstance(report, dict):
-            raise fields.below("modules", "modules").wrong(module, "an object of figures")
-        figures = Fields(report, f"`{path}` modules[{module!r}]", fields.remedy)
-        for name in ("rank", "requested_rank", "tokens", "bytes"):
-            figures.whole(name, least=0)
-        for name in ("signal", "error_before", "error_after"):
-            figures.number(name, least=0)
+    for key in (MODULES, MODULES_BEFORE):
+        for module, report in fields.mapping(key).items():
+            if not isinstance(report, dict):
+                raise fields.below(key, key).wrong(module, "an object of figures")
+            figures = Fields(report, f"`{path}` {key}[{module!r}]", fields.remedy)
+            for name in ("rank", "requested_rank", "tokens", "bytes"):
+                figures.whole(name, least=0)
+            for name in ("signal", "error_before", "error_after"):
+                figures.number(name, least=0)
     return dict(fields.content)

@@ -21,7 +21,7 @@ def demo(
         str, typer.Option(help="Size of the mix, all in, like --total of `eora plan`: 2.75bpw, 35MB.")
     ] = DEFAULT_TOTAL,
 ) -> None:
-    """Quantise SmolLM2-135M to a planned mix and to plain 3 bits, load both from disk, and show what was gained."""
+    """Quantise SmolLM2-135M to a planned, refined mix and to plain 3 bits, load both from disk, and compare them."""
     from ..evaluate.demo import run_demo
 
     with errors(), progress_bars() as bar:

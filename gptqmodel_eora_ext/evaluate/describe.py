@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..adapter.folder import AdapterFolder
+from ..adapter.settings import MODULES_BEFORE
 from ..adapter.summary import AdapterSummary, summarize
 from ..formats.sizes import factor_bytes
 from ..formats.sizes import weight_bytes as stored_bytes
@@ -86,15 +87,18 @@ def _sides(module: StoredModule) -> tuple[int, int]:
 
 def _adapter(summary: AdapterSummary) -> dict[str, Any]:
     details = summary.details
+    # Refinement leaves no errors of single modules, so those of the factors that it began with are told.
+    modules = summary.modules or details.get(MODULES_BEFORE, {})
     return {
         "factor_bits": summary.factor_bits,
         "ranks": dict(summary.ranks),
         "error_left": None if math.isnan(left := summary.error_left()) else left,
         "errors": {
             name: [one["error_before"] / one["signal"], one["error_after"] / one["signal"]]
-            for name, one in summary.modules.items()
+            for name, one in modules.items()
             if one["signal"]
         },
+        "refined": details.get("refinement"),
         "spectra": spectra(summary.folder),
         **{
             key: details.get(key)

@@ -22,6 +22,8 @@ NOISE = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     # GPTQModel's tokenizer helper names the padding token that it chose; windows here are never padded.
     "tokenicer.tokenicer": "Auto fixed pad_token_id",
+    # GPTQModel asks where an empty model will lie, before its output matrix is tied to the embeddings.
+    "accelerate.utils.modeling": "The model weights are not tied",
 }
 
 

@@ -19,6 +19,7 @@ from ..adapter.factors import ModuleFactors
 from ..adapter.folder import AdapterFolder
 from ..adapter.naming import name_adapter
 from ..adapter.save import save_adapter
+from ..adapter.settings import MODULES, MODULES_BEFORE
 from ..calibration.token_ids import require_token_ids
 from ..formats.factors import QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
@@ -91,7 +92,9 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
     work = unfinished_folder(output)
     _prepare(work, source, job)
     outcome, factors = refine_factors(trainee, start, bits, stored_as, job, work)
-    details = {**(source.details or {}), "refinement": describe(outcome, job), "factor_bits": bits}
+    known = source.details or {}
+    details = {**known, MODULES_BEFORE: known.get(MODULES) or known.get(MODULES_BEFORE, {}),
+               "refinement": describe(outcome, job), "factor_bits": bits}  # fmt: skip
     names = [name for name, _ in trainee.model.named_modules()]
     written = {name: trained(*pair) for name, pair in factors.items()}
     save_adapter(output, written, base_model=str(checkpoint), module_names=names, details=details)

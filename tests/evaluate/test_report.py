@@ -92,6 +92,15 @@ def test_numbers_are_the_records(page: Page) -> None:
         assert expected in shown
 
 
+def test_a_refined_adapter_shows_what_it_began_with() -> None:
+    refined = record()
+    adapter = next(one["adapter"] for one in refined["models"] if "adapter" in one)
+    adapter["refined"] = {"loss": "kl", "tokens": 4096, "steps": 39, "before": 0.41, "after": 0.33}
+    html = render(refined)
+    assert "as it was before refinement" in html and "with it, as a share" not in html
+    assert "by kl on 4096 tokens, 39 steps; validation loss 0.4100, then 0.3300" in html
+
+
 def test_without_what_was_not_measured() -> None:
     """A model at full precision alone; and one without any text, prompts or speed."""
     alone = record()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gptqmodel_eora_ext.adapter.errors import AdapterError
 from gptqmodel_eora_ext.adapter.folder import AdapterFolder
 from gptqmodel_eora_ext.adapter.naming import read_entry
+from gptqmodel_eora_ext.adapter.settings import MODULES_BEFORE
 from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.refine import COMPLETE, INTERRUPTED, LOSSES, RefineJob, RefineSettings, Trainee, refine_adapter
@@ -50,6 +51,7 @@ def test_refining_lowers_the_loss_and_tells_of_it(
     assert [refinement[name] for name in ("loss", "before", "after")] == [loss, outcome.before, outcome.after]
     # Nothing is larger than it was, and errors of single modules are no measure any more.
     assert summary.bytes == summarize(source.path).bytes and not summary.modules
+    assert set(summary.details[MODULES_BEFORE]) == set(summary.ranks)
     assert not unfinished_folder(output).exists()
 
 

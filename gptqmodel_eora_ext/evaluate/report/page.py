@@ -153,11 +153,12 @@ def _adapter(model: Mapping[str, Any], number: int) -> dict[str, Any]:
         kinds, before = _grid({module: pair[0] for module, pair in adapter["errors"].items()})
         _, after = _grid({module: pair[1] for module, pair in adapter["errors"].items()})
         means = [statistics.fmean(pair[place] for pair in adapter["errors"].values()) for place in (0, 1)]
+        which = "as it was before refinement" if adapter.get("refined") else "with it"
         figures.append(heat_maps(
             f"errors-{number}", "Error of each module's output, before and after",
-            f"Mean over modules of {name}: {means[0]:.3f} without the adapter, {means[1]:.3f} with it, as a share of "
+            f"Mean over modules of {name}: {means[0]:.3f} without the adapter, {means[1]:.3f} {which}, as a share of "
             f"the output's size on calibration data.",
-            {"without the adapter": before, "with it": after}, kinds, "E‖ΔW x‖² / E‖W x‖²",
+            {"without the adapter": before, which: after}, kinds, "E‖ΔW x‖² / E‖W x‖²",
         ))  # fmt: skip
     kinds, ranks = _grid({module: float(rank) for module, rank in adapter["ranks"].items()})
     values = list(adapter["ranks"].values())
@@ -186,12 +187,18 @@ def _adapter(model: Mapping[str, Any], number: int) -> dict[str, Any]:
             if adapter.get("error_left") is None
             else f"{100 * adapter['error_left']:.1f} % of the weighted error (geometric mean over modules)",
             "calibration": f"{data['tokens']} tokens, sha256 {data['sha256']}" if data.get("sha256") else None,
+            "refined": None if not adapter.get("refined") else _refinement(adapter["refined"]),
             "seconds of compensation": None
             if adapter.get("seconds") is None
             else f"{adapter['seconds']:.0f}, summed over threads",
             "made by": ", ".join(f"{one} {which}" for one, which in (adapter.get("versions") or {}).items()) or None,
         },
     }
+
+
+def _refinement(told: Mapping[str, Any]) -> str:
+    return (f"by {told['loss']} on {told['tokens']} tokens, {told['steps']} steps; validation loss "
+            f"{told['before']:.4f}, then {told['after']:.4f}")  # fmt: skip
 
 
 def _grid(values: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
