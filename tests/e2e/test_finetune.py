@@ -24,7 +24,7 @@ from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
 from .helpers import Batches, Made, kernels, quantize
-from .test_autoround import autoround
+from .test_autoround import autoround, random_model
 
 pytestmark = pytest.mark.e2e
 
@@ -32,18 +32,24 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def made(two_layers: Path, calibration: Batches, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Two layers of SmolLM2 at 2 bits, with an adapter in 16 bits."""
-    folder = tmp_path_factory.mktemp("plain") / "out"
-    return quantize(two_layers, folder, QuantizeConfig(bits=2, group_size=64), calibration)
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model: what learns, and through which kernels, does not turn on the weights."""
+    return random_model(tmp_path_factory.mktemp("base"), tokenizer, layers=2)
 
 
 @pytest.fixture(scope="module")
-def packed(two_layers: Path, calibration: Batches, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The same at 3 bits, its adapter in 4."""
+def made(base: Path, calibration: Batches, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """At 2 bits, with an adapter in 16 bits."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return quantize(base, folder, QuantizeConfig(bits=2, group_size=64), calibration)
+
+
+@pytest.fixture(scope="module")
+def packed(base: Path, calibration: Batches, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """At 3 bits, with an adapter in 4."""
     config = QuantizeConfig(bits=3, group_size=64)
     folder = tmp_path_factory.mktemp("packed") / "out"
-    return quantize(two_layers, folder, config, calibration, adapter=EoRA(rank=16, factor_bits=4))
+    return quantize(base, folder, config, calibration, adapter=EoRA(rank=16, factor_bits=4))
 
 
 def data(token_ids: list[int]) -> list[dict[str, list[int]]]:
@@ -54,7 +60,7 @@ def data(token_ids: list[int]) -> list[dict[str, list[int]]]:
 def trained(model: Any, rows: list[dict[str, list[int]]], out: Path) -> list[float]:
     """Losses of steps of a plain Trainer, all on the same windows."""
     arguments = TrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=2e-3, logging_steps=1,
+        output_dir=str(out), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=2e-2, logging_steps=1,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows))
@@ -74,7 +80,7 @@ def test_trains_over_our_kernels_and_loads_again(made: Made, token_ids: list[int
     layer = next(one for one in model.modules() if isinstance(one, GPTQLoraLinear))
     assert isinstance(layer.base_layer, EoRAFusedLinear)
     losses = trained(model, data(token_ids), tmp_path)
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     assert layer.base_layer._buffers["qweight"] is None, "the packed tensors should lie in memory once"
 
     model.save_pretrained(str(tmp_path / "trained"))
@@ -106,7 +112,7 @@ def test_gradients_are_those_of_the_dense_weight(made: Made, token_ids: list[int
     x = torch.randn(96, layer.base_layer.in_features, generator=generator, requires_grad=True)
     grad = torch.randn(96, layer.base_layer.out_features, generator=generator)
     found = torch.autograd.grad(layer(x), [x, lora_A, lora_B], grad)
-    weight = dequantize(layer.base_layer).float().detach()
+    weight = dequantize(layer.base_layer).float().clone()
     expected = torch.autograd.grad(x @ weight.T + x @ lora_A.T @ lora_B.T, [x, lora_A, lora_B], grad)
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-3, name
@@ -120,13 +126,13 @@ def test_trl_trains_packed_factors_which_are_packed_again(packed: Made, tokenize
     text = demo_text("calibration").read_text(encoding="utf-8")
     rows = Dataset.from_list([{"text": text[start : start + 400]} for start in range(0, 3200, 400)])
     arguments = SFTConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=2e-3, logging_steps=1,
+        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=2e-2, logging_steps=1,
         report_to=[], use_cpu=True, bf16=False, save_strategy="no", max_length=64, disable_tqdm=True,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=arguments)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     model.save_pretrained(str(packed.folder / "trained"))
     heldout = tmp_path / "heldout.txt"
     heldout.write_text(demo_text("heldout").read_text(encoding="utf-8")[:4000], encoding="utf-8")
@@ -142,9 +148,9 @@ def test_trl_trains_packed_factors_which_are_packed_again(packed: Made, tokenize
 
 @pytest.mark.parametrize("exported", ["auto_round", "auto_round:auto_gptq"])
 def test_autorounds_checkpoints_train(
-    exported: str, two_layers: Path, tokenizer: Any, calibration: Batches, token_ids: list[int], tmp_path: Path
+    exported: str, base: Path, tokenizer: Any, calibration: Batches, token_ids: list[int], tmp_path: Path
 ) -> None:
-    quantizer = autoround(two_layers, tokenizer, calibration, ["rtn", EoRAConfig(rank=8)], scheme="W4A16", iters=None)
+    quantizer = autoround(base, tokenizer, calibration, ["rtn", EoRAConfig(rank=8)], scheme="W4A16", iters=None)
     _, folder = quantizer.quantize_and_save(str(tmp_path), format=exported)
     model: Any
     if exported == "auto_round":
@@ -153,17 +159,17 @@ def test_autorounds_checkpoints_train(
         model = opened(Path(folder))
     model = load_peft(model, Path(folder) / "eora", is_trainable=True)
     losses = trained(model, data(token_ids), tmp_path / "run")
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_a_kernel_without_gradients_is_named(
-    two_layers: Path, calibration: Batches, token_ids: list[int], tmp_path: Path
+    base: Path, calibration: Batches, token_ids: list[int], tmp_path: Path
 ) -> None:
     config = QuantizeConfig(bits=4, group_size=64, quant_method=METHOD.AWQ, format=FORMAT.GEMM)
-    awq = quantize(two_layers, tmp_path / "awq", config, calibration, adapter=EoRA(rank=8))
+    awq = quantize(base, tmp_path / "awq", config, calibration, adapter=EoRA(rank=8))
     host = opened(awq.folder, backend=BACKEND.AWQ_TORCH)
     losses = trained(load_peft(host, awq.folder / "eora", is_trainable=True), data(token_ids), tmp_path / "run")
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     host = opened(awq.folder)
     inference_only = [one for one in kernels(host.model).values() if not one.SUPPORTS_TRAINING]
     if not inference_only:
