@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ import typer
 from ..adapter.folder import AdapterFolder
 from ..adapter.save import export_peft
 from ..adapter.summary import find_adapter, summarize
-from .options import check_out
+from ..formats.factors import PACKED_BITS
+from .options import check_out, check_text
 from .printing import errors, fail, progress_bars, say
 from .show import print_summary
 
@@ -27,6 +29,16 @@ def export(
         Path | None,
         typer.Option("--gguf", help="File for the checkpoint in GGUF, its adapter beside it; or for an adapter alone."),
     ] = None,
+    packed: Annotated[
+        Path | None, typer.Option("--packed", help="Folder for a copy with packed factors, of one that was trained.")
+    ] = None,
+    factor_bits: Annotated[
+        int | None, typer.Option(help="With --packed: bits of a factor, 8 or 4; 4 by default.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="With --packed: held-out text, whose loss before and after is told."),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(help="With --gguf: the model's GGUF file in 16 bits; for an adapter alone, the one to use it on."),
@@ -36,24 +48,68 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
-    """Write a plain copy of an adapter, for whatever opens PEFT's folders; or GGUF files for llama.cpp."""
-    if (peft is None) == (gguf is None):
-        fail("name one of --peft and --gguf.")
+    """Write a copy of an adapter: plain, for whatever opens PEFT's folders; packed; or GGUF files for llama.cpp."""
+    if [peft, gguf, packed].count(None) != 2:
+        fail("name one of --peft, --packed and --gguf.")
+    if packed is None and (factor_bits is not None or texts):
+        fail("--factor-bits and --text are for --packed.")
     if gguf is not None:
         _export_gguf(path, gguf, like, base, force)
         return
-    assert peft is not None
     if like is not None or base is not None:
         fail("--like and --base are for --gguf.")
+    output = peft or packed
+    assert output is not None
     with errors():
         folder = find_adapter(path)
         assert folder is not None
-    if peft.resolve() in (path.resolve(), folder.resolve()):
-        fail(f"`{peft}` is what is read from and must stay as it is. Choose another folder.")
-    check_out(peft, force)
+    if output.resolve() in (path.resolve(), folder.resolve()):
+        fail(f"`{output}` is what is read from and must stay as it is. Choose another folder.")
+    check_out(output, force)
+    if packed is not None:
+        _export_packed(path, folder, packed, PACKED_BITS[-1] if factor_bits is None else factor_bits, texts or [])
+        return
     with errors():
-        export_peft(AdapterFolder.open(folder), peft)
-    print_summary(summarize(peft))
+        export_peft(AdapterFolder.open(folder), output)
+    print_summary(summarize(output))
+
+
+def _export_packed(path: Path, folder: Path, output: Path, bits: int, texts: Sequence[Path]) -> None:
+    for text in texts:
+        check_text(text)
+
+    from ..adapter.packing import export_packed
+
+    with errors():
+        opened = AdapterFolder.open(folder)
+        checkpoint = _checkpoint_of(path, opened) if texts else None
+        changed = export_packed(opened, output, bits)
+    print_summary(summarize(output))
+    worst = max(changed, key=lambda name: changed[name])
+    say(f"rounding changes a module's BA by {sum(changed.values()) / len(changed):.1%} of its norm in the mean, and "
+        f"{worst}'s, the most, by {changed[worst]:.1%}")  # fmt: skip
+    if checkpoint is None:
+        return
+
+    from ..evaluate.measure import Request, measure
+    from ..evaluate.subjects import resolve
+    from .evaluate import print_record
+
+    with errors(), progress_bars() as bar:
+        subjects = resolve([str(checkpoint)], adapters=(folder, output), adapters_only=True)
+        record = measure(Request(subjects=subjects, texts=tuple(texts)), bar)
+    print_record(record)
+
+
+def _checkpoint_of(path: Path, adapter: AdapterFolder) -> Path:
+    """The quantised model that an adapter is for: PATH, the folder around the adapter, or what its config names."""
+    named = adapter.settings.base_model
+    places = [path, adapter.path.parent, *([] if not named else [Path(named)])]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        fail(f"--text needs the checkpoint that `{path}` is for. Its adapter_config.json names `{named}`, which is no "
+             f"folder here; put the adapter's folder into the checkpoint's.")  # fmt: skip
+    return found
 
 
 def _export_gguf(path: Path, gguf: Path, like: Path | None, base: Path | None, force: bool) -> None:

@@ -310,6 +310,10 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
             self._take_back()
             self._asked_for = True
 
+    def only_looked_at(self) -> None:
+        """Whoever asked for a packed tensor has not kept it, so that it can be given up again by the next call."""
+        self._asked_for = False
+
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """As of any module; for buffers that were given up, new tensors of the same values."""
         with self._lent():
