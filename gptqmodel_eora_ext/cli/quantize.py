@@ -45,6 +45,7 @@ from .options import (
     tokenized,
 )
 from .printing import errors, fail, progress_bars, say
+from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe
 from .show import print_summary
 
 GPTQ, AUTOROUND = QUANTIZERS = ("gptq", "autoround")
@@ -57,6 +58,17 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
     calibration: Calibration,
+    total: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of weights, scales, zeros and factors, as `2.75bpw` (bits per quantised weight) or `300MB`. "
+            "What measurement found best at that size is picked, shown and run."
+        ),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(help="For --total: fast (minutes), balanced, or best (hours on a CPU).")
+    ] = DEFAULT_EFFORT,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --total: show what is picked, and stop.")] = False,
     quantizer: Annotated[
         str, typer.Option(help="gptq, in GPTQModel's loop, or autoround, in AutoRound's: slower, and better at 2 bits.")
     ] = GPTQ,
@@ -83,6 +95,14 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantise a model, and compensate each module right after it is quantised."""
+    check_recipe(context, total)
+    if total is not None:
+        quantize_by_recipe(
+            model, output, calibration, total=total, effort=effort, dry_run=dry_run, form=format, samples=samples,
+            seqlen=seqlen, batch_size=batch_size if given(context, "batch_size") else None, force=force,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return
     _check_quantizer(context, quantizer)
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
     if bits not in QUANTIZED_BITS:

@@ -5,8 +5,10 @@ from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
 from .ranks import least_budget
+from .recipes import EFFORTS, Recipe, recipe_of
 
 __all__ = [
+    "EFFORTS",
     "PLAIN_TITLE",
     "PLANNED_BITS",
     "SWEEP",
@@ -16,6 +18,7 @@ __all__ = [
     "PlanError",
     "PlannedModule",
     "Point",
+    "Recipe",
     "affordable",
     "largest_rank",
     "least_budget",
@@ -25,6 +28,7 @@ __all__ = [
     "plan_to_follow",
     "planned",
     "planned_modules",
+    "recipe_of",
     "sweep_rank",
     "without_groups",
 ]
