@@ -12,6 +12,7 @@ from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..plan import QUANTIZERS
 from .options import (
     DEFAULT_GROUP_SIZE,
     FORMATS,
@@ -48,7 +49,7 @@ from .printing import errors, fail, progress_bars, say
 from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe
 from .show import print_summary
 
-GPTQ, AUTOROUND = QUANTIZERS = ("gptq", "autoround")
+GPTQ, AUTOROUND = QUANTIZERS
 # Options that only one of them has.
 OF_QUANTIZER = {GPTQ: ("desc_act", "mse", "rounds"), AUTOROUND: ("iters", "format")}
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 
 import typer
 
 from ..adapter.budget import parse_budget
-from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
-from ..formats.names import PLAN_FILE
+from ..formats.names import PLAN_FILE, RECIPE_FILE
 from ..plan import EFFORTS
 from ..refine import INTERRUPTED
 from .options import check_format, check_model, check_out, given, read_calibration
@@ -61,18 +59,22 @@ def quantize_by_recipe(
         parse_budget(total, what="--total")
     check_format(form)
     check_model(model)
-    check_out(output, force, model)
+    # What an interrupted run has left may be gone on with; whether it is that shows when the model is open.
+    check_out(output, force or (output / RECIPE_FILE).is_file(), model)
     read_calibration(calibration)
 
-    from ..hosts.recipes import prepare_recipe, run_recipe
+    from ..hosts.recipes import is_quantised, prepare_recipe, run_recipe
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
     with errors(), quiet():
         prepared = prepare_recipe(model, total, calibration, effort=effort, samples=samples, seqlen=seqlen,
                                   trust_remote_code=trust_remote_code, what="--total")  # fmt: skip
+        goes_on = is_quantised(prepared, output)
+    check_out(output, force or goes_on, model)
     table = listing()
-    for name, text in {**prepared.recipe.described(), "takes": _duration(prepared.recipe.seconds(seqlen))}.items():
+    takes = "goes on with what is there" if goes_on else _duration(prepared.recipe.seconds(seqlen))
+    for name, text in {**prepared.recipe.described(), "takes": takes}.items():
         table.add_row(name, text)
     # Beside the bars, so that stdout holds the result alone; with --dry-run this is the result.
     if dry_run:
@@ -86,9 +88,7 @@ def quantize_by_recipe(
     bpw = 8 * made.plan.total_bytes / prepared.recipe.weights
     say(f"{bpw:.3f} bpw of weights and factors; the plan is `{output / PLAN_FILE}`.")
     if made.outcome is not None and made.outcome.ended == INTERRUPTED:
-        go_on = ["eora", "refine", str(output), "--base", model, "--calibration", calibration, "--tokens",
-                 str(prepared.recipe.row.refine), "--adapter", str(output / DEFAULT_FOLDER)]  # fmt: skip
-        say(f"Refinement was interrupted; the best so far is written. Go on:  {shlex.join(go_on)}")
+        say("Interrupted; the best so far is written. The same command goes on.")
         raise typer.Exit(FAILED)
     say(f'Load it:  GPTQModel.load("{output}")')
 

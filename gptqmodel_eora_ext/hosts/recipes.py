@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._version import __version__
+from ..adapter.errors import read_json
+from ..adapter.folder import AdapterFolder
+from ..adapter.naming import DEFAULT_FOLDER
+from ..adapter.summary import find_adapter
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
-from ..formats.names import PLAN_FILE
+from ..formats.names import PLAN_FILE, RECIPE_FILE
 from ..plan import (
     PLANNED_BITS,
     Plan,
@@ -21,7 +28,8 @@ from ..plan import (
     recipe_of,
 )
 from ..plan.recipes import BEST, FACTOR_BITS, GPTQ, GRID, GROUP_SIZE, SENSITIVITY
-from ..refine import Outcome, RefineSettings
+from ..refine import INTERRUPTED, Outcome, RefineSettings
+from ..system.files import write_json
 from ..system.progress import counted
 from .jobs import Planned, QuantizeJob, Windows
 from .refine import refine_checkpoint
@@ -57,6 +65,20 @@ class Prepared:
     seqlen: int
     trust_remote_code: bool
 
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint is recognised by: the same recipe, model and text. Ready for JSON."""
+        row = self.recipe.row
+        asked = {"quantizer": row.quantizer, "adapter": self.recipe.adapter, "tuning": dict(row.tuning), "refine": row.refine}
+        ids = json.dumps([one["input_ids"] for one in self.calibration])
+        return {
+            "model": self.model,
+            "effort": row.effort,
+            "total": self.recipe.total,
+            **asked,
+            "calibration": hashlib.sha256(ids.encode()).hexdigest(),
+            "version": __version__,
+        }
+
 
 @dataclass(frozen=True)
 class Made:
@@ -65,7 +87,7 @@ class Made:
     Attributes:
         checkpoint: the folder.
         plan: what was run.
-        outcome: of the refinement; None where there was none.
+        outcome: of the refinement; None where there was none, or one that was complete already.
     """
 
     checkpoint: Path
@@ -140,8 +162,9 @@ def run_recipe(
 ) -> Made:
     """Plan widths and ranks, quantise by the plan, and refine the adapter, as the recipe says.
 
-    The checkpoint, its adapter and the plan go into ``output``. Memory is that of the quantiser; of the plan and the
-    refinement one layer at full precision.
+    The checkpoint, its adapter, the plan and what was asked go into ``output``. Memory is that of the quantiser; of the
+    plan and the refinement one layer at full precision. Called again with the same model, text and total after the
+    refinement was interrupted, it goes on there and quantises nothing (`is_quantised`).
 
     Args:
         prepared: of `prepare_recipe`.
@@ -155,8 +178,43 @@ def run_recipe(
         ValueError: for calibration or weights that do not fit.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
-    recipe, folder = prepared.recipe, Path(output)
+    folder = Path(output)
+    if is_quantised(prepared, folder):
+        log.info("EoRA: `%s` is quantised by this recipe already.", folder)
+        plan = Plan.read(folder / PLAN_FILE)
+    else:
+        plan = _quantize(prepared, folder, form, batch_size, device, bar)
+    refined = prepared.recipe.row.refine
+    if not refined or not plan.largest_rank or _is_refined(folder):
+        return Made(folder, plan, None)
+    outcome = refine_checkpoint(
+        folder, prepared.model, prepared.refinement, tokens=refined, device=device, adapter=folder / DEFAULT_FOLDER,
+        trust_remote_code=prepared.trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
+    )  # fmt: skip
+    return Made(folder, plan, outcome)
+
+
+def is_quantised(prepared: Prepared, folder: Path) -> bool:
+    """Whether a folder holds what this recipe has quantised of this model, by this text; refined or not."""
+    record = folder / RECIPE_FILE
+    return record.is_file() and read_json(record) == prepared.record()
+
+
+def _is_refined(folder: Path) -> bool:
+    """Whether a refinement has run to its end here."""
+    adapter = find_adapter(folder, required=False)
+    told = AdapterFolder.open(adapter).details if adapter is not None else None
+    ended = (told or {}).get("refinement", {}).get("ended", INTERRUPTED)
+    return bool(ended != INTERRUPTED)
+
+
+def _quantize(
+    prepared: Prepared, folder: Path, form: str, batch_size: int | None, device: str | None, bar: Bars
+) -> Plan:
+    recipe = prepared.recipe
     plan = plan_of(prepared, bar)
+    # What stands there of another recipe is replaced, and must not be taken for this one's if the work breaks off.
+    (folder / RECIPE_FILE).unlink(missing_ok=True)
     job = QuantizeJob(
         model=prepared.model,
         output=folder,
@@ -170,16 +228,9 @@ def run_recipe(
     )
     quantizer(recipe.row.quantizer)(job)
     plan.write(folder / PLAN_FILE)
-    if not recipe.row.refine:
-        return Made(folder, plan, None)
-    if not plan.largest_rank:
-        log.warning("EoRA: the plan gives no module an adapter, so there is nothing to refine.")
-        return Made(folder, plan, None)
-    outcome = refine_checkpoint(
-        folder, prepared.model, prepared.refinement, tokens=recipe.row.refine, device=device,
-        trust_remote_code=prepared.trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
-    )  # fmt: skip
-    return Made(folder, plan, outcome)
+    # Last, since it says that all the rest is there.
+    write_json(folder / RECIPE_FILE, prepared.record())
+    return plan
 
 
 def plan_of(prepared: Prepared, bar: Bars) -> Plan:

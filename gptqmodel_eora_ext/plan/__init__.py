@@ -1,6 +1,6 @@
 """What bits and ranks will buy, told before anything is quantised, and a file of choices that `quantize` runs."""
 
-from .file import ModulePlan, Plan, PlanError, plan_to_follow, without_groups
+from .file import QUANTIZERS, ModulePlan, Plan, PlanError, plan_to_follow, without_groups
 from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
@@ -11,6 +11,7 @@ __all__ = [
     "EFFORTS",
     "PLAIN_TITLE",
     "PLANNED_BITS",
+    "QUANTIZERS",
     "SWEEP",
     "Mix",
     "ModulePlan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -17,8 +18,12 @@ from ..formats.names import PLAN_MARK
 from ..formats.sizes import WHOLE_ROW, ModuleShape
 from ..system.files import write_json
 
+log = logging.getLogger(__name__)
+
 FORMAT = "eora-plan-1"
 BITS = (2, 3, 4, 8)
+# Quantisers that plans are made for. Files that name none are of the first.
+QUANTIZERS = ("gptq", "autoround")
 # A message about modules that do not fit shows this many of their names.
 SHOWN = 3
 
@@ -52,6 +57,7 @@ class Plan:
         adapter_bytes: bytes of the factors alone, scales included.
         predicted_loss: loss above that of the full-precision model, nats a token.
         modules: full module name → its bits and rank.
+        quantizer: that losses were predicted for, "gptq" or "autoround".
 
     Example:
         >>> plan = Plan.read("plan.json")
@@ -69,6 +75,7 @@ class Plan:
     adapter_bytes: int
     predicted_loss: float
     modules: Mapping[str, ModulePlan]
+    quantizer: str = QUANTIZERS[0]
 
     @property
     def bits(self) -> int:
@@ -136,6 +143,7 @@ class Plan:
             raise PlanError(f"{where} has the format {found!r}, expected {FORMAT!r}. Make it anew with `eora plan`.")
         del content["format"]
         dynamic = content.pop("dynamic", None)
+        content.setdefault("quantizer", QUANTIZERS[0])
         _require_keys(content, cls, where)
         modules = content["modules"]
         if not isinstance(modules, dict) or not modules:
@@ -144,12 +152,21 @@ class Plan:
             _check_module(entry, f"{where}: {name}")
         try:
             validate_choice(content["factor_bits"], FACTOR_BITS, what=f"{where}: `factor_bits`")
+            validate_choice(content["quantizer"], QUANTIZERS, what=f"{where}: `quantizer`")
         except ValueError as error:
             raise PlanError(str(error)) from error
         plan = cls(**{**content, "modules": {name: ModulePlan(**entry) for name, entry in modules.items()}})
         if dynamic not in (None, plan.dynamic()):
             raise PlanError(f"{where}: `dynamic` does not say what `modules` says. Edit `modules`, drop `dynamic`.")
         return plan
+
+    def note_other_quantizer(self, quantizer: str) -> None:
+        """Say so in the log where losses were predicted for another quantiser; the plan runs all the same."""
+        if quantizer != self.quantizer:
+            log.warning(
+                "EoRA: the plan's losses were predicted for %s, and %s runs it: another mix may suit it better. Make "
+                "one with `eora plan --quantizer %s`.", self.quantizer, quantizer, quantizer,
+            )  # fmt: skip
 
     def check(self, shapes: Iterable[ModuleShape]) -> None:
         """Refuse a model whose modules differ from the plan's, by name or by shape.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..formats.sizes import ModuleShape, weight_bytes
 from ..solve import MOST_STEPS, Grid, allocate
-from .file import ModulePlan, Plan
+from .file import QUANTIZERS, ModulePlan, Plan
 from .forecast import Forecast
 from .modules import PlannedModule, bits_per_weight, choice_curve, plain_bytes, undominated
 from .ranks import most_rank
@@ -149,6 +149,7 @@ def planned(
     model: str,
     sensitivity: str,
     adapter: int = 0,
+    quantizer: str = QUANTIZERS[0],
 ) -> Plan:
     """The plan of a total size.
 
@@ -160,6 +161,7 @@ def planned(
         model: its name or folder, for the record.
         sensitivity: kind that losses are predicted by, for the record.
         adapter: bytes that are kept for factors (`mixed_with_adapter`); 0 to leave that to the forecasts.
+        quantizer: that losses are predicted for.
 
     Raises:
         ValueError: when even the fewest bits do not fit.
@@ -182,4 +184,5 @@ def planned(
             module.shape.name: ModulePlan(module.shape.out_features, module.shape.in_features, bits, rank)
             for module, bits, rank in zip(modules, found.bits, found.ranks, strict=True)
         },
+        quantizer=quantizer,
     )

@@ -1,4 +1,4 @@
-"""Recipes: what the table says is what results files say, and totals that none reaches are refused with those they do."""
+"""Recipes: the table says what results files say, and a total out of reach is refused with those within."""
 
 from __future__ import annotations
 
