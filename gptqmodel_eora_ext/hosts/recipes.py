@@ -68,13 +68,15 @@ class Prepared:
     def record(self) -> dict[str, Any]:
         """What a checkpoint is recognised by: the same recipe, model and text. Ready for JSON."""
         row = self.recipe.row
-        asked = {"quantizer": row.quantizer, "adapter": self.recipe.adapter, "tuning": dict(row.tuning), "refine": row.refine}
         ids = json.dumps([one["input_ids"] for one in self.calibration])
         return {
             "model": self.model,
             "effort": row.effort,
             "total": self.recipe.total,
-            **asked,
+            "quantizer": row.quantizer,
+            "tuning": dict(row.tuning),
+            "adapter": self.recipe.adapter,
+            "refine": row.refine,
             "calibration": hashlib.sha256(ids.encode()).hexdigest(),
             "version": __version__,
         }

@@ -61,8 +61,8 @@ class Row:
 
 
 EVERY = float("inf")
-# AutoRound's second version of sign-SGD. Of what the first leaves of the outputs of SmolLM2's first three blocks at 2 bits
-# (50 steps, 64 windows of 256 tokens) it leaves 76, 73 and 60 %, and takes 1.05 times the time.
+# AutoRound's second version of sign-SGD. Of the first's error in the outputs of SmolLM2's first three blocks, 2 bits, 50
+# steps, 64 windows of 256 tokens, it leaves 76, 73 and 60 %, in 1.05 times the time.
 EXTENDED = {"enable_alg_ext": True}
 # AutoRound's own default of windows a step. GPTQ sums over windows, and their number a step changes memory alone.
 AUTOROUND_BATCH, GPTQ_BATCH = 8, 1
@@ -77,8 +77,8 @@ TABLE = (
     ),
     Row(
         BALANCED, EVERY, AUTOROUND, adapter=0.22, tuning={"iters": 50, **EXTENDED}, refine=80_000,
-        why="AutoRound at 2 bits loses less than GPTQ does, and of what refinement wins most comes early (72 % of it in "
-            "54 of 136 steps: benchmarks/results/refine.json); the whole was not measured",
+        why="AutoRound at 2 bits loses less than GPTQ does, and most of what refinement wins comes early (72 % in 54 of "
+            "136 steps: benchmarks/results/refine.json); the whole was not measured",
     ),
     Row(
         BEST, EVERY, AUTOROUND, adapter=0.22, tuning={"iters": 50, **EXTENDED}, refine=200_000,
@@ -147,7 +147,7 @@ class Recipe:
         """What it is and why, by short names."""
         row = self.row
         widths = ", ".join(map(str, PLANNED_BITS[:-1])) + f" or {PLANNED_BITS[-1]}"
-        how = f"AutoRound, {row.tuning['iters']} steps a block" if row.quantizer == AUTOROUND else "GPTQ, with search for scales"
+        how = f"AutoRound, {row.tuning['iters']} steps a block" if row.tuning else "GPTQ, with its search for scales"
         kept = f"at least {row.adapter:g} bpw where 2 bits leave that" if row.adapter else "where forecasts say it pays"
         return {
             "recipe": f"{row.effort}, {self.bpw:.3f} bpw of {self.weights:,} weights",

@@ -27,7 +27,10 @@ SHORT = ["--samples", "8", "--seqlen", "64"]
 @pytest.fixture
 def short_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes, with fewer steps of AutoRound and fewer tokens to refine on: seconds in place of hours."""
-    few = [replace(row, tuning={**row.tuning, "iters": 2} if row.tuning else {}, refine=min(row.refine, 8 * 512)) for row in recipes.TABLE]
+    few = [
+        replace(row, tuning={**row.tuning, "iters": 2} if row.tuning else {}, refine=min(row.refine, 8 * 512))
+        for row in recipes.TABLE
+    ]
     monkeypatch.setattr(recipes, "TABLE", tuple(few))
 
 
