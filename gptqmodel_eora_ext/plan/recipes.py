@@ -61,8 +61,8 @@ class Row:
 
 
 EVERY = float("inf")
-# AutoRound's second version of sign-SGD. Of the first's error in the outputs of SmolLM2's first three blocks, 2 bits, 50
-# steps, 64 windows of 256 tokens, it leaves 76, 73 and 60 %, in 1.05 times the time.
+# AutoRound's second version of sign-SGD. Of the first's error in the outputs of SmolLM2's first three blocks, 2 bits,
+# 50 steps, 64 windows of 256 tokens, it leaves 76, 73 and 60 %, in 1.05 times the time.
 EXTENDED = {"enable_alg_ext": True}
 # AutoRound's own default of windows a step. GPTQ sums over windows, and their number a step changes memory alone.
 AUTOROUND_BATCH, GPTQ_BATCH = 8, 1
@@ -77,8 +77,8 @@ TABLE = (
     ),
     Row(
         BALANCED, EVERY, AUTOROUND, adapter=0.22, tuning={"iters": 50, **EXTENDED}, refine=80_000,
-        why="AutoRound at 2 bits loses less than GPTQ does, and most of what refinement wins comes early (72 % in 54 of "
-            "136 steps: benchmarks/results/refine.json); the whole was not measured",
+        why="AutoRound at 2 bits loses less than GPTQ does, and most of what refinement wins comes early (72 % in 54 "
+            "of 136 steps: benchmarks/results/refine.json); the whole was not measured",
     ),
     Row(
         BEST, EVERY, AUTOROUND, adapter=0.22, tuning={"iters": 50, **EXTENDED}, refine=200_000,
