@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gptqmodel_eora_ext.evaluate.demo import demo_text
 from gptqmodel_eora_ext.evaluate.size import COUNTED, tensor_bytes
 from gptqmodel_eora_ext.hosts import recipes as running
 from gptqmodel_eora_ext.plan import Recipe, recipes
+from gptqmodel_eora_ext.refine import COMPLETE, INTERRUPTED
 
 from .helpers import kernels, load
 from .test_autoround import random_model
@@ -30,7 +31,7 @@ SHORT = ["--samples", "8", "--seqlen", "64"]
 def short_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes, with fewer steps of AutoRound and fewer tokens to refine on: seconds in place of hours."""
     few = [
-        replace(row, tuning={**row.tuning, "iters": 2} if row.tuning else {}, refine=min(row.refine, 8 * 512))
+        replace(row, tuning={**row.tuning, "iters": 2} if row.tuning else {}, refine=min(row.refine, 5 * 512))
         for row in recipes.TABLE
     ]
     monkeypatch.setattr(recipes, "TABLE", tuple(few))
@@ -64,17 +65,24 @@ def test_the_best_recipe(short_table: None, tiny: Path, tmp_path: Path) -> None:
     assert {name: one.bits for name, one in loaded.items()} == {name: one.bits for name, one in plan.modules.items()}
     refined = summarize(out)
     assert refined.folder.name == "eora-refined"
-    assert refined.details["refinement"]["tokens"] == 8 * 512
+    assert refined.details["refinement"]["tokens"] == 5 * 512
     assert refined.details["refinement"]["after"] <= refined.details["refinement"]["before"]
     assert tensor_bytes(out, COUNTED) + tensor_bytes(refined.folder) == plan.total_bytes
 
-    weights_file, written = out / "model.safetensors", (refined.folder / "adapter_model.safetensors").read_bytes()
-    made = weights_file.stat().st_mtime_ns
-    shutil.rmtree(refined.folder)
+    # As an interruption while it was refined leaves it.
+    details = refined.folder / "eora.json"
+    content = json.loads(details.read_text())
+    content["refinement"]["ended"] = INTERRUPTED
+    details.write_text(json.dumps(content))
+    names = ("model.safetensors", "eora-refined/adapter_model.safetensors")
+    files = {one: (out / one).stat().st_mtime_ns for one in names}
     result = quantize(tiny, out, *best)
     assert result.exit_code == 0 and "goes on with what is there" in " ".join(result.output.split()), result.output
-    assert weights_file.stat().st_mtime_ns == made
-    assert (refined.folder / "adapter_model.safetensors").read_bytes() == written
+    later = {one: (out / one).stat().st_mtime_ns for one in files}
+    assert [later[one] > files[one] for one in files] == [False, True]
+    assert summarize(out).details["refinement"]["ended"] == COMPLETE
+    result = quantize(tiny, out, *best)
+    assert result.exit_code == 0 and later == {one: (out / one).stat().st_mtime_ns for one in files}
     result = quantize(tiny, out, "--total", "2.8bpw", "--effort", "best")
     assert result.exit_code == 2 and "is not empty" in result.output
 
