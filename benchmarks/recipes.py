@@ -132,10 +132,11 @@ def measure(
     told = made(base, cell, folder)
     seconds = time.perf_counter() - start
     adapters = [one for name in (DEFAULT_REFINED, DEFAULT_FOLDER) if (one := folder / name).is_dir()]
+    compared = [EoRA(path=one) for one in adapters] if adapters else [None]
     with quiet():
         losses = [
             common.losses(common.densified(folder, base, adapter).to(common.device()), texts, windows)
-            for adapter in ([EoRA(path=one) for one in adapters] or [None])
+            for adapter in compared
         ]
     nbytes = tensor_bytes(folder, COUNTED) + (tensor_bytes(adapters[0]) if adapters else 0)
     row = {

@@ -67,8 +67,8 @@ def without_library_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show only errors of GPTQModel and AutoRound within the block: no banner, table or print of GPTQModel's own, no bar
-    of its or of transformers', and no `NOISE`.
+    """Show only errors of GPTQModel and AutoRound within the block: no banner, table or print of GPTQModel's own, none
+    of its and transformers' bars, and no `NOISE`.
 
     Of this package's own log, warnings and errors are shown: a command says itself what it does.
     """
