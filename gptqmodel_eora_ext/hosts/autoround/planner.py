@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 TRIAL_BATCH = 8
 # Forecasts are GPTQ's, whose rounding is quick to imitate.
 FORECAST_BY = "gptq"
+FORECAST_SETTINGS = ("bits", "group_size", "sym")
 
 
 class PlannedByTuning:
@@ -35,16 +36,16 @@ class PlannedByTuning:
 
     Args:
         model: a folder or a hub name.
-        settings: `bits`, `group_size` and `sym`, and `iters` of the trial.
+        settings: `bits`, `group_size` and `sym`; all others are AutoRound's for the trial, `iters` among them.
         trust_remote_code: whether model code from the hub may run.
     """
 
     def __init__(self, model: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
-        given = dict(settings)
-        self._iters = given.pop("iters", TRIAL_ITERS)
-        self._grid = {"group_size": given["group_size"], "sym": given["sym"]}
         self._model, self._trust = model, trust_remote_code
-        self._forecasting = planner(FORECAST_BY)(model, given, trust_remote_code)
+        # Each width on offer is tried.
+        self._tuning = {"iters": TRIAL_ITERS, **{name: one for name, one in settings.items() if name != "bits"}}
+        forecast = {name: settings[name] for name in FORECAST_SETTINGS}
+        self._forecasting = planner(FORECAST_BY)(model, forecast, trust_remote_code)
         self.shapes = self._forecasting.shapes
 
     def layered(self) -> LayeredModel:
@@ -90,10 +91,11 @@ class PlannedByTuning:
             trust_remote_code=self._trust,
             device=None,
             scheme=f"W{bits}A16",
-            iters=self._iters,
+            # Compiling takes longer than three layers save by it: a minute and a half of one core for each width.
+            enable_torch_compile=False,
             # Each layer a group of its own: the first of a group is tuned on the full-precision model's inputs.
             to_quant_block_names=[[layer] for layer in layers],
-            **self._grid,
+            **self._tuning,
         )
         watch_blocks(rounder, lambda done, total: report())
         rounder.quantize()
