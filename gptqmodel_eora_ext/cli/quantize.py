@@ -45,7 +45,7 @@ from .options import (
     read_plan,
     tokenized,
 )
-from .printing import errors, fail, progress_bars, say
+from .printing import errors, fail, note, progress_bars, say
 from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe
 from .show import print_summary
 
@@ -113,6 +113,11 @@ def quantize(
     planned = read_plan(context, plan_file) if plan_file else None
     if planned and refine is not None and not planned.largest_rank:
         fail("--refine trains an adapter, and the plan gives no module one. Leave --refine out.")
+    if planned and planned.quantizer != quantizer:
+        note(
+            f"`{plan_file}` was planned for {planned.quantizer}, and {quantizer} runs it; another mix may suit it "
+            f"better. Make one by `eora plan --quantizer {quantizer}`."
+        )
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
     if quantizer == AUTOROUND:
         check_format(format, *([bits] if planned is None else {one.bits for one in planned.modules.values()}))

@@ -27,7 +27,7 @@ from ..plan import (
     planned_modules,
     recipe_of,
 )
-from ..plan.recipes import BEST, FACTOR_BITS, GPTQ, GRID, GROUP_SIZE, SENSITIVITY
+from ..plan.recipes import BEST, FACTOR_BITS, GRID, GROUP_SIZE, PLANNED_FOR, SENSITIVITY
 from ..refine import INTERRUPTED, Outcome, RefineSettings
 from ..system.files import write_json
 from ..system.progress import counted
@@ -128,7 +128,7 @@ def prepare_recipe(
         >>> print(prepared.recipe)
         >>> made = run_recipe(prepared, "out")
     """
-    opened = planner(GPTQ)(model, {"bits": PLANNED_BITS[0], "group_size": GROUP_SIZE, "sym": GRID.sym},
+    opened = planner(PLANNED_FOR)(model, {"bits": PLANNED_BITS[0], "group_size": GROUP_SIZE, "sym": GRID.sym},
                              trust_remote_code)  # fmt: skip
     recipe = recipe_of(total, effort, opened.shapes, what=what)
 
@@ -243,5 +243,5 @@ def plan_of(prepared: Prepared, bar: Bars) -> Plan:
     found = prepared.opened.survey(prepared.calibration, question, SENSITIVITY, lambda title: counted(bar(title)))
     return planned(
         planned_modules(shapes, found), recipe.total, GRID, FACTOR_BITS, model=prepared.model, sensitivity=SENSITIVITY,
-        adapter=recipe.adapter,
+        adapter=recipe.adapter, quantizer=PLANNED_FOR,
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -17,8 +16,6 @@ from ..adapter.vocabulary import FACTOR_BITS
 from ..formats.names import PLAN_MARK
 from ..formats.sizes import WHOLE_ROW, ModuleShape
 from ..system.files import write_json
-
-log = logging.getLogger(__name__)
 
 FORMAT = "eora-plan-1"
 BITS = (2, 3, 4, 8)
@@ -159,14 +156,6 @@ class Plan:
         if dynamic not in (None, plan.dynamic()):
             raise PlanError(f"{where}: `dynamic` does not say what `modules` says. Edit `modules`, drop `dynamic`.")
         return plan
-
-    def note_other_quantizer(self, quantizer: str) -> None:
-        """Say so in the log where losses were predicted for another quantiser; the plan runs all the same."""
-        if quantizer != self.quantizer:
-            log.warning(
-                "EoRA: the plan's losses were predicted for %s, and %s runs it: another mix may suit it better. Make "
-                "one with `eora plan --quantizer %s`.", self.quantizer, quantizer, quantizer,
-            )  # fmt: skip
 
     def check(self, shapes: Iterable[ModuleShape]) -> None:
         """Refuse a model whose modules differ from the plan's, by name or by shape.

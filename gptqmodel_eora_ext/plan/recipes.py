@@ -64,6 +64,9 @@ EVERY = float("inf")
 # AutoRound's second version of sign-SGD. Of the first's error in the outputs of SmolLM2's first three blocks, 2 bits,
 # 50 steps, 64 windows of 256 tokens, it leaves 76, 73 and 60 %, in 1.05 times the time.
 EXTENDED = {"enable_alg_ext": True}
+# Whose losses widths and ranks are planned by, whichever quantiser then runs them. `eora plan --quantizer autoround`
+# takes the time of AutoRound on 9 layers more, and whether its mixes are better was not measured.
+PLANNED_FOR = GPTQ
 # AutoRound's own default of windows a step. GPTQ sums over windows, and their number a step changes memory alone.
 AUTOROUND_BATCH, GPTQ_BATCH = 8, 1
 

@@ -47,14 +47,6 @@ def test_files_that_name_no_quantizer_are_of_gptq(plan: Plan, tmp_path: Path) ->
     assert Plan.read(tmp_path / "plan.json") == plan
 
 
-def test_a_note_where_another_quantizer_runs_it(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
-    plan.note_other_quantizer("gptq")
-    assert not caplog.records
-    plan.note_other_quantizer("autoround")
-    assert "predicted for gptq, and autoround runs it" in caplog.text
-    assert "eora plan --quantizer autoround" in caplog.text
-
-
 def altered(plan: Plan, **changes: Any) -> dict[str, Any]:
     content = json.loads(json.dumps({"format": "eora-plan-1", **plan.__dict__, "modules": {}}))
     content["modules"] = {name: one.__dict__ for name, one in plan.modules.items()}

@@ -19,7 +19,6 @@ def check_plan(orchestrator: Any, plan: Plan) -> None:
     Raises:
         PlanError: naming the module, what was found and what was expected.
     """
-    plan.note_other_quantizer("autoround")
     linears = quantized_linears(orchestrator)
     plan.check([shape_of(name, one) for name, one in linears.items()])
     for name, one in plan.modules.items():

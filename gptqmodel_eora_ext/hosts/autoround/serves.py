@@ -60,11 +60,8 @@ def _quantize(job: QuantizeJob) -> Path:
 
 def _adapter_config(job: QuantizeJob) -> EoRAConfig | None:
     if job.plan is not None:
-        if job.plan.largest_rank:
-            return EoRAConfig(plan=job.plan)
-        # A plan may find plain weights of mixed widths the best; no loop of ours compares it then.
-        job.plan.note_other_quantizer(QUANTIZER)
-        return None
+        # A plan may find plain weights of mixed widths the best.
+        return EoRAConfig(plan=job.plan) if job.plan.largest_rank else None
     if job.adapter is None:
         return None
     options = AdapterOptions.settle(**job.adapter).for_making(**job.adapter)

@@ -31,7 +31,6 @@ def check_plan(model: Any, plan: Plan) -> None:
     Raises:
         PlanError: naming what was found and what was expected.
     """
-    plan.note_other_quantizer("gptq")
     config = model.quantize_config
     remedy = "Load the model with QuantizeConfig(**plan.quantize_config())."
     for key, expected in plan.quantize_config().items():
