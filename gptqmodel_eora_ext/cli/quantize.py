@@ -99,8 +99,9 @@ def quantize(
     check_recipe(context, total)
     if total is not None:
         quantize_by_recipe(
-            model, output, calibration, total=total, effort=effort, dry_run=dry_run, form=format, samples=samples,
-            seqlen=seqlen, batch_size=batch_size if given(context, "batch_size") else None, force=force,
+            model, output, calibration, total=total, effort=effort, dry_run=dry_run,
+            form=format if given(context, "format") else None, samples=samples, seqlen=seqlen,
+            batch_size=batch_size if given(context, "batch_size") else None, force=force,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return

@@ -11,7 +11,7 @@ from ..adapter.budget import parse_budget
 from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..formats.names import PLAN_FILE, RECIPE_FILE
-from ..plan import EFFORTS
+from ..plan import EFFORTS, PLANNED_BITS
 from ..refine import INTERRUPTED
 from .options import check_format, check_model, check_out, given, read_calibration
 from .printing import FAILED, err, errors, fail, out, progress_bars, say
@@ -46,7 +46,7 @@ def quantize_by_recipe(
     total: str,
     effort: str,
     dry_run: bool,
-    form: str,
+    form: str | None,
     samples: int,
     seqlen: int,
     batch_size: int | None,
@@ -57,7 +57,8 @@ def quantize_by_recipe(
     with errors():
         validate_choice(effort, EFFORTS, what="--effort")
         parse_budget(total, what="--total")
-    check_format(form)
+    if form is not None:
+        check_format(form, *PLANNED_BITS)
     check_model(model)
     # What an interrupted run has left may be gone on with; whether it is that shows when the model is open.
     check_out(output, force or (output / RECIPE_FILE).is_file(), model)

@@ -27,7 +27,7 @@ from ..plan import (
     planned_modules,
     recipe_of,
 )
-from ..plan.recipes import BEST, FACTOR_BITS, GRID, GROUP_SIZE, PLANNED_FOR, SENSITIVITY
+from ..plan.recipes import AUTOROUND, BEST, FACTOR_BITS, GRID, GROUP_SIZE, PLANNED_FOR, SENSITIVITY
 from ..refine import INTERRUPTED, Outcome, RefineSettings
 from ..system.files import write_json
 from ..system.progress import counted
@@ -157,9 +157,8 @@ def run_recipe(
     prepared: Prepared,
     output: str | Path,
     *,
-    form: str = FORMAT,
+    form: str | None = None,
     batch_size: int | None = None,
-    device: str | None = None,
     bar: Bars = lambda title: lambda done, total, note="": None,
 ) -> Made:
     """Plan widths and ranks, quantise by the plan, and refine the adapter, as the recipe says.
@@ -171,26 +170,30 @@ def run_recipe(
     Args:
         prepared: of `prepare_recipe`.
         output: folder for the checkpoint.
-        form: AutoRound's export, where the recipe uses it.
+        form: AutoRound's export, "auto_round" by default.
         batch_size: windows a step or a forward; None for the recipe's.
-        device: "cpu", "cuda" or "cuda:0"; None leaves it to the hosts.
         bar: makes a progress bar of a title.
 
     Raises:
-        ValueError: for calibration or weights that do not fit.
+        ValueError: for calibration or weights that do not fit, or an export of AutoRound where GPTQ quantises.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     folder = Path(output)
+    if form is not None and prepared.recipe.row.quantizer != AUTOROUND:
+        raise ValueError(
+            f"EoRA: {form} is an export of AutoRound, and the recipe `{prepared.recipe.row.effort}` quantises by "
+            f"GPTQ, which has one format. Leave it out, or take another effort."
+        )
     if is_quantised(prepared, folder):
         log.info("EoRA: `%s` is quantised by this recipe already.", folder)
         plan = Plan.read(folder / PLAN_FILE)
     else:
-        plan = _quantize(prepared, folder, form, batch_size, device, bar)
+        plan = _quantize(prepared, folder, form or FORMAT, batch_size, bar)
     refined = prepared.recipe.row.refine
     if not refined or not plan.largest_rank or _is_refined(folder):
         return Made(folder, plan, None)
     outcome = refine_checkpoint(
-        folder, prepared.model, prepared.refinement, tokens=refined, device=device, adapter=folder / DEFAULT_FOLDER,
+        folder, prepared.model, prepared.refinement, tokens=refined, adapter=folder / DEFAULT_FOLDER,
         trust_remote_code=prepared.trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
     )  # fmt: skip
     return Made(folder, plan, outcome)
@@ -210,9 +213,7 @@ def _is_refined(folder: Path) -> bool:
     return bool(ended != INTERRUPTED)
 
 
-def _quantize(
-    prepared: Prepared, folder: Path, form: str, batch_size: int | None, device: str | None, bar: Bars
-) -> Plan:
+def _quantize(prepared: Prepared, folder: Path, form: str, batch_size: int | None, bar: Bars) -> Plan:
     recipe = prepared.recipe
     plan = plan_of(prepared, bar)
     # What stands there of another recipe is replaced, and must not be taken for this one's if the work breaks off.
@@ -225,7 +226,6 @@ def _quantize(
         plan=plan,
         batch_size=batch_size or recipe.batch_size,
         trust_remote_code=prepared.trust_remote_code,
-        device=device,
         report=bar("quantising layers"),
     )
     quantizer(recipe.row.quantizer)(job)

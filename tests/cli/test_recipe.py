@@ -49,6 +49,7 @@ def test_what_a_recipe_picks_is_refused_by_name(tmp_path: Path, name: str) -> No
         (["--total", "2.75bpw", "--effort", "most"], "--effort must be one of fast, balanced, best"),
         (["--total", "much"], "--total must be a positive number of bytes"),
         (["--total", "2.75bpw", "--format", "gguf"], "--format must be one of"),
+        (["--total", "2.75bpw", "--format", "auto_awq"], "must be one of 4 in the format auto_awq"),
     ],
 )
 def test_mistakes_are_told_first(tmp_path: Path, arguments: list[str], message: str) -> None:

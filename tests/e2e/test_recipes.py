@@ -122,9 +122,10 @@ def test_a_dry_run_stops_after_saying_what_it_would_do(tiny: Path, tmp_path: Pat
     [
         (["--total", "1.5bpw"], "--total 1.5bpw is 1.500 bpw"),
         (["--total", "900MB"], "of this model; recipes reach 2.3"),
+        (["--total", "2.75bpw", "--effort", "fast", "--format", "auto_gptq"], "auto_gptq is an export of AutoRound"),
     ],
 )
-def test_totals_out_of_reach(tiny: Path, tmp_path: Path, more: list[str], message: str) -> None:
+def test_what_no_recipe_does(tiny: Path, tmp_path: Path, more: list[str], message: str) -> None:
     result = quantize(tiny, tmp_path / "out", *more)
     assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
     assert not (tmp_path / "out").exists()
