@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
+    from .hosts.recipes import prepare_recipe, run_recipe
     from .hosts.refine import refine_checkpoint
     from .plan import Plan
 
-__all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "refine_checkpoint"]
+__all__ = [
+    "AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "prepare_recipe", "refine_checkpoint",
+    "run_recipe",
+]  # fmt: skip
 
 _HOMES = {
     "AdapterError": "adapter.errors",
@@ -28,7 +32,9 @@ _HOMES = {
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",
     "load_peft": "hosts.peft",
+    "prepare_recipe": "hosts.recipes",
     "refine_checkpoint": "hosts.refine",
+    "run_recipe": "hosts.recipes",
 }
 # Modules that users of version 0.1.0 may have imported by name.
 find_under_former_names(

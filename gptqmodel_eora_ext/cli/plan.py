@@ -23,6 +23,7 @@ from ..hosts.registry import planner
 from ..plan import (
     PLAIN_TITLE,
     PLANNED_BITS,
+    QUANTIZERS,
     SWEEP,
     Plan,
     PlannedModule,
@@ -36,6 +37,7 @@ from ..plan import (
     planned_modules,
     sweep_rank,
 )
+from ..plan.scaling import TRIAL_ITERS
 from ..plan.survey import Bar
 from ..solve import Grid
 from ..system.progress import counted
@@ -51,6 +53,7 @@ from .options import (
     adapter_options,
     check_group_size,
     check_model,
+    given,
     read_calibration,
     tokenized,
 )
@@ -58,7 +61,6 @@ from .plan_types import plan_types
 from .printing import errors, fail, out, progress_bars, say
 from .show import listing
 
-QUANTIZER = "gptq"
 # With the search, 2 bits in groups of 64 leave SmolLM2 a third less predicted loss, and 4 bits no more.
 SCALE_SEARCH = 2.4
 
@@ -85,6 +87,16 @@ def plan(
         Path | None, typer.Option("--out", help="With --total: where to write the plan for `eora quantize --plan`.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw loss against bytes into this file (.svg, .png).")] = None,
+    quantizer: Annotated[
+        str,
+        typer.Option(
+            help="gptq, or autoround, which tunes a few layers at each width to scale the forecasts: as long as "
+            "AutoRound takes for 9 layers."
+        ),
+    ] = QUANTIZERS[0],
+    iters: Annotated[
+        int, typer.Option(help="With --quantizer autoround: tuning steps of that trial.", min=1)
+    ] = TRIAL_ITERS,
     bits: Annotated[int, typer.Option(help="Bits of the weights in the sweep.", min=2, max=4)] = 2,
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     budgets: Annotated[
@@ -114,9 +126,15 @@ def plan(
             trust_remote_code=trust_remote_code, as_json=as_json,
         )  # fmt: skip
         return
+    with errors():
+        validate_choice(quantizer, QUANTIZERS, what="--quantizer")
+    tuning = {"iters": iters} if quantizer == QUANTIZERS[1] else {}
+    if given(context, "iters") and not tuning:
+        fail(f"--iters is of --quantizer {QUANTIZERS[1]}, got --quantizer {quantizer}.")
     asked = _Asked(
-        total, plan_file, picture, bits, group_size, budgets, tuple(factor_bits or FACTOR_BITS), sensitivity, sym, mse
-    )
+        total, plan_file, picture, bits, group_size, budgets, tuple(factor_bits or FACTOR_BITS), sensitivity, sym, mse,
+        quantizer,
+    )  # fmt: skip
     asked.check(as_json)
     check_model(model)
     texts = read_calibration(calibration)
@@ -125,7 +143,8 @@ def plan(
 
     with errors(), progress_bars() as bar, quiet():
         data = tokenized(texts, model, samples, seqlen, trust_remote_code)
-        opened = planner(QUANTIZER)(model, {"bits": bits, "group_size": group_size, "sym": sym}, trust_remote_code)
+        settings = {"bits": bits, "group_size": group_size, "sym": sym, **tuning}
+        opened = planner(quantizer)(model, settings, trust_remote_code)
         points, chosen = asked.answer(model, opened, data, lambda title: counted(bar(title)))
         asked.write(points, chosen, model)
     if as_json:
@@ -148,6 +167,7 @@ class _Asked:
     sensitivity: str
     sym: bool
     mse: float
+    quantizer: str
 
     @property
     def grid(self) -> Grid:
@@ -185,7 +205,9 @@ class _Asked:
         if not self.total:
             return points, None
         size, fewest = budget_bytes(self.total, opened.shapes), min(self.widths)
-        return points, planned(modules, size, self.grid, fewest, model=model, sensitivity=self.sensitivity)
+        return points, planned(
+            modules, size, self.grid, fewest, model=model, sensitivity=self.sensitivity, quantizer=self.quantizer
+        )
 
     def sweep(self, shapes: Sequence[ModuleShape]) -> tuple[str, ...]:
         """The budgets to compare: those asked for, all of which the model must be able to spend, or the usual that it
@@ -254,7 +276,8 @@ def _print(points: Sequence[Point], chosen: Plan | None, plan_file: Path | None)
     if chosen:
         out.print(_described(chosen))
         hint = "" if plan_file else "  (write it by --out plan.json)"
-        say(f"Run it:  eora quantize {chosen.model} OUT --plan {plan_file or 'plan.json'} --calibration …{hint}")
+        by = f" --quantizer {chosen.quantizer}" if chosen.quantizer != QUANTIZERS[0] else ""
+        say(f"Run it:  eora quantize {chosen.model} OUT{by} --plan {plan_file or 'plan.json'} --calibration …{hint}")
 
 
 def _described(chosen: Plan) -> Table:

@@ -21,7 +21,7 @@ from .options import check_model, read_calibration, tokenized
 from .printing import errors, fail, out, progress_bars, say
 
 # Options of `eora plan` that say how weights will be rounded, or ask for a sweep; files say the first themselves.
-OF_BITS = ("bits", "group_size", "budgets", "sym", "mse", "picture")
+OF_BITS = ("quantizer", "iters", "bits", "group_size", "budgets", "sym", "mse", "picture")
 
 
 def plan_types(

@@ -34,6 +34,11 @@ def say(message: str) -> None:
     out.print(message, highlight=False, soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """Tell what somebody may want to know before the work, beside the report."""
+    err.print(Text.assemble(("note:", "bold"), " ", message), highlight=False, soft_wrap=True)
+
+
 def fail(message: str, status: int = WRONG_REQUEST) -> NoReturn:
     """Tell a mistake and leave."""
     err.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False, soft_wrap=True)

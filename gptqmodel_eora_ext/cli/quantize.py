@@ -12,6 +12,7 @@ from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..plan import QUANTIZERS
 from .options import (
     DEFAULT_GROUP_SIZE,
     FORMATS,
@@ -44,10 +45,11 @@ from .options import (
     read_plan,
     tokenized,
 )
-from .printing import errors, fail, progress_bars, say
+from .printing import errors, fail, note, progress_bars, say
+from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe
 from .show import print_summary
 
-GPTQ, AUTOROUND = QUANTIZERS = ("gptq", "autoround")
+GPTQ, AUTOROUND = QUANTIZERS
 # Options that only one of them has.
 OF_QUANTIZER = {GPTQ: ("desc_act", "mse", "rounds"), AUTOROUND: ("iters", "format")}
 
@@ -57,6 +59,17 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; the adapter goes inside.")],
     calibration: Calibration,
+    total: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of weights, scales, zeros and factors, as `2.75bpw` (bits per quantised weight) or `300MB`. "
+            "What measurement found best at that size is picked, shown and run."
+        ),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(help="For --total: fast (minutes), balanced, or best (hours on a CPU).")
+    ] = DEFAULT_EFFORT,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --total: show what is picked, and stop.")] = False,
     quantizer: Annotated[
         str, typer.Option(help="gptq, in GPTQModel's loop, or autoround, in AutoRound's: slower, and better at 2 bits.")
     ] = GPTQ,
@@ -83,6 +96,15 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantise a model, and compensate each module right after it is quantised."""
+    check_recipe(context, total)
+    if total is not None:
+        quantize_by_recipe(
+            model, output, calibration, total=total, effort=effort, dry_run=dry_run,
+            form=format if given(context, "format") else None, samples=samples, seqlen=seqlen,
+            batch_size=batch_size if given(context, "batch_size") else None, force=force,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return
     _check_quantizer(context, quantizer)
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds)
     if bits not in QUANTIZED_BITS:
@@ -92,6 +114,11 @@ def quantize(
     planned = read_plan(context, plan_file) if plan_file else None
     if planned and refine is not None and not planned.largest_rank:
         fail("--refine trains an adapter, and the plan gives no module one. Leave --refine out.")
+    if planned and planned.quantizer != quantizer:
+        note(
+            f"`{plan_file}` was planned for {planned.quantizer}, and {quantizer} runs it; another mix may suit it "
+            f"better. Make one by `eora plan --quantizer {quantizer}`."
+        )
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
     if quantizer == AUTOROUND:
         check_format(format, *([bits] if planned is None else {one.bits for one in planned.modules.values()}))

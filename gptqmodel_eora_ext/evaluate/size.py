@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def tensor_headers(folder: str | Path) -> dict[str, tuple[list[int], str]]:
                 one = handle.get_slice(key)
                 found[key] = (one.get_shape(), one.get_dtype())
     return found
+
+
+def tensor_bytes(folder: str | Path, kinds: Collection[str] | None = None) -> int:
+    """Bytes of the tensors in a folder, the headers of their files left out: what sizes of plans and budgets count.
+
+    Args:
+        folder: a model's or an adapter's; folders below it are left out.
+        kinds: last parts of the names of those that count, for instance `COUNTED`; None for all.
+    """
+    found = tensor_headers(folder).items()
+    return sum(_bytes(*header) for name, header in found if kinds is None or name.rsplit(".", 1)[-1] in kinds)
 
 
 def stored_modules(checkpoint: str | Path) -> list[StoredModule]:

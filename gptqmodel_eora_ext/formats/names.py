@@ -12,3 +12,5 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What this package tells of an adapter beside that: objective, calibration, versions, errors per module.
 ADAPTER_DETAILS = "eora.json"
+# What a recipe leaves beside a checkpoint's own files: the plan that it ran, and what was asked of it.
+PLAN_FILE, RECIPE_FILE = "plan.json", "recipe.json"

@@ -23,7 +23,6 @@ from .jobs import (
     ImatrixJob,
     Loader,
     LoopJob,
-    Planned,
     QuantizeJob,
     TypePlanJob,
     TypePlanned,
@@ -74,9 +73,9 @@ def trainee(checkpoint: Path) -> Callable[..., Trainee]:
     return _first("trainee", checkpoint)
 
 
-def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned]:
+def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], FullPrecision]:
     """What opens a model to plan for the quantiser ``name``, from the model, the quantiser's settings, and whether
-    model code from the hub may run.
+    model code from the hub may run. AutoRound's settings may tell `iters`, the steps of its trial on a few layers.
 
     Raises:
         ValueError: for a name that no host serves.

@@ -25,22 +25,29 @@ NOISE = {
     # GPTQModel asks where an empty model will lie, before its output matrix is tied to the embeddings.
     "accelerate.utils.modeling": "The model weights are not tied",
 }
+# AutoRound sets this logger's level when it is imported, so its lines are kept back by a filter.
+AUTOROUND_LOGGER = "autoround"
 
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Keep lines of `NOISE` from being shown within the block; every other line of the same loggers is shown."""
+    """Keep lines of `NOISE` from being shown within the block, every other line of the same loggers is shown; of
+    AutoRound errors alone."""
 
     def keeps(record: logging.LogRecord) -> bool:
         return NOISE[record.name] not in record.getMessage()
 
-    for name in NOISE:
-        logging.getLogger(name).addFilter(keeps)
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    filters = [(name, keeps) for name in NOISE] + [(AUTOROUND_LOGGER, is_error)]
+    for name, filtered in filters:
+        logging.getLogger(name).addFilter(filtered)
     try:
         yield
     finally:
-        for name in NOISE:
-            logging.getLogger(name).removeFilter(keeps)
+        for name, filtered in filters:
+            logging.getLogger(name).removeFilter(filtered)
 
 
 @contextlib.contextmanager
@@ -62,7 +69,8 @@ def without_library_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show only errors of GPTQModel within the block: no banner, table, bar or print of its own, and no `NOISE`.
+    """Show only errors of GPTQModel and AutoRound within the block: no banner, table or print of GPTQModel's own, none
+    of its and transformers' bars, and no `NOISE`.
 
     Of this package's own log, warnings and errors are shown: a command says itself what it does.
     """

@@ -1,14 +1,17 @@
 """What bits and ranks will buy, told before anything is quantised, and a file of choices that `quantize` runs."""
 
-from .file import ModulePlan, Plan, PlanError, plan_to_follow, without_groups
+from .file import QUANTIZERS, ModulePlan, Plan, PlanError, plan_to_follow, without_groups
 from .mix import Mix, largest_rank, mixed, planned
 from .modules import PLANNED_BITS, PlannedModule, plan_question, planned_modules
 from .points import PLAIN_TITLE, SWEEP, Point, affordable, plan_points, sweep_rank
 from .ranks import least_budget
+from .recipes import EFFORTS, Recipe, recipe_of
 
 __all__ = [
+    "EFFORTS",
     "PLAIN_TITLE",
     "PLANNED_BITS",
+    "QUANTIZERS",
     "SWEEP",
     "Mix",
     "ModulePlan",
@@ -16,6 +19,7 @@ __all__ = [
     "PlanError",
     "PlannedModule",
     "Point",
+    "Recipe",
     "affordable",
     "largest_rank",
     "least_budget",
@@ -25,6 +29,7 @@ __all__ = [
     "plan_to_follow",
     "planned",
     "planned_modules",
+    "recipe_of",
     "sweep_rank",
     "without_groups",
 ]

@@ -19,6 +19,8 @@ from ..system.files import write_json
 
 FORMAT = "eora-plan-1"
 BITS = (2, 3, 4, 8)
+# Quantisers that plans are made for. Files that name none are of the first.
+QUANTIZERS = ("gptq", "autoround")
 # A message about modules that do not fit shows this many of their names.
 SHOWN = 3
 
@@ -52,6 +54,7 @@ class Plan:
         adapter_bytes: bytes of the factors alone, scales included.
         predicted_loss: loss above that of the full-precision model, nats a token.
         modules: full module name → its bits and rank.
+        quantizer: that losses were predicted for, "gptq" or "autoround".
 
     Example:
         >>> plan = Plan.read("plan.json")
@@ -69,6 +72,7 @@ class Plan:
     adapter_bytes: int
     predicted_loss: float
     modules: Mapping[str, ModulePlan]
+    quantizer: str = QUANTIZERS[0]
 
     @property
     def bits(self) -> int:
@@ -136,6 +140,7 @@ class Plan:
             raise PlanError(f"{where} has the format {found!r}, expected {FORMAT!r}. Make it anew with `eora plan`.")
         del content["format"]
         dynamic = content.pop("dynamic", None)
+        content.setdefault("quantizer", QUANTIZERS[0])
         _require_keys(content, cls, where)
         modules = content["modules"]
         if not isinstance(modules, dict) or not modules:
@@ -144,6 +149,7 @@ class Plan:
             _check_module(entry, f"{where}: {name}")
         try:
             validate_choice(content["factor_bits"], FACTOR_BITS, what=f"{where}: `factor_bits`")
+            validate_choice(content["quantizer"], QUANTIZERS, what=f"{where}: `quantizer`")
         except ValueError as error:
             raise PlanError(str(error)) from error
         plan = cls(**{**content, "modules": {name: ModulePlan(**entry) for name, entry in modules.items()}})

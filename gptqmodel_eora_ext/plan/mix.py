@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..formats.sizes import ModuleShape, weight_bytes
 from ..solve import MOST_STEPS, Grid, allocate
-from .file import ModulePlan, Plan
+from .file import QUANTIZERS, ModulePlan, Plan
+from .forecast import Forecast
 from .modules import PlannedModule, bits_per_weight, choice_curve, plain_bytes, undominated
 from .ranks import most_rank
 
@@ -56,15 +57,16 @@ def mixed(
         ValueError: when even the fewest bits do not fit.
     """
     shapes = [module.shape for module in modules]
-    fewest = min(modules[0].forecasts)
-    least = plain_bytes(shapes, fewest, grid.group_size)
+    narrowest = [min(module.forecasts) for module in modules]
+    fewest = min(narrowest)
+    least = sum(weight_bytes(shape, bits, grid.group_size) for shape, bits in zip(shapes, narrowest, strict=True))
     if total < least:
         raise ValueError(
             f"a total of {total} bytes ({bits_per_weight(shapes, total):.3f} bpw) is below what {fewest} bits in "
             f"groups of {grid.group_size} take, scales and zeros included: {least} bytes "
             f"({bits_per_weight(shapes, least):.3f} bpw). Allow more, or take larger groups."
         )
-    most = largest_rank(shapes, total, fewest, grid.group_size, factor_bits)
+    most = most_rank(shapes, total - least, factor_bits)
     choices = [_choices(module, most, grid.group_size, factor_bits) for module in modules]
     picked = allocate([choice_curve(options) for options in choices], total, steps=steps)
     taken = [options[index] for options, index in zip(choices, picked, strict=True)]
@@ -77,6 +79,12 @@ def mixed(
         spent - weights,
         spent,
     )
+
+
+def _without_adapter(module: PlannedModule) -> PlannedModule:
+    """The module with rank 0 alone on offer."""
+    forecasts = {bits: Forecast(known.total, known.gains[:0]) for bits, known in module.forecasts.items()}
+    return PlannedModule(module.shape, forecasts)
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,48 @@ def _choices(module: PlannedModule, most: int, group_size: int, factor_bits: int
     return undominated(found)
 
 
+def mixed_with_adapter(
+    modules: Sequence[PlannedModule],
+    total: int,
+    grid: Grid,
+    factor_bits: int,
+    *,
+    adapter: int,
+    steps: int = MOST_STEPS,
+) -> Mix:
+    """As `mixed`, with ``adapter`` bytes kept for factors: widths are chosen for the others, then ranks for the rest.
+
+    Forecasts know what factors take off a module's own error. What they take off when they are trained together they do
+    not know, so `mixed` alone gives them less than what a recipe that trains them can use. Where the fewest bits leave
+    less than ``adapter``, that is what factors get.
+
+    Args:
+        modules, total, grid, factor_bits, steps: as for `mixed`.
+        adapter: bytes of factors, scales included.
+
+    Raises:
+        ValueError: when even the fewest bits do not fit.
+    """
+    shapes = [module.shape for module in modules]
+    least = plain_bytes(shapes, min(modules[0].forecasts), grid.group_size)
+    plain = [_without_adapter(one) for one in modules]
+    widths = mixed(plain, max(total - adapter, min(total, least)), grid, factor_bits, steps=steps).bits
+    narrowed = [
+        PlannedModule(one.shape, {bits: one.forecasts[bits]}) for one, bits in zip(modules, widths, strict=True)
+    ]
+    return mixed(narrowed, total, grid, factor_bits, steps=steps)
+
+
 def planned(
-    modules: Sequence[PlannedModule], total: int, grid: Grid, factor_bits: int, *, model: str, sensitivity: str
+    modules: Sequence[PlannedModule],
+    total: int,
+    grid: Grid,
+    factor_bits: int,
+    *,
+    model: str,
+    sensitivity: str,
+    adapter: int = 0,
+    quantizer: str = QUANTIZERS[0],
 ) -> Plan:
     """The plan of a total size.
 
@@ -112,11 +160,16 @@ def planned(
         factor_bits: of stored factors.
         model: its name or folder, for the record.
         sensitivity: kind that losses are predicted by, for the record.
+        adapter: bytes that are kept for factors (`mixed_with_adapter`); 0 to leave that to the forecasts.
+        quantizer: that losses are predicted for.
 
     Raises:
         ValueError: when even the fewest bits do not fit.
     """
-    found = mixed(modules, total, grid, factor_bits, steps=STEPS)
+    if adapter:
+        found = mixed_with_adapter(modules, total, grid, factor_bits, adapter=adapter, steps=STEPS)
+    else:
+        found = mixed(modules, total, grid, factor_bits, steps=STEPS)
     return Plan(
         model=model,
         sensitivity=sensitivity,
@@ -131,4 +184,5 @@ def planned(
             module.shape.name: ModulePlan(module.shape.out_features, module.shape.in_features, bits, rank)
             for module, bits, rank in zip(modules, found.bits, found.ranks, strict=True)
         },
+        quantizer=quantizer,
     )

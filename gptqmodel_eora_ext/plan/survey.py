@@ -98,6 +98,29 @@ def _survey(
     )
 
 
+def survey_some(
+    model: LayeredModel,
+    modules: Sequence[str],
+    some: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    question: Question,
+    *,
+    kind: str,
+    bar: Bar = lambda title: iter,
+) -> Swept:
+    """Forecast some modules alone, on the tokens and by the sensitivities of `survey`, which the cache has after it.
+
+    Args:
+        modules: full names of all linear layers, by which sensitivities are kept.
+        some: those to forecast.
+        model, batches, question, kind, bar: as for `survey`.
+    """
+    with torch.inference_mode(False):
+        sensitivity = None if kind == RELATIVE else cached_sensitivity(model, modules, batches, kind=kind, bar=bar)
+        progress = bar("EoRA: forecasting some modules")
+        return sweep(model, some, first_tokens(batches, SENSITIVITY_TOKENS), sensitivity, question, progress=progress)
+
+
 def cached_sensitivity(
     model: LayeredModel,
     modules: Sequence[str],

@@ -57,6 +57,7 @@ def test_the_command_runs_a_plan(plan: Plan, tiny: Path, tmp_path: Path) -> None
     plan.write(tmp_path / "plan.json")
     result = run(tiny, tmp_path / "out", "--plan", str(tmp_path / "plan.json"))
     assert result.exit_code == 0, result.output
+    assert "was planned for gptq, and autoround runs it" in " ".join(result.output.split())
     model = load(tmp_path / "out")
     loaded = kernels(model)
     assert set(loaded) == set(plan.modules)
@@ -96,10 +97,12 @@ def test_widths_that_autoround_was_not_given_are_refused_before_work(
 
 
 def test_a_plan_without_adapters_is_quantised_without_any(plan: Plan, tiny: Path, tmp_path: Path) -> None:
-    bare = replace(plan, modules={name: replace(one, rank=0) for name, one in plan.modules.items()})
+    without = {name: replace(one, rank=0) for name, one in plan.modules.items()}
+    bare = replace(plan, quantizer="autoround", modules=without)
     bare.write(tmp_path / "plan.json")
     result = run(tiny, tmp_path / "out", "--plan", str(tmp_path / "plan.json"))
     assert result.exit_code == 0, result.output
+    assert "was planned for" not in result.output
     assert not (tmp_path / "out/eora").exists()
     loaded = kernels(load(tmp_path / "out"))
     assert {name: one.bits for name, one in loaded.items()} == {name: one.bits for name, one in plan.modules.items()}

@@ -40,6 +40,13 @@ def test_what_gptqmodel_is_given(plan: Plan) -> None:
     assert config.dynamic_get("aa") is None, "names are exact"
 
 
+def test_files_that_name_no_quantizer_are_of_gptq(plan: Plan, tmp_path: Path) -> None:
+    content = altered(plan)
+    assert content.pop("quantizer") == "gptq"
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.read(tmp_path / "plan.json") == plan
+
+
 def altered(plan: Plan, **changes: Any) -> dict[str, Any]:
     content = json.loads(json.dumps({"format": "eora-plan-1", **plan.__dict__, "modules": {}}))
     content["modules"] = {name: one.__dict__ for name, one in plan.modules.items()}
@@ -55,6 +62,7 @@ def altered(plan: Plan, **changes: Any) -> dict[str, Any]:
         ({"modules": {"a": 3}}, "a must be an object, got 3"),
         ({"modules": {"a": {"bits": 2}}}, "a: missing .*rank"),
         ({"factor_bits": 5}, "`factor_bits` must be one of 16, 8, 4, got 5"),
+        ({"quantizer": "awq"}, "`quantizer` must be one of gptq, autoround, got 'awq'"),
         ({"dynamic": {}}, "`dynamic` does not say what `modules` says"),
     ],
 )

@@ -1,25 +1,21 @@
-"""What AutoRound serves, for the commands and the evaluation (`hosts.registry`): quantising.
+"""What AutoRound serves, for the commands and the evaluation (`hosts.registry`): quantising, and plans for it.
 
 Finished checkpoints, its own among them, are GPTQModel's to load and to make adapters for.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from auto_round import AutoRound
-from auto_round.utils import get_block_names
-from transformers import AutoTokenizer
-
 from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import AUTO
-from ..jobs import QuantizeJob, Report
+from ..jobs import FullPrecision, QuantizeJob
 from . import seams
 from .config import EoRAConfig
+from .planner import PlannedByTuning
+from .rounder import rounder_of, watch_blocks
 
 QUANTIZER = "autoround"
 
@@ -32,6 +28,11 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
     return _quantize if name == QUANTIZER else None
 
 
+def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], FullPrecision] | None:
+    """Plans for AutoRound."""
+    return PlannedByTuning if name == QUANTIZER else None
+
+
 def _quantize(job: QuantizeJob) -> Path:
     settings = dict(job.settings)
     form, bits = settings.pop("format"), settings.pop("bits")
@@ -39,21 +40,19 @@ def _quantize(job: QuantizeJob) -> Path:
     config = _adapter_config(job)
     if config is not None:
         settings["alg_configs"] = ["signround", config]
-    rounder: Any = AutoRound(
+    rounder = rounder_of(
         job.model,
-        tokenizer=AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code),
-        dataset=[torch.tensor([window["input_ids"]]) for window in job.windows],
-        nsamples=len(job.windows),
-        seqlen=len(job.windows[0]["input_ids"]),
+        job.windows,
         batch_size=job.batch_size,
-        device_map=job.device,
+        trust_remote_code=job.trust_remote_code,
+        device=job.device,
         format=form,
         **settings,
     )
     # As `quantize_and_save` does, which would make a folder named by model and width below this one.
     rounder.output_dir = rounder.compress_context.output_dir = str(job.output)
     if job.report is not None:
-        _watch_blocks(rounder, job.report)
+        watch_blocks(rounder, job.report)
     rounder.quantize()
     rounder.save_quantized(str(job.output))
     return job.output
@@ -79,22 +78,3 @@ def _adapter_config(job: QuantizeJob) -> EoRAConfig | None:
         objective=options.objective,
         factor_bits=options.factor_bits,
     )
-
-
-def _watch_blocks(rounder: Any, report: Report) -> None:
-    """Have ``report`` called with (blocks done, blocks in all) after each block."""
-    rounder.post_init()
-    compress = rounder.alg_composer.compress_block
-    groups = rounder.quant_block_list or get_block_names(rounder.model_context.model)
-    total, done = sum(map(len, groups)), 0
-
-    @functools.wraps(compress)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        found = compress(*args, **kwargs)
-        done += 1
-        report(done, total)
-        return found
-
-    # An attribute of the instance hides the method, for this run alone.
-    rounder.alg_composer.compress_block = watched

@@ -15,7 +15,7 @@ from ...plan.layered import LayeredModel
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
 from ...refine import Trainee
-from ..jobs import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, Planned, QuantizeJob, Windows
+from ..jobs import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, QuantizeJob, Windows
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA
@@ -64,7 +64,7 @@ def trainee(checkpoint: Path) -> Callable[..., Trainee] | None:
     return open_trainee
 
 
-def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], Planned] | None:
+def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], FullPrecision] | None:
     """Plans for GPTQ."""
     return _Planned if name == QUANTIZER else None
 
