@@ -63,7 +63,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Size of weights, scales, zeros and factors, as `2.75bpw` (bits per quantised weight) or `300MB`. "
-            "What measurement found best at that size is picked, shown and run."
+            "A recipe for that size (quantiser, widths, ranks, refinement) is picked, shown and run."
         ),
     ] = None,
     effort: Annotated[

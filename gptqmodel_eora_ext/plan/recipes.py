@@ -1,4 +1,4 @@
-"""Recipes: for a total size and an effort, the quantiser, widths, adapter and refinement that measurement found best.
+"""Recipes: for a total size and an effort, the quantiser, widths, adapter and refinement.
 
 `TABLE` is data. Each row says where its losses were measured (`benchmarks/recipes.py`, `benchmarks/plan.py`), or that
 they were not yet and what it was chosen by.
