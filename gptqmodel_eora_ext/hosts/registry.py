@@ -30,7 +30,7 @@ from .jobs import (
 )
 
 # The hosts' folders, in the order in which they are asked.
-HOSTS = ("llamacpp", "gptqmodel", "autoround")
+HOSTS = ("llamacpp", "transformers", "gptqmodel", "autoround")
 
 
 def quantizer(name: str) -> Callable[[QuantizeJob], Path]:

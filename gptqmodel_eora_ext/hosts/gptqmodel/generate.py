@@ -21,10 +21,10 @@ from ...formats.autoround import read_config
 from ...loop.run import write_adapter
 from ...loop.weights import check_weight_files
 from ...system.memory import release_free_memory
+from ..base_check import check_embeddings, scales_were_moved
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
-from .base_check import check_embeddings, scales_were_moved
 from .checkpoint.load import uncompiled
 from .known_weights import CheckpointProcessor, known_kernels
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
