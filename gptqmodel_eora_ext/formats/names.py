@@ -12,3 +12,5 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What this package tells of an adapter beside that: objective, calibration, versions, errors per module.
 ADAPTER_DETAILS = "eora.json"
+# How a model was pruned, in its own folder. Hosts do not read it.
+PRUNING_DETAILS = "pruning.json"

@@ -53,6 +53,36 @@ class QuantizeJob:
 
 
 @dataclass(frozen=True)
+class PruneJob:
+    """A full-precision model to prune, with an adapter or without.
+
+    Attributes:
+        model: a folder or a hub name.
+        output: folder for the pruned model.
+        windows: calibration, as in `QuantizeJob`.
+        method: one of `solve.METHODS`.
+        pattern: of the zeros, in a form of `formats.sparsity.FORM`.
+        adapter: what `AdapterOptions.settle` takes; None for no adapter.
+        dynamic: GPTQModel's overrides, module by module: `-:pattern` leaves modules as they are, and an `adapter` with a
+            `rank` names theirs.
+        batch_size: windows per forward.
+        trust_remote_code: whether model code from the hub may run.
+        report: called with (layers done, layers in all).
+    """
+
+    model: str
+    output: Path
+    windows: Windows
+    method: str
+    pattern: str
+    adapter: Mapping[str, Any] | None = None
+    dynamic: Mapping[str, Any] | None = None
+    batch_size: int = 1
+    trust_remote_code: bool = False
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
 class AdapterJob:
     """An adapter to make for a finished checkpoint.
 

@@ -17,9 +17,10 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import clone_weight_only_config_for_module
 
 from ...adapter.layers import oriented
+from ...solve import Moment
 
 
-class _CalibratedProcessor(LoopProcessor):
+class CalibratedProcessor(LoopProcessor):
     """Base of processors that need no statistics themselves, but are to see calibration data for compensation."""
 
     def __init__(self, **calibration: Any) -> None:
@@ -45,7 +46,7 @@ class _CalibratedProcessor(LoopProcessor):
         return True
 
 
-class CheckpointProcessor(_CalibratedProcessor):
+class CheckpointProcessor(CalibratedProcessor):
     """Takes each module's Ŵ from a quantised checkpoint.
 
     Args:
@@ -65,7 +66,7 @@ class CheckpointProcessor(_CalibratedProcessor):
         """Ŵ, out × in, in the dtype that it is known in."""
         return self.quantized[module.full_name](oriented(module.module, module.module.weight.data))
 
-    def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def approximation(self, name: str, weight: torch.Tensor, second_moment: Moment) -> torch.Tensor:
         """Ŵ of a module by its full name, out × in, float32, on the device of W; W where the checkpoint keeps that."""
         known = self.quantized.get(name)
         # A kernel lies where the checkpoint was loaded to, which may be another device.
@@ -114,7 +115,7 @@ def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:
             kernel.adapter, kernel.bias = adapter, bias
 
 
-class RTNProcessor(_CalibratedProcessor, WeightOnlyProcessor):
+class RTNProcessor(CalibratedProcessor, WeightOnlyProcessor):
     """GPTQModel's round-to-nearest, driven by calibration data that only the adapter reads."""
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
 from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
+from .pruning import PruningCompensation, PruningProcessor
 from .refining import joined_windows
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
 from .survey import allocate_ranks
@@ -40,7 +41,9 @@ log = logging.getLogger(__name__)
 
 # Attribute of GPTQModel's model object: the run under way, and after it the adapter that `save()` writes.
 RUN_ATTRIBUTE = "_eora_run"
-COMPENSATED_PROCESSORS = (GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor)
+COMPENSATED_PROCESSORS = (
+    GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor, PruningProcessor
+)  # fmt: skip
 SUPPORTED_METHODS = (METHOD.GPTQ, METHOD.AWQ, METHOD.QQQ)
 
 
@@ -178,7 +181,11 @@ def quantize_weight_only(original: Callable[..., Any], model: Any, **kwargs: Any
 @functools.cache
 def compensated(processor: Any) -> Any:
     """The processor class with compensation mixed in."""
-    mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
+    mixins = {
+        AWQProcessor: AWQCompensation,
+        CheckpointProcessor: CheckpointCompensation,
+        PruningProcessor: PruningCompensation,
+    }
     mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
     return type(f"Compensated{processor.__name__}", (Guarded, mixin, processor), {})
 
