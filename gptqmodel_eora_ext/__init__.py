@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
+    from .hosts.prune import prune
     from .hosts.refine import refine_checkpoint
     from .plan import Plan
 
-__all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "refine_checkpoint"]
+__all__ = ["AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "prune", "refine_checkpoint"]
 
 _HOMES = {
     "AdapterError": "adapter.errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",
     "load_peft": "hosts.peft",
+    "prune": "hosts.prune",
     "refine_checkpoint": "hosts.refine",
 }
 # Modules that users of version 0.1.0 may have imported by name.

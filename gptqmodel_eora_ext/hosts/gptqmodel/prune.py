@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from .modules import check_experts, module_shapes
 from .pruning import PruningProcessor
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, batches_required
-
-log = logging.getLogger(__name__)
 
 # Pruned weights stay in memory up to so many bytes; what is beyond that lies in a file until the checkpoint is written.
 KEPT_BYTES = 1 << 30
@@ -76,7 +73,6 @@ def prune_model(job: PruneJob) -> Path:
                 names = [name for name, _ in host.model.named_modules()]
                 folder = fresh / DEFAULT_FOLDER
                 save_adapter(folder, run.factors, base_model=str(job.output), module_names=names, details=run.details())
-    log.info("EoRA: %d modules pruned to %s in `%s`.", len(run.factors), pattern, job.output)
     return job.output
 
 

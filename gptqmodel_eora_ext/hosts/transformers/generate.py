@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .reader import PLAIN, LayerReader
 from .weights import ForeignWeights
-
-log = logging.getLogger(__name__)
 
 
 def generate_adapter(job: AdapterJob) -> Path:
@@ -70,7 +67,6 @@ def generate_adapter(job: AdapterJob) -> Path:
     )
     names = [name for name, _ in reader.model.named_modules()]
     save_adapter(folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details)
-    log.info("EoRA: %d adapters written to `%s`.", len(made.factors), folder)
     return folder
 
 
