@@ -52,8 +52,10 @@ def prune(
     calibration: Calibration,
     method: Annotated[
         str,
-        typer.Option(help="sparsegpt changes the weights that stay, so that the output changes least; wanda weighs by "
-                          "the size of inputs; magnitude looks at weights alone."),
+        typer.Option(
+            help="sparsegpt changes the weights that stay, so that the output changes least; wanda weighs by "
+            "the size of inputs; magnitude looks at weights alone."
+        ),
     ] = METHODS[0],
     pattern: Annotated[
         str, typer.Option(help="Of the zeros: 2:4, 4:8, or a share without a pattern, as 0.5 or 50%.")
@@ -79,7 +81,7 @@ def prune(
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds) if adapter else None
     for name in () if adapter else OF_ADAPTER:
         if given(context, name):
-            fail(f"--no-adapter makes no adapter, and --{name.replace('_', '-')} says what it should be. Leave one out.")
+            fail(f"--no-adapter makes no adapter, and --{name.replace('_', '-')} says what it is to be. Leave one out.")
     check_model(model)
     check_out(output, force, model)
     texts = read_calibration(calibration)

@@ -1,15 +1,15 @@
 """Patterns of zeros in a weight matrix, and what they would take in a layout that leaves the zeros out.
 
-n:m means that of every m neighbours along a row (weights of one output) at most n are not zero. GPUs multiply 2:4 faster
-when many rows are multiplied at once; at one row there is nothing to win. In the layout that they read (cuSPARSELt, and
-`sparse-24` of older compressed-tensors) each group of 4 is stored as its 2 values and a number of 2 bits for the place of
-each:
+n:m means that of every m neighbours along a row (weights of one output) at most n are not zero. GPUs multiply 2:4
+faster when many rows are multiplied at once; at one row there is nothing to win. In the layout that they read
+(cuSPARSELt, and `sparse-24` of older compressed-tensors) each group of 4 is stored as its 2 values and a number of
+2 bits for the place of each:
 
     w₀ 0 0 w₃ | 0 w₅ w₆ 0      →      values w₀ w₃ w₅ w₆,  places 00 11 01 10
 
-that is 9 bits a weight of 16 bits. Zeros without a pattern are left out by a bit for each weight that tells whether it is
-there. No file is written in these layouts here: since llm-compressor 0.11 and vLLM 0.24 nothing reads them. A plain matrix
-with zeros in it is what every host opens.
+that is 9 bits a weight of 16 bits. Zeros without a pattern are left out by a bit for each weight that tells whether it
+is there. No file is written in these layouts here: since llm-compressor 0.11 and vLLM 0.24 nothing reads them. A plain
+matrix with zeros in it is what every host opens.
 """
 
 from __future__ import annotations

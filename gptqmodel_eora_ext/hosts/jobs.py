@@ -63,8 +63,8 @@ class PruneJob:
         method: one of `solve.METHODS`.
         pattern: of the zeros, in a form of `formats.sparsity.FORM`.
         adapter: what `AdapterOptions.settle` takes; None for no adapter.
-        dynamic: GPTQModel's overrides, module by module: `-:pattern` leaves modules as they are, and an `adapter` with a
-            `rank` names theirs.
+        dynamic: GPTQModel's overrides, module by module: `-:pattern` leaves modules as they are, and an `adapter` with
+            a `rank` names theirs.
         batch_size: windows per forward.
         trust_remote_code: whether model code from the hub may run.
         report: called with (layers done, layers in all).

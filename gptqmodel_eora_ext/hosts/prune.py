@@ -10,7 +10,7 @@ from ..adapter.validate import validate_choice
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
 from ..formats.sparsity import Pattern
 from ..solve import METHODS
-from .jobs import PruneJob
+from .jobs import PruneJob, Windows
 from .registry import pruner
 
 
@@ -55,7 +55,8 @@ def prune(
     Raises:
         ValueError: for an unknown method or pattern, a pattern that does not divide a module's inputs, missing data, or
             broken weights.
-        NotImplementedError: for experts that GPTQModel would pass over, or weights that the files hold under other names.
+        NotImplementedError: for experts that GPTQModel would pass over, or weights that the files hold under other
+            names.
         ModuleError: when pruning or compensating a module fails.
 
     Example:
@@ -63,16 +64,18 @@ def prune(
     """
     validate_choice(method, METHODS, what="method")
     Pattern.parse(pattern)
-    given = read_texts(calibration) if isinstance(calibration, str) else list(calibration)
-    if not (isinstance(given, list) and given and isinstance(given[0], Mapping) and "input_ids" in given[0]):
+    documents: Any = read_texts(calibration) if isinstance(calibration, str) else list(calibration)
+    if isinstance(documents, list) and documents and isinstance(documents[0], Mapping) and "input_ids" in documents[0]:
+        cut: Windows = documents
+    else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        given = windows(given, tokenizer, samples=samples, seqlen=seqlen)
+        cut = windows(documents, tokenizer, samples=samples, seqlen=seqlen)
     job = PruneJob(
         model=model,
         output=Path(output),
-        windows=given,
+        windows=cut,
         method=method,
         pattern=pattern,
         adapter=adapter,

@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
-Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `pruner`, `adapter_maker`, `loader`,
-`planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns
-what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's
-library is imported only when the host is asked.
+Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `pruner`, `adapter_maker`,
+`loader`, `planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of
+them returns what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`,
+and a host's library is imported only when the host is asked.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def allocate_budget(
         batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
         options: what was asked of the adapter, with a budget.
         rounding: module's name → how its weights will be rounded.
-        quantized: module's name, W and C → Ŵ, for a finished checkpoint or weights that are pruned; by default Ŵ is found by
-            a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         bar: makes a progress bar of that title, which wraps a sequence.
 

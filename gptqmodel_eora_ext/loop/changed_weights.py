@@ -80,7 +80,7 @@ class ChangedWeights:
             return original
         found = self._spill.read(self._kept[key])
         if found.shape != original.shape:
-            raise ValueError(f"EoRA: {key} is {tuple(found.shape)} now and {tuple(original.shape)} in the base's files.")
+            raise ValueError(f"EoRA: {key} is {tuple(found.shape)} now, {tuple(original.shape)} in the base's files.")
         return found.to(original.dtype).contiguous()
 
 

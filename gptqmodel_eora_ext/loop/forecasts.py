@@ -45,8 +45,8 @@ def budget_question(
         budget: bytes for all of them.
         factor_bits: bits of a stored factor.
         rounding: module's name → how its weights will be rounded, at one width.
-        quantized: module's name, W and C → Ŵ, for a finished checkpoint or weights that are pruned; by default Ŵ is found by
-            a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         layout: of the factors.
     """

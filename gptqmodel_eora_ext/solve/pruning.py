@@ -6,8 +6,8 @@
 | Wanda (arXiv 2306.11695) | |w| · √E[x²] | stay |
 | SparseGPT (arXiv 2301.00774) | w² / pivot², column after column | change so that the output changes least |
 
-The pivots are the diagonal of the upper Cholesky factor of C⁻¹: w² / pivot² is what the squared error of the output grows
-by if w becomes 0 and all later weights of its row adapt.
+The pivots are the diagonal of the upper Cholesky factor of C⁻¹: w² / pivot² is what the squared error of the output
+grows by if w becomes 0 and all later weights of its row adapt.
 
 Magnitude compares all weights of a matrix, Wanda those of a row, SparseGPT those of a block of 128 columns, as their
 authors do. In a pattern n:m all compare the m weights of a group.
@@ -116,4 +116,3 @@ def sparsegpt(
         torch.mul(values, mask[column], out=code)
 
     return spread_errors(work, columns.factor, begin, zero_pruned).T.contiguous()
-

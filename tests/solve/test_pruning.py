@@ -48,7 +48,10 @@ def test_patterns_hold_exactly(method: str, text: str, seed: int, blocks: int, o
 
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 1000), blocks=st.integers(2, 30), text=st.sampled_from(PATTERNS), tokens=st.sampled_from((64, 999))
+    seed=st.integers(0, 1000),
+    blocks=st.integers(2, 30),
+    text=st.sampled_from(PATTERNS),
+    tokens=st.sampled_from((64, 999)),
 )
 def test_sparsegpt_leaves_less_error_than_magnitude(seed: int, blocks: int, text: str, tokens: int) -> None:
     pattern = Pattern.parse(text)

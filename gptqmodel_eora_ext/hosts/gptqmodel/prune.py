@@ -41,7 +41,8 @@ def prune_model(job: PruneJob) -> Path:
 
     Raises:
         ValueError: for a pattern that does not divide a module's inputs, missing data, or broken weights.
-        NotImplementedError: for experts that GPTQModel would pass over, or weights that the files hold under other names.
+        NotImplementedError: for experts that GPTQModel would pass over, or weights that the files hold under other
+            names.
         ModuleError: when pruning or compensating a module fails.
     """
     pattern = Pattern.parse(job.pattern)

@@ -66,7 +66,7 @@ class PruningProcessor(CalibratedProcessor):
 
 
 class PruningCompensation(Compensation):
-    """Mixin for `PruningProcessor`: prunes a module by the second moment of its inputs, then compensates by the same."""
+    """Mixin for `PruningProcessor`: prunes a module by the second moment of its inputs, and compensates by the same."""
 
     pruned: Any
 

@@ -32,8 +32,8 @@ def allocate_ranks(
         options: what was asked of the adapter, with a budget.
         batches: calibration batches as the host prepares them: `input_ids` and `attention_mask`, windows × tokens.
         fixed_rank: module's name → rank that `dynamic` names for it, None where it names none.
-        quantized: module's name, W and C → Ŵ, for a finished checkpoint or weights that are pruned; by default Ŵ is found by
-            a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
 
     Raises:
         ValueError: for a budget in no known form or one that buys nothing, or a model without modules to compensate.

@@ -6,6 +6,8 @@ identity matrix: every sum has one term then, so the outputs are Ŵ's columns, e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...adapter.layers import oriented
@@ -37,7 +39,7 @@ def dense_weight(module: torch.nn.Module, name: str, dtype: torch.dtype) -> torc
 
 
 def _plain(module: torch.nn.Module) -> torch.Tensor | None:
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight) not in (torch.nn.Parameter, torch.Tensor) or hasattr(module, "quantization_scheme"):
         return None
     plain = weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1
@@ -48,11 +50,13 @@ def _compressed_tensors(module: torch.nn.Module) -> torch.Tensor | None:
     if getattr(module, "quantization_scheme", None) is None:
         return None
     from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
 
     # It replaces the packed tensors by the weight. A second call finds the weight already.
-    if str(getattr(module.quantization_status, "value", module.quantization_status)) == "compressed":
+    if getattr(module, "quantization_status", None) == QuantizationStatus.COMPRESSED:
         decompress_module(module)
-    return module.weight.detach()  # type: ignore[union-attr,return-value]
+    weight: Any = module.weight
+    return weight.detach()  # type: ignore[no-any-return]
 
 
 def _bitsandbytes(module: torch.nn.Module) -> torch.Tensor | None:
@@ -60,7 +64,7 @@ def _bitsandbytes(module: torch.nn.Module) -> torch.Tensor | None:
         return None
     from bitsandbytes import functional
 
-    weight = module.weight
+    weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
@@ -69,10 +73,10 @@ def _bitsandbytes(module: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _torchao(module: torch.nn.Module) -> torch.Tensor | None:
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not type(weight).__module__.startswith("torchao."):
         return None
-    return weight.dequantize()
+    return weight.dequantize()  # type: ignore[no-any-return]
 
 
 def weight_by_identity(module: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -96,7 +100,7 @@ def weight_by_identity(module: torch.nn.Module, name: str, dtype: torch.dtype) -
     device = next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     bias = getattr(module, "bias", None)
     if bias is not None:
-        module.bias = None
+        module.bias = None  # type: ignore[assignment]
     try:
         columns = []
         for start in range(0, width, IDENTITY_ROWS):

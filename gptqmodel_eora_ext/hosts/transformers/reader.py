@@ -1,8 +1,8 @@
 """A checkpoint's modules as transformers loads them, one layer in memory at a time.
 
-transformers loads a whole model. Here it is given a file that holds one layer's tensors alone, and what is missing stays
-on the meta device, where it takes no memory. So the format's own reader of transformers unpacks the layer, whatever it
-is, and neither its names nor its layout have to be known here.
+transformers loads a whole model. Here it is given a file that holds one layer's tensors alone, and what is missing
+stays on the meta device, where it takes no memory. So the format's own reader of transformers unpacks the layer,
+whatever it is, and neither its names nor its layout have to be known here.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class LayerReader:
         from transformers import AutoConfig
 
         place = self.place(part)
-        tensors, metadata = {}, {"format": "pt"}
+        tensors: dict[str, torch.Tensor] = {}
+        metadata = {"format": "pt"}
         for path in sorted(set(self._files.values())):
             with safe_open(path, framework="pt") as file:
                 # torchao describes its tensors there.
@@ -153,8 +154,9 @@ class LayerReader:
     def _partial(self) -> Any:
         """The model's class, but for tensors that the file lacks: they stay on the meta device.
 
-        transformers would make them up and fill them with random numbers, after all others are loaded. That step is left
-        out here. Where a release of it calls the step differently, the layer is still right, and takes more memory.
+        transformers would make them up and fill them with random numbers, after all others are loaded. That step is
+        left out here. Where a release of it calls the step differently, the layer is still right, and takes more
+        memory.
         """
         cls = type(self.model)
         without = staticmethod(lambda model, load_config, loading_info: loading_info)

@@ -90,9 +90,9 @@ class ForeignWeights:
         more = f" and {len(held) - NAMES_TOLD} more" if len(held) > NAMES_TOLD else ""
         raise NotImplementedError(
             f"EoRA: `{self._reader.folder}` has no module {name}, which `{self._base}` has. In its place, "
-            f"{part_of(name)}, it holds {', '.join(held[:NAMES_TOLD]) or 'nothing'}{more}. {len(shapes) - len(missing)} "
-            f"of {len(shapes)} modules were matched by name. Where a tool has renamed or joined modules, an adapter "
-            f"for the model's own names would not load; export the checkpoint with the model's own modules."
+            f"{part_of(name)}, it holds {', '.join(held[:NAMES_TOLD]) or 'nothing'}{more}. "
+            f"{len(shapes) - len(missing)} of {len(shapes)} modules were matched by name. Where a tool has "
+            f"renamed or joined modules, an adapter for the model's own names would not load; export the checkpoint with the model's own modules."
         )
 
     def _check_shapes(self, shapes: Sequence[ModuleShape]) -> None:
@@ -140,9 +140,9 @@ class ForeignWeights:
             from importlib.metadata import version
 
             raise ValueError(
-                f"EoRA: transformers {version('transformers')} reads no {lacking} of {name} from `{self._reader.folder}` "
-                f"({self._reader.method}), whose files hold {', '.join(self._reader.tensors_of(name)[:NAMES_TOLD])} "
-                f"there. Use a release that opens it."
+                f"EoRA: transformers {version('transformers')} reads no {lacking} of {name} from "
+                f"`{self._reader.folder}` ({self._reader.method}), whose files hold "
+                f"{', '.join(self._reader.tensors_of(name)[:NAMES_TOLD])} there. Use a release that opens it."
             )
         return dense_weight(module, name, self._dtype)
 
