@@ -86,13 +86,16 @@ class ForeignWeights:
         if not missing:
             return
         name = missing[0].name
-        held = self._reader.inside(name)
+        part, known = part_of(name), {path for path, _ in self._reader.model.named_modules()}
+        # What the architecture does not know comes first: it is what modules were joined into, or renamed to.
+        held = sorted(self._reader.inside(name), key=lambda inside: f"{part}.{inside}" in known)
         more = f" and {len(held) - NAMES_TOLD} more" if len(held) > NAMES_TOLD else ""
         raise NotImplementedError(
             f"EoRA: `{self._reader.folder}` has no module {name}, which `{self._base}` has. In its place, "
-            f"{part_of(name)}, it holds {', '.join(held[:NAMES_TOLD]) or 'nothing'}{more}. "
+            f"{part}, it holds {', '.join(held[:NAMES_TOLD]) or 'nothing'}{more}. "
             f"{len(shapes) - len(missing)} of {len(shapes)} modules were matched by name. Where a tool has "
-            f"renamed or joined modules, an adapter for the model's own names would not load; export the checkpoint with the model's own modules."
+            f"renamed or joined modules, an adapter for the model's own names would not load; export the checkpoint "
+            f"with the model's own modules."
         )
 
     def _check_shapes(self, shapes: Sequence[ModuleShape]) -> None:
