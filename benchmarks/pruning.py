@@ -47,8 +47,8 @@ METHODS = ("sparsegpt", "wanda")
 # None; ours in the loop; ours afterwards; the article's; the same by SVD.
 KINDS = ("none", "loop", "after", "article", "svd")
 PARTS = ("adapters", "peers")
-# Another version of it asks for other versions of transformers.
-PEER = "llmcompressor==0.9.0.1"
+# It pins other versions of transformers and auto-round than this project has.
+PEER = "llmcompressor==0.14.0.1"
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,13 @@ def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
         beside = path / DEFAULT_FOLDER
         if (beside / ADAPTER_CONFIG).is_file() and not beside.is_symlink():
             return beside
-        if required:
-            raise AdapterError(f"The checkpoint `{path}` has no adapter in `{beside}`. Make one with `eora generate`.")
-        return None
+        if not required:
+            return None
     if not (path / QUANTIZE_CONFIG).is_file() and required:
-        raise AdapterError(f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint ({QUANTIZE_CONFIG}).")
+        raise AdapterError(
+            f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint that has one: it has neither "
+            f"{QUANTIZE_CONFIG}, which would name it, nor a folder `{DEFAULT_FOLDER}`."
+        )
     entry = read_entry(path)
     if entry is None and required:
         raise AdapterError(f"The checkpoint `{path}` names no adapter. Make one with `eora generate`.")

@@ -59,8 +59,8 @@ def computed_apart(base: Path, checkpoint: Path, adapter: Path, ids: torch.Tenso
     return logits(model, ids)
 
 
-def check(base: Path, checkpoint: Path, calibration: Batches, output: Path) -> None:
-    """Make an adapter, and hold it against what was computed apart."""
+def check(base: Path, checkpoint: Path, calibration: Batches, output: Path, **loading: Any) -> None:
+    """Make an adapter, and hold the model that PEFT puts it on against what was computed apart."""
     from peft import PeftModel
 
     folder = make(base, checkpoint, calibration, output)
@@ -68,7 +68,7 @@ def check(base: Path, checkpoint: Path, calibration: Batches, output: Path) -> N
     assert len(modules) == 14
     assert all(one["error_after"] < 0.95 * one["error_before"] for one in modules.values())
     ids = torch.tensor([calibration[0]["input_ids"]])
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", **loading)
     adapted = logits(PeftModel.from_pretrained(model, folder).eval(), ids)
     expected = computed_apart(base, checkpoint, folder, ids)
     assert float((adapted - expected).norm() / expected.norm()) < TOLERANCE

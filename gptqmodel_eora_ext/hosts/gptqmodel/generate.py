@@ -37,7 +37,14 @@ log = logging.getLogger(__name__)
 FINISHED = "the checkpoint is quantised already"
 
 # Kernels that dequantise on any device, by the checkpoint's method.
-TORCH_BACKENDS = {METHOD.GPTQ: BACKEND.GPTQ_TORCH, METHOD.AWQ: BACKEND.AWQ_TORCH}
+TORCH_BACKENDS = {
+    METHOD.GPTQ: BACKEND.GPTQ_TORCH,
+    METHOD.AWQ: BACKEND.AWQ_TORCH,
+    METHOD.FP8: BACKEND.FP8_TORCH,
+    METHOD.GGUF: BACKEND.GGUF_TORCH,
+    METHOD.QQQ: BACKEND.QQQ_TORCH,
+    METHOD.VPTQ: BACKEND.VPTQ_TORCH,
+}
 
 
 def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,10 @@ class PruningProcessor(CalibratedProcessor):
         self.pattern = pattern
         self.changed = changed
 
+    def is_skipped(self, module: NamedModule) -> bool:
+        """What `dynamic` leaves out stays as it is."""
+        return self.qcfg.dynamic_get(module.full_name) is False
+
     def approximation(self, name: str, weight: torch.Tensor, second_moment: Moment) -> torch.Tensor:
         """Ŵ of a module by its full name, out × in, float32, for forecasts."""
         return prune(weight, second_moment, self.pattern, self.method)

@@ -202,7 +202,7 @@ class CompensatingLooper(ModuleLooper):
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
                 # AWQ's Ŵ belongs to a rescaled W. It cannot be compared with W, so forecasts round W by themselves.
-                finished = model.quantize_config.method == METHOD.GPTQ
+                finished = model.quantize_config.method != METHOD.AWQ
                 run.allocation = allocate_ranks(
                     model,
                     run.options,
