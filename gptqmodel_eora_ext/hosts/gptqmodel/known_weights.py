@@ -106,7 +106,9 @@ def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:
         if hasattr(kernel, "dequantize_weight"):
             return kernel.dequantize_weight().T.contiguous()
         device = kernel.runtime_device()
-        identity = torch.eye(kernel.in_features, dtype=kernel.scales.dtype, device=device)
+        # QQQ's kernel keeps its scales by other names, and takes float16.
+        dtype = kernel.scales.dtype if hasattr(kernel, "scales") else torch.float16
+        identity = torch.eye(kernel.in_features, dtype=dtype, device=device)
         adapter, kernel.adapter = kernel.adapter, None
         bias, kernel.bias = kernel.bias, None
         try:

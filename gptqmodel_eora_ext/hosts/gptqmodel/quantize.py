@@ -30,6 +30,7 @@ from .compensation import AWQCompensation, Compensation
 from .full_precision_inputs import FullPrecisionInputs
 from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
+from .methods import ROTATION, not_in_loop
 from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
 from .pruning import PruningCompensation, PruningProcessor
@@ -44,7 +45,6 @@ RUN_ATTRIBUTE = "_eora_run"
 COMPENSATED_PROCESSORS = (
     GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor, PruningProcessor
 )  # fmt: skip
-SUPPORTED_METHODS = (METHOD.GPTQ, METHOD.AWQ, METHOD.QQQ)
 
 
 def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,13 +109,9 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 
 def _check_supported(model: Any, adapter: EoRA, options: dict[str, Any]) -> None:
     config = model.quantize_config
-    if not isinstance(config, RTNConfig) and (
-        config.method not in SUPPORTED_METHODS or config.uses_weight_only_lifecycle()
-    ):
-        raise NotImplementedError(
-            f"EoRA: cannot compensate `{config.method.value}`; it can GPTQ (with GPTAQ, FOEM), AWQ, QQQ and RTN. "
-            f"Quantise without an adapter."
-        )
+    reason = ROTATION if config.rotation else not_in_loop(config.method)
+    if reason is not None and not isinstance(config, RTNConfig):
+        raise NotImplementedError(f"EoRA: cannot compensate while quantising by `{config.method.value}`: {reason}.")
     if adapter.objective == "output" and config.method not in (METHOD.GPTQ,):
         raise NotImplementedError(
             f'EoRA: objective "output" pairs the inputs of the full-precision and the quantised model, which '
