@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -176,7 +177,8 @@ def measure_peer(base: common.Subject, method: str, texts: dict[str, Any], windo
         start = time.perf_counter()
         subprocess.run(
             [str(peer_environment()), str(script), str(base.folder), str(scratch / "windows.json"),
-             str(scratch / "model"), method, PATTERN], check=True,
+             str(scratch / "model"), method, PATTERN],
+            check=True, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )  # fmt: skip
         seconds = time.perf_counter() - start
         losses = common.losses(adapted(scratch / "model", None), texts, windows)
