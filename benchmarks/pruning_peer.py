@@ -1,6 +1,6 @@
 """Prune a model by llm-compressor; run by `pruning.py` in an environment of its own, where this package is not.
 
-    python pruning_peer.py MODEL WINDOWS.json OUT METHOD PATTERN
+python pruning_peer.py MODEL WINDOWS.json OUT METHOD PATTERN
 """
 
 from __future__ import annotations

@@ -124,9 +124,10 @@ def test_the_first_factors_are_at_the_optimum(
         logits(model, torch.tensor([batch["input_ids"]]))
     x = torch.cat(rows).double()
     second_moment = x.T @ x / len(x)
-    delta = model.get_submodule(name).weight.detach().double() - load_file(pruned / "model.safetensors")[
-        f"{name}.weight"
-    ].double()
+    delta = (
+        model.get_submodule(name).weight.detach().double()
+        - load_file(pruned / "model.safetensors")[f"{name}.weight"].double()
+    )
     stored = load_file(folder / "adapter_model.safetensors")
     lora_A, lora_B = (stored[f"base_model.model.{name}.lora_{half}.weight"].double() for half in "AB")
     best_A, best_B = eora(delta, second_moment, RANK, exact=True)

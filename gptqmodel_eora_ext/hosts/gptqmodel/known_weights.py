@@ -46,6 +46,12 @@ class CalibratedProcessor(LoopProcessor):
         return True
 
 
+def let_go(module: NamedModule) -> None:
+    """Free a module's weight once its layer has been run for the last time; whole models need not fit in memory."""
+    linear = module.module
+    linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+
+
 class CheckpointProcessor(CalibratedProcessor):
     """Takes each module's Ŵ from a quantised checkpoint.
 
@@ -80,7 +86,8 @@ class CheckpointProcessor(CalibratedProcessor):
         linear.weight.data = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
 
     def submodule_finalize(self, module: NamedModule, model: Any, **kwargs: Any) -> None:
-        """Nothing to pack: the checkpoint stays as it is."""
+        """Nothing to pack: the checkpoint stays as it is. The weight is not needed any more."""
+        let_go(module)
 
     @classmethod
     def name(cls) -> str:

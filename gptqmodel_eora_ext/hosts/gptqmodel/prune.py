@@ -24,7 +24,7 @@ from .known_model import CONFIG
 from .modules import check_experts, module_shapes
 from .pruning import PruningProcessor
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
-from .run import CompensationRun, batches_required
+from .run import CompensationRun, batches_required, calibrated_by
 
 # Pruned weights stay in memory up to so many bytes; what is beyond that lies in a file until the checkpoint is written.
 KEPT_BYTES = 1 << 30
@@ -67,7 +67,10 @@ def prune_model(job: PruneJob) -> Path:
         with replaced_checkpoint(job.output, needed=needed) as fresh, spilling(KEPT_BYTES, fresh) as spill:
             changed = ChangedWeights(native, spill)
             changed.check(f"{shape.name}.weight" for shape in shapes)
-            _loop(host, PruningProcessor, job, pattern, changed)
+            with batches_required(host):
+                told = calibrated_by(host, job.windows, job.batch_size)
+                processor = PruningProcessor(job.method, pattern, changed, **told)
+            CompensatingLooper(host, processors=[processor]).loop()
             changed.write(fresh)
             write_json(fresh / PRUNING_DETAILS, _details(job, pattern, run))
             if job.adapter is not None:
@@ -75,24 +78,6 @@ def prune_model(job: PruneJob) -> Path:
                 folder = fresh / DEFAULT_FOLDER
                 save_adapter(folder, run.factors, base_model=str(job.output), module_names=names, details=run.details())
     return job.output
-
-
-def _loop(host: Any, kind: type[PruningProcessor], job: PruneJob, pattern: Pattern, changed: ChangedWeights) -> None:
-    with batches_required(host):
-        processor = kind(
-            job.method,
-            pattern,
-            changed,
-            tokenizer=host.tokenizer,
-            qcfg=host.quantize_config,
-            calibration=list(job.windows),
-            prepare_dataset_func=host.prepare_dataset,
-            calibration_concat_size=None,
-            calibration_sort=None,
-            calibration_concat_separator=None,
-            batch_size=job.batch_size,
-        )
-    CompensatingLooper(host, processors=[processor]).loop()
 
 
 def _details(job: PruneJob, pattern: Pattern, run: CompensationRun) -> dict[str, Any]:

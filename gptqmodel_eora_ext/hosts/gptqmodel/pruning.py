@@ -16,7 +16,7 @@ from ...formats.sparsity import Pattern
 from ...loop.changed_weights import ChangedWeights
 from ...solve import MAGNITUDE, Moment, prune
 from .compensation import Compensation
-from .known_weights import CalibratedProcessor
+from .known_weights import CalibratedProcessor, let_go
 from .rounds import best_round
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class PruningProcessor(CalibratedProcessor):
         """Keep Ŵ, which is in place again, for the files; it need not stay in memory."""
         with self.lock:
             self.changed.keep(f"{module.full_name}.weight", module.module.weight.data)
+        let_go(module)
 
     @classmethod
     def name(cls) -> str:

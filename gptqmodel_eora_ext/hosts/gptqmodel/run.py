@@ -125,6 +125,26 @@ def batches_required(model: Any) -> Iterator[None]:
         del model.prepare_dataset
 
 
+def calibrated_by(model: Any, windows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+    """What a `LoopProcessor` is told of the calibration data: windows of token ids, taken as they are.
+
+    Args:
+        model: GPTQModel's model object.
+        windows: `input_ids` and `attention_mask` of each.
+        batch_size: windows per forward.
+    """
+    return {
+        "tokenizer": model.tokenizer,
+        "qcfg": model.quantize_config,
+        "calibration": list(windows),
+        "prepare_dataset_func": model.prepare_dataset,
+        "calibration_concat_size": None,
+        "calibration_sort": None,
+        "calibration_concat_separator": None,
+        "batch_size": batch_size,
+    }
+
+
 def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:
     """The number of rounds to make.
 
