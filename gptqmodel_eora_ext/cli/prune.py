@@ -14,12 +14,15 @@ from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from ..evaluate.sparsity import examine_model
 from ..formats.sparsity import Pattern
-from ..solve import METHODS
+from ..solve import METHODS, SPARSEGPT
 from .options import (
+    DEFAULT_GROUP_SIZE,
+    QUANTIZED_BITS,
     BatchSize,
     Budget,
     Calibration,
     FactorBits,
+    GroupSize,
     Model,
     Objective,
     PresetName,
@@ -30,6 +33,7 @@ from .options import (
     SeqLen,
     TrustRemoteCode,
     adapter_options,
+    check_group_size,
     check_model,
     check_out,
     given,
@@ -60,6 +64,12 @@ def prune(
     pattern: Annotated[
         str, typer.Option(help="Of the zeros: 2:4, 4:8, or a share without a pattern, as 0.5 or 50%.")
     ] = "2:4",
+    bits: Annotated[
+        int | None,
+        typer.Option(help="With sparsegpt, quantise the weights that are kept at once: 2, 3, 4 or 8. OUT is then a "
+                          "checkpoint in GPTQ's format, whose zeros are exact."),
+    ] = None,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
     rank: Rank = None,
     budget: Budget = None,
     preset: PresetName = None,
@@ -78,6 +88,11 @@ def prune(
     with errors():
         validate_choice(method, METHODS, what="--method")
         Pattern.parse(pattern, what="--pattern")
+    if bits is not None:
+        _check_bits(bits, method, adapter)
+        check_group_size(group_size)
+    elif given(context, "group_size"):
+        fail("--group-size is of scales, which weights that are not quantised do not have. Pass --bits as well.")
     chosen = adapter_options(rank, budget, objective, factor_bits, sensitivity, preset, rounds) if adapter else None
     for name in () if adapter else OF_ADAPTER:
         if given(context, name):
@@ -98,6 +113,8 @@ def prune(
             windows=tokenized(texts, model, samples, seqlen, trust_remote_code),
             method=method,
             pattern=pattern,
+            bits=bits,
+            group_size=group_size,
             adapter=chosen,
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
@@ -109,6 +126,19 @@ def prune(
         print_sparsity(pruned)
     if adapter:
         print_summary(summarize(output), time.perf_counter() - start)
+    if bits is not None:
+        say(f'Load it:  GPTQModel.load("{output}")')
+        return
     say(f'Load it:  AutoModelForCausalLM.from_pretrained("{output}")')
     if adapter:
         say(f'     and  PeftModel.from_pretrained(model, "{output}/eora")')
+
+
+def _check_bits(bits: int, method: str, adapter: bool) -> None:
+    """Fail unless pruning and quantising at once can be done so."""
+    if bits not in QUANTIZED_BITS:
+        fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
+    if method != SPARSEGPT:
+        fail(f"--bits quantises as SparseGPT prunes; got --method {method}. Pass --method {SPARSEGPT}.")
+    if not adapter:
+        fail("--bits makes a checkpoint with an adapter; leave --no-adapter out.")

@@ -62,6 +62,9 @@ class PruneJob:
         windows: calibration, as in `QuantizeJob`.
         method: one of `solve.METHODS`.
         pattern: of the zeros, in a form of `formats.sparsity.FORM`.
+        bits: quantise the weights that are kept as well, to a checkpoint in GPTQ's format; None to leave them as they
+            are.
+        group_size: weights per scale, with ``bits``; -1 for whole rows.
         adapter: what `AdapterOptions.settle` takes; None for no adapter.
         dynamic: GPTQModel's overrides, module by module: `-:pattern` leaves modules as they are, and an `adapter` with
             a `rank` names theirs.
@@ -75,6 +78,8 @@ class PruneJob:
     windows: Windows
     method: str
     pattern: str
+    bits: int | None = None
+    group_size: int = 64
     adapter: Mapping[str, Any] | None = None
     dynamic: Mapping[str, Any] | None = None
     batch_size: int = 1

@@ -21,6 +21,8 @@ def prune(
     *,
     method: str = METHODS[0],
     pattern: str = "2:4",
+    bits: int | None = None,
+    group_size: int = 64,
     adapter: Mapping[str, Any] | None = None,
     dynamic: Mapping[str, Any] | None = None,
     samples: int = DEFAULT_SAMPLES,
@@ -41,6 +43,9 @@ def prune(
             mappings of `input_ids` and `attention_mask`.
         method: "sparsegpt", "wanda" or "magnitude".
         pattern: "2:4", "4:8", or the share of zeros, "0.5".
+        bits: with "sparsegpt" and an adapter, quantise the weights that are kept as well: 2, 3, 4 or 8. The folder is
+            then a checkpoint of GPTQModel whose zeros are exact.
+        group_size: weights per scale, with ``bits``.
         adapter: what `EoRA` takes, `{"rank": 64}` or `{"budget": "0.5bpw", "factor_bits": 4}`; None to prune alone.
         dynamic: as in GPTQModel's `QuantizeConfig`: `{r"-:.*down_proj": {}}` leaves modules as they are.
         samples: windows of texts.
@@ -78,6 +83,8 @@ def prune(
         windows=cut,
         method=method,
         pattern=pattern,
+        bits=bits,
+        group_size=group_size,
         adapter=adapter,
         dynamic=dynamic,
         batch_size=batch_size,

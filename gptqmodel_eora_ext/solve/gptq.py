@@ -151,7 +151,7 @@ def gptq(weight: torch.Tensor, columns: ColumnOrder, bits: Sequence[int], grid: 
 
     def begin(start: int, end: int) -> None:
         for first in range(-(-start // size) * size, end, size):
-            scale, zero = _scales(work[first : first + size], top, grid)
+            scale, zero = group_scales(work[first : first + size], top, grid)
             scales[first // size] = scale, -zero, top - zero
 
     def round_column(column: int, values: torch.Tensor, code: torch.Tensor) -> None:
@@ -202,7 +202,7 @@ def spread_errors(
     return rounded
 
 
-def _scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def group_scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Step and zero of each row of W, a column of ``group`` (weights of a group × rows)."""
     low, high = group.aminmax(dim=0)
     low, high = low.clamp_max(0), high.clamp_min(0)

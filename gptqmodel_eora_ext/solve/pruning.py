@@ -15,10 +15,12 @@ authors do. In a pattern n:m all compare the m weights of a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..formats.sparsity import Pattern
-from .gptq import SPREAD_BLOCK, column_order, spread_errors
+from .gptq import SPREAD_BLOCK, Grid, column_order, group_scales, spread_errors
 from .moments import Moment, diagonal_of
 
 MAGNITUDE, WANDA, SPARSEGPT = "magnitude", "wanda", "sparsegpt"
@@ -93,6 +95,52 @@ def sparsegpt(
     Raises:
         ValueError: for a pattern whose groups are not in step with the blocks.
     """
+    return _sparse(weight, second_moment, pattern, damping, None).weight
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """A matrix that was pruned and rounded at once.
+
+    Attributes:
+        weight: Ŵ, out × in, float32: codes less zeros, times scales; exactly 0 where it was pruned.
+        scales: out × groups, float32.
+        zeros: the code that stands for 0, out × groups, float32.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+def sparsegpt_codes(
+    weight: torch.Tensor,
+    second_moment: Moment,
+    pattern: Pattern,
+    bits: int,
+    grid: Grid,
+    *,
+    damping: float = PRUNING_DAMPING,
+) -> SparseCodes:
+    """SparseGPT's joint form: a column's pruned weights become 0, the others are rounded, and both errors are spread.
+
+    Args:
+        weight: W, out × in.
+        second_moment: as for `sparsegpt`.
+        pattern: of the zeros.
+        bits: of a code.
+        grid: what is rounded to. Its groups keep the order of the columns.
+        damping: share of C's mean diagonal that is added to it.
+
+    Raises:
+        ValueError: as `sparsegpt`.
+    """
+    return _sparse(weight, second_moment, pattern, damping, (bits, grid))
+
+
+def _sparse(
+    weight: torch.Tensor, second_moment: Moment, pattern: Pattern, damping: float, codes: tuple[int, Grid] | None
+) -> SparseCodes:
     pattern.check(weight.shape[1], "weight")
     if pattern.of and SPREAD_BLOCK % pattern.of:
         raise ValueError(f"SparseGPT takes patterns whose groups divide {SPREAD_BLOCK}, got {pattern}.")
@@ -101,6 +149,11 @@ def sparsegpt(
     work = weight.to(torch.float32).T.masked_fill(columns.dead[:, None], 0.0)
     costs = columns.pivots.square().reciprocal()[:, None]
     mask = torch.empty_like(work, dtype=torch.bool)
+    scales: list[torch.Tensor] = []
+    zeros: list[torch.Tensor] = []
+    bits, grid = codes or (0, Grid(-1))
+    size = len(work) if grid.group_size == -1 else grid.group_size
+    top = torch.full((work.shape[1],), float((1 << bits) - 1), device=work.device)
 
     def choose(first: int, behind: int) -> None:
         scores = work[first:behind].square() * costs[first:behind]
@@ -109,10 +162,19 @@ def sparsegpt(
     def begin(start: int, end: int) -> None:
         if not pattern.of:
             choose(start, end)
+        for first in range(-(-start // size) * size, end, size) if codes else ():
+            scale, zero = group_scales(work[first : first + size], top, grid)
+            scales.append(scale)
+            zeros.append(zero.expand_as(scale))
 
-    def zero_pruned(column: int, values: torch.Tensor, code: torch.Tensor) -> None:
+    def replace(column: int, values: torch.Tensor, code: torch.Tensor) -> None:
         if pattern.of and column % pattern.of == 0:
             choose(column, column + pattern.of)
         torch.mul(values, mask[column], out=code)
+        if codes:
+            scale, zero = scales[column // size], zeros[column // size]
+            code.div_(scale).round_().clamp_(-zero, top - zero).mul_(scale)
 
-    return spread_errors(work, columns.factor, begin, zero_pruned).T.contiguous()
+    found = spread_errors(work, columns.factor, begin, replace).T.contiguous()
+    none = found.new_empty(len(found), 0)
+    return SparseCodes(found, *(torch.stack(one, dim=1) if one else none for one in (scales, zeros)))

@@ -18,9 +18,10 @@ from gptqmodel_eora_ext import cli, prune
 from gptqmodel_eora_ext.evaluate.sparsity import examine_model
 from gptqmodel_eora_ext.formats.names import ADAPTER_DETAILS, PRUNING_DETAILS
 from gptqmodel_eora_ext.formats.sparsity import examine
+from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
-from .helpers import Batches
+from .helpers import Batches, distances, kernels, load
 
 pytestmark = pytest.mark.e2e
 runner = CliRunner()
@@ -162,3 +163,16 @@ def test_weights_that_the_files_call_otherwise_are_named(
     with pytest.raises((NotImplementedError, KeyError), match=r"layers\.0\.self_attn\.q_proj\.weight"):
         pruned(base, tmp_path / "out", calibration)
     assert not (tmp_path / "out").exists()
+
+
+def test_pruned_and_quantised_at_once(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    """The loaded kernels' weights keep the pattern, and the adapter brings the model nearer to the base."""
+    folder = pruned(two_layers, tmp_path / "model", calibration, bits=4, group_size=64, adapter={"rank": 16})
+    model = load(folder)
+    found = kernels(model)
+    assert len(found) == 14
+    for name, kernel in found.items():
+        assert examine(dequantize(kernel)).pattern == "2:4", name
+    with_adapter, without = distances(two_layers, model, calibration)
+    assert with_adapter < without
+    assert json.loads((folder / PRUNING_DETAILS).read_text())["bits"] == 4

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.formats.sparsity import Pattern, examine
-from gptqmodel_eora_ext.solve import METHODS, prune, sparsegpt, weighted_energy
+from gptqmodel_eora_ext.solve import (
+    METHODS,
+    Grid,
+    column_order,
+    gptq,
+    prune,
+    sparsegpt,
+    sparsegpt_codes,
+    weighted_energy,
+)
 
 PATTERNS = ("2:4", "4:8", "1:4", "0.5", "70%")
 
@@ -74,6 +83,28 @@ def test_one_column_at_a_time_is_the_best_that_is_left() -> None:
     weight = torch.tensor([[0.1, 5.0]])
     pruned = sparsegpt(weight, second_moment, Pattern(1, 2, 0.5), damping=0.0)
     assert torch.allclose(pruned, torch.tensor([[0.0, 5.0 + 0.1 * 0.6 / 2.0]]))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 32, 256])
+@pytest.mark.parametrize("text", ["2:4", "0.5"])
+def test_pruned_and_rounded_at_once(text: str, group_size: int, sym: bool) -> None:
+    """Codes are integers of the grid, zeros are exact, and it is better than rounding what was pruned."""
+    pattern, grid, bits = Pattern.parse(text), Grid(group_size, sym), 4
+    weight, second_moment = problem(2, 32, 320, 2000)
+    found = sparsegpt_codes(weight, second_moment, pattern, bits, grid)
+    size = 320 if group_size == -1 else group_size
+    scales, zeros = (one.repeat_interleave(size, dim=1)[:, :320] for one in (found.scales, found.zeros))
+    codes = found.weight / scales + zeros
+    torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
+    assert codes.min() > -0.1 and codes.max() < 2**bits - 0.9
+    assert torch.equal(zeros, zeros.round())
+    assert int((found.weight == 0).sum()) >= weight.numel() // 2
+    if pattern.of:
+        assert int((found.weight == 0).view(32, -1, 4).sum(2).min()) >= 2
+    pruned = sparsegpt(weight, second_moment, pattern)
+    one_after_the_other = gptq(pruned, column_order(second_moment, group_size), [bits], grid)[0] * (pruned != 0)
+    assert error(weight, found.weight, second_moment) < error(weight, one_after_the_other, second_moment)
 
 
 def test_inputs_that_are_always_zero_keep_no_weight() -> None:

@@ -15,6 +15,8 @@ from ...formats.names import PRUNING_DETAILS
 from ...formats.sparsity import Pattern
 from ...loop.changed_weights import ChangedWeights
 from ...loop.weights import check_weight_files
+from ...plan import without_groups
+from ...solve import SPARSEGPT
 from ...system.files import write_json
 from ...system.spill import spilling
 from ..jobs import PruneJob
@@ -23,7 +25,7 @@ from .adapter import EoRA
 from .known_model import CONFIG
 from .modules import check_experts, module_shapes
 from .pruning import PruningProcessor
-from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
+from .quantize import PATTERN_ATTRIBUTE, RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .run import CompensationRun, batches_required, calibrated_by
 
 # Pruned weights stay in memory up to so many bytes; what is beyond that lies in a file until the checkpoint is written.
@@ -46,6 +48,8 @@ def prune_model(job: PruneJob) -> Path:
         ModuleError: when pruning or compensating a module fails.
     """
     pattern = Pattern.parse(job.pattern)
+    if job.bits is not None:
+        return _prune_and_quantise(job, pattern)
     adapter = EoRA(**(job.adapter if job.adapter is not None else {"rank": 1}))
     adapter.settle_for_making()
     with logs_out_of_the_way():
@@ -80,12 +84,35 @@ def prune_model(job: PruneJob) -> Path:
     return job.output
 
 
+def _prune_and_quantise(job: PruneJob, pattern: Pattern) -> Path:
+    """SparseGPT's joint form, in the loop of GPTQModel's own GPTQ; the checkpoint is saved as any that it makes."""
+    if job.method != SPARSEGPT or job.adapter is None:
+        raise ValueError(
+            f"EoRA: pruning and quantising at once is SparseGPT's, with an adapter; got {job.method!r}"
+            f"{'' if job.adapter is not None else ' without an adapter'}. Leave the bits out, or quantise afterwards."
+        )
+    settings = {**without_groups(job.group_size), "bits": job.bits, "group_size": job.group_size, "desc_act": False}
+    # Columns keep their order, since groups of a pattern are neighbours.
+    config = QuantizeConfig(**{**settings, "act_group_aware": False}, dynamic=dict(job.dynamic) if job.dynamic else None)
+    host = GPTQModel.load(job.model, config, trust_remote_code=job.trust_remote_code)
+    for shape in module_shapes(host):
+        pattern.check(shape.in_features, shape.name)
+    if job.report is not None:
+        watch_layers(host, job.report)
+    setattr(host, PATTERN_ATTRIBUTE, pattern)
+    host.quantize(list(job.windows), batch_size=job.batch_size, adapter=EoRA(**job.adapter))
+    host.save(str(job.output))
+    write_json(job.output / PRUNING_DETAILS, _details(job, pattern, getattr(host, RUN_ATTRIBUTE)))
+    return job.output
+
+
 def _details(job: PruneJob, pattern: Pattern, run: CompensationRun) -> dict[str, Any]:
     """How a model was pruned, for whoever finds its folder."""
     told = run.details()
     return {
         "method": job.method,
         "pattern": str(pattern),
+        **({"bits": job.bits, "group_size": job.group_size} if job.bits is not None else {}),
         "base_model": job.model,
         "calibration": told["calibration"],
         "versions": told["versions"],

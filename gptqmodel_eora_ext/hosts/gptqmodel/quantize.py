@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # Attribute of GPTQModel's model object: the run under way, and after it the adapter that `save()` writes.
 RUN_ATTRIBUTE = "_eora_run"
+# Another one: the pattern that GPTQ is to prune to as it quantises.
+PATTERN_ATTRIBUTE = "_eora_pattern"
 COMPENSATED_PROCESSORS = (
     GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor, PruningProcessor
 )  # fmt: skip
@@ -92,6 +94,9 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         adapter_batches=own_batches,
         rounds=rounds_to_make(adapter, _single_round(config)),
     )
+    run.pattern = getattr(model, PATTERN_ATTRIBUTE, None)
+    if run.pattern is not None:
+        run.method = f"sparsegpt {run.pattern}, {config.bits} bits"
     options.update(adapter=None, adapter_calibration_dataset=None)
     config.adapter = None
     setattr(model, RUN_ATTRIBUTE, run)

@@ -12,6 +12,7 @@ import torch
 from ...adapter.compensate import Recipe
 from ...adapter.validate import validate_rank
 from ...calibration.token_ids import require_token_ids
+from ...formats.sparsity import Pattern
 from ...loop.run import Run
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
@@ -49,6 +50,8 @@ class CompensationRun(Run):
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.full_precision_inputs: FullPrecisionInputs | None = None
+        # Of zeros, where GPTQ is to prune as it quantises.
+        self.pattern: Pattern | None = None
         # What `EoRA(refine=…)` trains on, and what came of it once it has.
         self.refine_windows: list[dict[str, list[int]]] = []
         self.refinement: Mapping[str, Any] | None = None
