@@ -41,7 +41,12 @@ from .show import print_summary
 def generate(
     context: typer.Context,
     model: Model,
-    checkpoint: Annotated[Path, typer.Argument(help="The compressed checkpoint: a folder that GPTQModel or transformers loads, or a GGUF file.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="The compressed checkpoint: a folder that GPTQModel or transformers loads, or a GGUF file."
+        ),
+    ],
     calibration: Calibration,
     rank: Rank = None,
     budget: Budget = None,

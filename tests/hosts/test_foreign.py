@@ -89,7 +89,7 @@ def test_a_model_that_others_pruned(pruned: Path, two_layers: Path, calibration:
     check(two_layers, pruned, calibration, tmp_path / "adapter")
 
 
-def test_blocks_of_fp8(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+def test_blocks_of_fp8(two_layers: Path, tmp_path: Path) -> None:
     checkpoint = foreign.in_blocks_of_fp8(two_layers, tmp_path / "fp8")
     stored = load_file(checkpoint / "model.safetensors")
     name = "model.layers.1.mlp.down_proj"
@@ -97,7 +97,6 @@ def test_blocks_of_fp8(two_layers: Path, calibration: Batches, tmp_path: Path) -
     codes, scales = stored[f"{name}.weight"].float(), stored[f"{name}.weight_scale_inv"]
     expected = codes * scales.repeat_interleave(foreign.BLOCK, 0).repeat_interleave(foreign.BLOCK, 1)
     assert torch.equal(found, expected.to(torch.bfloat16).float())
-    check(two_layers, checkpoint, calibration, tmp_path / "adapter")
 
 
 def test_one_layer_is_in_memory_at_a_time(pruned: Path) -> None:
@@ -115,6 +114,7 @@ def test_the_first_factors_are_at_the_optimum(
     pruned: Path, two_layers: Path, calibration: Batches, tmp_path: Path
 ) -> None:
     """Inputs of the first module are the same in both models, so its second moment can be taken from the base."""
+    calibration = calibration[:4]
     folder = make(two_layers, pruned, calibration, tmp_path / "adapter")
     name = "model.layers.0.self_attn.q_proj"
     model = AutoModelForCausalLM.from_pretrained(two_layers, dtype=torch.float32)

@@ -59,6 +59,10 @@ def test_compressed_tensors_with_activations(
     assert (make(two_layers, checkpoint, calibration, tmp_path / "adapter") / "eora.json").is_file()
 
 
+def test_blocks_of_fp8(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    check(two_layers, foreign.in_blocks_of_fp8(two_layers, tmp_path / "fp8"), calibration, tmp_path / "adapter")
+
+
 TORCHAO: dict[str, dict[str, Any]] = {
     "Int8WeightOnlyConfig": {},
     "Float8WeightOnlyConfig": {},

@@ -75,11 +75,12 @@ def test_finished_checkpoints_that_are_not_served_say_why(
     assert SERVICES[method].reason in str(caught.value)
 
 
+@pytest.mark.formats
 @pytest.mark.parametrize("method", [METHOD.FP8, METHOD.GGUF])
 def test_finished_checkpoints_of_more_methods(
     method: METHOD, two_layers: Path, calibration: Batches, tmp_path: Path
 ) -> None:
-    """ParoQuant and QQQ were run by hand: SmolLM2 is too narrow for their kernels."""
+    """ParoQuant, QQQ and VPTQ were run on a random model: SmolLM2 is too narrow for their kernels, or they are slow."""
     folder = tmp_path / "checkpoint"
     with quiet():
         model = GPTQModel.load(str(two_layers), CONFIGS[method]())

@@ -93,7 +93,8 @@ def _prune_and_quantise(job: PruneJob, pattern: Pattern) -> Path:
         )
     settings = {**without_groups(job.group_size), "bits": job.bits, "group_size": job.group_size, "desc_act": False}
     # Columns keep their order, since groups of a pattern are neighbours.
-    config = QuantizeConfig(**{**settings, "act_group_aware": False}, dynamic=dict(job.dynamic) if job.dynamic else None)
+    dynamic = dict(job.dynamic) if job.dynamic else None
+    config = QuantizeConfig(**{**settings, "act_group_aware": False}, dynamic=dynamic)
     host = GPTQModel.load(job.model, config, trust_remote_code=job.trust_remote_code)
     for shape in module_shapes(host):
         pattern.check(shape.in_features, shape.name)
