@@ -36,6 +36,7 @@ from .planned import check_plan, warn_if_dominated
 from .pruning import PruningCompensation, PruningProcessor
 from .refining import joined_windows
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
+from .sparse_gptq import forecast_jointly
 from .survey import allocate_ranks
 
 log = logging.getLogger(__name__)
@@ -203,13 +204,16 @@ class CompensatingLooper(ModuleLooper):
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
                 # AWQ's Ŵ belongs to a rescaled W. It cannot be compared with W, so forecasts round W by themselves.
-                finished = model.quantize_config.method != METHOD.AWQ
+                config = model.quantize_config
+                known = getattr(processors[-1], "approximation", None) if config.method != METHOD.AWQ else None
+                if run.pattern is not None:
+                    known = functools.partial(forecast_jointly, config, run.pattern)
                 run.allocation = allocate_ranks(
                     model,
                     run.options,
                     run.adapter_batches or list(processors[-1].calibration_dataset),
-                    functools.partial(run.fixed_rank, model.quantize_config),
-                    getattr(processors[-1], "approximation", None) if finished else None,
+                    functools.partial(run.fixed_rank, config),
+                    known,
                 )
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])

@@ -10,7 +10,24 @@ import transformers
 from gptqmodel.quantization.gptq import GPTQ
 
 from ...formats.sparsity import Pattern
-from ...solve import Grid, sparsegpt_codes, weighted_energy
+from ...solve import Grid, Moment, sparsegpt_codes, weighted_energy
+from .grids import module_grid
+
+
+def forecast_jointly(
+    config: Any, pattern: Pattern, name: str, weight: torch.Tensor, second_moment: Moment
+) -> torch.Tensor:
+    """Ŵ of a module as `prune_jointly` will make it, for forecasts under a budget.
+
+    Args:
+        config: GPTQModel's `QuantizeConfig`.
+        pattern: of the zeros.
+        name: full module name.
+        weight: W, out × in.
+        second_moment: C.
+    """
+    bits = config.dynamic_get(name, "bits", config.bits)
+    return sparsegpt_codes(weight, second_moment, pattern, bits, module_grid(config, name)).weight
 
 
 def prune_jointly(task: GPTQ, pattern: Pattern) -> None:
