@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from .hosts.autoround.config import EoRAConfig
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
+    from .hosts.prune import prune
     from .hosts.recipes import prepare_recipe, run_recipe
     from .hosts.refine import refine_checkpoint
     from .plan import Plan
 
 __all__ = [
-    "AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "prepare_recipe", "refine_checkpoint",
-    "run_recipe",
+    "AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "prepare_recipe", "prune",
+    "refine_checkpoint", "run_recipe",
 ]  # fmt: skip
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "Plan": "plan",
     "load_peft": "hosts.peft",
     "prepare_recipe": "hosts.recipes",
+    "prune": "hosts.prune",
     "refine_checkpoint": "hosts.refine",
     "run_recipe": "hosts.recipes",
 }

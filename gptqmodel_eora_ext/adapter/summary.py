@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.gguf.lora import read_lora_header
-from ..formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
+from ..formats.names import ADAPTER_CONFIG, MODEL_CONFIG, QUANTIZE_CONFIG
 from .errors import AdapterError
 from .folder import AdapterFolder
-from .naming import named_folder, read_entry
+from .naming import DEFAULT_FOLDER, named_folder, read_entry
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class AdapterSummary:
 def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
     """Return the adapter's folder for a checkpoint or an adapter folder.
 
+    A checkpoint without `quantize_config.json` cannot name its adapter; there it is the folder `eora`, if any.
+
     Args:
         path: a checkpoint, or an adapter folder.
         required: whether a checkpoint that names no adapter is an error; otherwise it gives None.
@@ -67,8 +69,18 @@ def find_adapter(path: str | Path, *, required: bool = True) -> Path | None:
     path = Path(path)
     if (path / ADAPTER_CONFIG).is_file():
         return path
+    if not (path / QUANTIZE_CONFIG).is_file() and (path / MODEL_CONFIG).is_file():
+        # Pruned models and other tools' formats have no file to name an adapter in.
+        beside = path / DEFAULT_FOLDER
+        if (beside / ADAPTER_CONFIG).is_file() and not beside.is_symlink():
+            return beside
+        if not required:
+            return None
     if not (path / QUANTIZE_CONFIG).is_file() and required:
-        raise AdapterError(f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint ({QUANTIZE_CONFIG}).")
+        raise AdapterError(
+            f"`{path}` is neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint that has one: it has neither "
+            f"{QUANTIZE_CONFIG}, which would name it, nor a folder `{DEFAULT_FOLDER}`."
+        )
     entry = read_entry(path)
     if entry is None and required:
         raise AdapterError(f"The checkpoint `{path}` names no adapter. Make one with `eora generate`.")

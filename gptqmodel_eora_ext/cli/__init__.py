@@ -16,6 +16,7 @@ from .imatrix import imatrix
 from .inspect import inspect
 from .plan import plan
 from .printing import out
+from .prune import prune
 from .quantize import quantize
 from .refine import refine
 from .report import report
@@ -45,6 +46,9 @@ def _example(text: str) -> str:
 app.command(epilog=_example("quantize Qwen/Qwen3-8B out/qwen3-8b-2bit --bits 2 --rank 64 --calibration c4.jsonl"))(
     quantize
 )
+app.command(
+    epilog=_example("prune Qwen/Qwen3-8B out/qwen3-8b-24 --pattern 2:4 --rank 64 --calibration c4.jsonl")
+)(prune)
 app.command(
     epilog=_example("generate Qwen/Qwen3-8B out/qwen3-8b-2bit --rank 64 --calibration c4.jsonl --out adapters/r64")
 )(generate)

@@ -41,7 +41,12 @@ from .show import print_summary
 def generate(
     context: typer.Context,
     model: Model,
-    checkpoint: Annotated[Path, typer.Argument(help="The quantised checkpoint: a folder, or a GGUF file.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="The compressed checkpoint: a folder that GPTQModel or transformers loads, or a GGUF file."
+        ),
+    ],
     calibration: Calibration,
     rank: Rank = None,
     budget: Budget = None,
@@ -65,7 +70,7 @@ def generate(
     batch_size: BatchSize = 1,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make an adapter for a checkpoint that is already quantised."""
+    """Make an adapter for a checkpoint that is already quantised or pruned, by whatever tool."""
     check_refine(refine)
     ranks = None
     if plan is None:

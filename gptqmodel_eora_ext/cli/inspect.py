@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapter.summary import summarize
+from ..adapter.summary import find_adapter, summarize
 from ..evaluate.kernel_report import MANY_ROWS, kernel_report
+from ..evaluate.sparsity import examine_model
 from .options import Json
 from .printing import errors, out
-from .show import print_summary
+from .show import print_sparsity, print_summary
 
 WORST_MODULES = 10
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint with an adapter, or an adapter folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint with an adapter, a pruned model, or an adapter folder.")],
     modules: Annotated[bool, typer.Option("--modules", help="List every module, not only the worst.")] = False,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="List which kernel multiplies each module here, and why not a faster one.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what an adapter is: ranks, bytes, objective, calibration, versions, error before and after per module."""
+    """Tell what an adapter is: ranks, bytes, objective, calibration, versions, error before and after per module.
+
+    Of a pruned model: its zeros, whether they keep their pattern, and what that would take in a layout without zeros.
+    """
     with errors():
+        pruned = examine_model(path) if path.is_dir() else None
+        if pruned is not None and find_adapter(path, required=False) is None:
+            if as_json:
+                out.print_json(json.dumps({"sparsity": pruned.as_json()}))
+            else:
+                print_sparsity(pruned)
+            return
         summary = summarize(path)
         rows = kernel_report(path, summary) if kernels else []
     if as_json:
-        listed = {"kernels": [row.as_json() for row in rows]} if kernels else {}
+        listed: dict[str, Any] = {"kernels": [row.as_json() for row in rows]} if kernels else {}
+        if pruned is not None:
+            listed["sparsity"] = pruned.as_json()
         out.print_json(json.dumps({**summary.as_json(), **listed}))
         return
+    if pruned is not None:
+        print_sparsity(pruned)
     print_summary(summary)
     if kernels:
         table = Table(

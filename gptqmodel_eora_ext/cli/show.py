@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..adapter.summary import AdapterSummary
 from ..evaluate.size import readable, weight_bytes
+from ..evaluate.sparsity import PrunedModel
 from .printing import out
 
 
@@ -17,6 +18,26 @@ def listing() -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     return table
+
+
+def print_sparsity(pruned: PrunedModel) -> None:
+    table = listing()
+    said = pruned.said
+    if said:
+        table.add_row("pruned", f"by {said.get('method')} to {said.get('pattern')}, from {said.get('base_model')}")
+    table.add_row("zeros", f"{pruned.share:.1%} of the weights of {len(pruned.modules)} modules"
+                           + (f"; {len(pruned.whole)} are as they were" if pruned.whole else ""))  # fmt: skip
+    if pruned.expected is None:
+        table.add_row("pattern", "none")
+    elif pruned.broken:
+        table.add_row("pattern", f"{pruned.expected}, BROKEN in {len(pruned.broken)} of {len(pruned.modules)} modules, "
+                                 f"for instance {pruned.broken[0]}")  # fmt: skip
+    else:
+        table.add_row("pattern", f"{pruned.expected}, kept by all of them")
+    layout = f"a {pruned.expected} layout" if pruned.expected else "a layout with a bit for each weight"
+    table.add_row("bytes", f"{readable(pruned.dense_bytes)} as they are stored, "
+                           f"{readable(pruned.sparse_bytes)} in {layout}")  # fmt: skip
+    out.print(table)
 
 
 def print_summary(summary: AdapterSummary, seconds: float | None = None) -> None:

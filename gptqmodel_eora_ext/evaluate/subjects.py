@@ -10,8 +10,9 @@ from typing import Any
 
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
+from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import find_adapter
-from ..formats.names import ADAPTER_CONFIG, MODEL_CONFIG, QUANTIZE_CONFIG
+from ..formats.names import ADAPTER_CONFIG, MODEL_CONFIG, PRUNING_DETAILS, QUANTIZE_CONFIG
 from ..formats.sizes import ModuleShape
 from .size import stored_modules, tensor_headers
 
@@ -92,9 +93,11 @@ def resolve(
 
 
 def is_quantised(checkpoint: Path) -> bool:
-    """Whether a model's folder says how it was quantised, in either place where that is written."""
+    """Whether a model's folder says how it was compressed: quantised, in either place where that is written, or pruned
+    by `eora prune`, or compensated by `eora generate`."""
     config = json.loads((checkpoint / MODEL_CONFIG).read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config")) or (checkpoint / QUANTIZE_CONFIG).is_file()
+    marks = (QUANTIZE_CONFIG, PRUNING_DETAILS, f"{DEFAULT_FOLDER}/{ADAPTER_CONFIG}")
+    return bool(config.get("quantization_config")) or any((checkpoint / mark).is_file() for mark in marks)
 
 
 def check_context(subjects: Iterable[Subject], window: int) -> None:

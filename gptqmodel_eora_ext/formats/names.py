@@ -14,3 +14,5 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_DETAILS = "eora.json"
 # What a recipe leaves beside a checkpoint's own files: the plan that it ran, and what was asked of it.
 PLAN_FILE, RECIPE_FILE = "plan.json", "recipe.json"
+# How a model was pruned, in its own folder. Hosts do not read it.
+PRUNING_DETAILS = "pruning.json"

@@ -53,6 +53,41 @@ class QuantizeJob:
 
 
 @dataclass(frozen=True)
+class PruneJob:
+    """A full-precision model to prune, with an adapter or without.
+
+    Attributes:
+        model: a folder or a hub name.
+        output: folder for the pruned model.
+        windows: calibration, as in `QuantizeJob`.
+        method: one of `solve.METHODS`.
+        pattern: of the zeros, in a form of `formats.sparsity.FORM`.
+        bits: quantise the weights that are kept as well, to a checkpoint in GPTQ's format; None to leave them as they
+            are.
+        group_size: weights per scale, with ``bits``; -1 for whole rows.
+        adapter: what `AdapterOptions.settle` takes; None for no adapter.
+        dynamic: GPTQModel's overrides, module by module: `-:pattern` leaves modules as they are, and an `adapter` with
+            a `rank` names theirs.
+        batch_size: windows per forward.
+        trust_remote_code: whether model code from the hub may run.
+        report: called with (layers done, layers in all).
+    """
+
+    model: str
+    output: Path
+    windows: Windows
+    method: str
+    pattern: str
+    bits: int | None = None
+    group_size: int = 64
+    adapter: Mapping[str, Any] | None = None
+    dynamic: Mapping[str, Any] | None = None
+    batch_size: int = 1
+    trust_remote_code: bool = False
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
 class AdapterJob:
     """An adapter to make for a finished checkpoint.
 

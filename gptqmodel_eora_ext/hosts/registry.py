@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
-Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `adapter_maker`, `loader`,
-`planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of them returns
-what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`, and a host's
-library is imported only when the host is asked.
+Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `pruner`, `adapter_maker`,
+`loader`, `planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of
+them returns what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`,
+and a host's library is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from .jobs import (
     ImatrixJob,
     Loader,
     LoopJob,
+    PruneJob,
     QuantizeJob,
     TypePlanJob,
     TypePlanned,
 )
 
 # The hosts' folders, in the order in which they are asked.
-HOSTS = ("llamacpp", "gptqmodel", "autoround")
+HOSTS = ("llamacpp", "transformers", "gptqmodel", "autoround")
 
 
 def quantizer(name: str) -> Callable[[QuantizeJob], Path]:
@@ -43,6 +44,15 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path]:
         >>> folder = quantizer("gptq")(job)
     """
     return _first("quantizer", name)
+
+
+def pruner(method: str) -> Callable[[PruneJob], Path]:
+    """What prunes by ``method`` ("sparsegpt", "wanda", "magnitude"); it returns the pruned model's folder.
+
+    Raises:
+        ValueError: for a name that no host serves.
+    """
+    return _first("pruner", method)
 
 
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path]:

@@ -17,6 +17,7 @@ from ..plan.layered import LayeredModel
 from ..plan.ranks import least_budget
 from ..plan.survey import Bar, survey
 from ..plan.sweep import Rounding
+from ..solve import Moment
 from .allocation import RankAllocation
 from .forecasts import budget_question, forecast_allocation
 
@@ -30,7 +31,7 @@ def allocate_budget(
     options: AdapterOptions,
     rounding: Callable[[str], Rounding],
     *,
-    quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
     bar: Bar = lambda title: iter,
 ) -> RankAllocation:
@@ -42,7 +43,8 @@ def allocate_budget(
         batches: calibration: `input_ids` and `attention_mask`, windows × tokens each.
         options: what was asked of the adapter, with a budget.
         rounding: module's name → how its weights will be rounded.
-        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         bar: makes a progress bar of that title, which wraps a sequence.
 

@@ -13,7 +13,7 @@ from ..formats.sizes import ModuleShape
 from ..plan.forecast import Forecast, ratio
 from ..plan.ranks import MOST_OF_UNIFORM, RankOptions, kind_of, most_rank, rank_options
 from ..plan.sweep import Question, Rounding, Swept
-from ..solve import price
+from ..solve import Moment, price
 from .allocation import RankAllocation
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def budget_question(
     budget: int,
     factor_bits: int,
     rounding: Callable[[str], Rounding],
-    quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
     layout: FactorLayout = PACKED_LAYOUT,
 ) -> Question:
@@ -45,7 +45,8 @@ def budget_question(
         budget: bytes for all of them.
         factor_bits: bits of a stored factor.
         rounding: module's name → how its weights will be rounded, at one width.
-        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         layout: of the factors.
     """

@@ -64,7 +64,8 @@ class Question:
     Attributes:
         rounding: module's name → how its weights will be rounded.
         rank: module's name and a width → number of components to forecast.
-        quantized: module's name and W → Ŵ, both out × in, for a finished checkpoint; None to find Ŵ by a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, out × in, for a finished checkpoint or weights that are pruned; None to
+            find Ŵ by a quick GPTQ.
         uniform: rank of the factors with which all modules of a kind are measured together.
         weighed: whether inputs are weighed by their tokens' gradients (`ranks.TokenCorrection`); without, the two are
             taken to be independent.
@@ -74,7 +75,7 @@ class Question:
 
     rounding: Callable[[str], Rounding]
     rank: Callable[[str, int], int]
-    quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None
     uniform: int = 0
     weighed: bool = True
     candidates: Callable[[str, torch.Tensor], Iterable[torch.Tensor]] | None = None
@@ -245,7 +246,7 @@ def _of_layer(
         if question.candidates is not None:
             rounded: Iterable[torch.Tensor] = question.candidates(name, weight)
         elif question.quantized is not None:
-            rounded = [question.quantized(name, weight).to(torch.float32)]
+            rounded = [question.quantized(name, weight, moments[leader]).to(torch.float32)]
         else:
             rounded = gptq(wide, columns[_column_key(leader, how)], how.bits, how.grid)
         forecasts: dict[int, Forecast] = {}

@@ -20,10 +20,14 @@ from .factors import balance, balance_together, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
+from .pruning import MAGNITUDE, METHODS, SPARSEGPT, prune, sparsegpt, sparsegpt_codes
 from .quantized import quantize_factors, stored_B
 
 __all__ = [
+    "MAGNITUDE",
+    "METHODS",
     "MOST_STEPS",
+    "SPARSEGPT",
     "ColumnOrder",
     "Curve",
     "Grid",
@@ -51,11 +55,14 @@ __all__ = [
     "output_loss",
     "output_target",
     "price",
+    "prune",
     "quantize_factors",
     "rank_curve",
     "refit_A",
     "refit_B",
     "round_to",
+    "sparsegpt",
+    "sparsegpt_codes",
     "square_root",
     "stored_B",
     "svd",

@@ -8,7 +8,7 @@ of a group or by a search. Rows are independent, so several widths of one weight
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +53,20 @@ class ColumnOrder:
         order: columns in the order in which they are rounded; groups stay together.
         factor: R, upper triangular, Rᵀ R = (C + damping)⁻¹ of the ordered columns, each row divided by its diagonal,
             float32; None for a diagonal C, where no error is spread.
+        pivots: the diagonal of R, in order. Setting a weight w of a column to 0 costs (w / pivot)² once those after it
+            have made up for what they can. For a diagonal C the same, 1 / √(C + damping).
         dead: columns whose input is always 0, in order.
     """
 
     order: torch.Tensor
     factor: torch.Tensor | None
+    pivots: torch.Tensor
     dead: torch.Tensor
 
 
-def column_order(second_moment: Moment, group_size: int, damping: float = DAMPING) -> ColumnOrder:
+def column_order(
+    second_moment: Moment, group_size: int, damping: float = DAMPING, *, by_energy: bool = True
+) -> ColumnOrder:
     """Prepare to round weights of modules that share an input.
 
     Takes some four matrices of in × in beside C, whatever form C has: its damped inverse is of full rank.
@@ -70,12 +75,14 @@ def column_order(second_moment: Moment, group_size: int, damping: float = DAMPIN
         second_moment: C, in × in, or the rows that it is of, or its diagonal.
         group_size: weights per scale; -1 for whole rows.
         damping: share of the mean diagonal that is added to it.
+        by_energy: whether columns of large inputs come first; otherwise they keep their order.
     """
     diagonal = diagonal_of(second_moment).to(torch.float32)
-    order = _by_energy(diagonal, group_size)
+    order = _by_energy(diagonal, group_size) if by_energy else torch.arange(len(diagonal), device=diagonal.device)
     dead = diagonal[order] == 0
     if second_moment.ndim == 1:
-        return ColumnOrder(order, None, dead)
+        damped_diagonal = diagonal[order].masked_fill(dead, 1.0)
+        return ColumnOrder(order, None, (damped_diagonal + damping * damped_diagonal.mean()).rsqrt(), dead)
     # Read backwards: C = U Uᵀ with U upper comes from the Cholesky factor of the reversed C, and R = U⁻¹.
     backwards = order.flip(0)
     if isinstance(second_moment, RowMoment):
@@ -92,7 +99,8 @@ def column_order(second_moment: Moment, group_size: int, damping: float = DAMPIN
     del lower
     factor = _inverse(upper)
     del upper
-    return ColumnOrder(order, factor.div_(factor.diagonal().clone()[:, None]), dead)
+    pivots = factor.diagonal().clone()
+    return ColumnOrder(order, factor.div_(pivots[:, None]), pivots, dead)
 
 
 def _inverse(upper: torch.Tensor) -> torch.Tensor:
@@ -138,33 +146,63 @@ def gptq(weight: torch.Tensor, columns: ColumnOrder, bits: Sequence[int], grid: 
     work = ordered.repeat(1, len(bits))
     top = torch.tensor([(1 << width) - 1 for width in bits], device=work.device, dtype=work.dtype)
     top = top.repeat_interleave(out_features)
-    rounded = torch.empty_like(work)
     # Step, and the least and the largest code less the zero, of each group.
     scales: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-    for start in range(0, in_features, SCALE_BLOCK):
-        end = min(start + SCALE_BLOCK, in_features)
+
+    def begin(start: int, end: int) -> None:
         for first in range(-(-start // size) * size, end, size):
-            scale, zero = _scales(work[first : first + size], top, grid)
+            scale, zero = group_scales(work[first : first + size], top, grid)
             scales[first // size] = scale, -zero, top - zero
-        for low in range(start, end, SPREAD_BLOCK):
-            high = min(low + SPREAD_BLOCK, end)
-            block, codes = work[low:high], rounded[low:high]
-            spread = columns.factor[low:high, low:high] if columns.factor is not None else None
-            for column, (values, code) in enumerate(zip(block.unbind(), codes.unbind(), strict=True)):
-                scale, lowest, highest = scales[(low + column) // size]
-                torch.div(values, scale, out=code).round_().clamp_(lowest, highest).mul_(scale)
-                # What is left of the column is its error.
-                values.sub_(code)
-                if spread is not None:
-                    block[column + 1 :].addr_(spread[column, column + 1 :], values, alpha=-1)
-            if columns.factor is not None:
-                work[high:].addmm_(columns.factor[low:high, high:].T, block, alpha=-1)
+
+    def round_column(column: int, values: torch.Tensor, code: torch.Tensor) -> None:
+        scale, lowest, highest = scales[column // size]
+        torch.div(values, scale, out=code).round_().clamp_(lowest, highest).mul_(scale)
+
+    rounded = spread_errors(work, columns.factor, begin, round_column)
     restored = torch.empty_like(rounded)
     restored[columns.order] = rounded
     return [one.T.contiguous() for one in restored.split(out_features, dim=1)]
 
 
-def _scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def spread_errors(
+    work: torch.Tensor,
+    factor: torch.Tensor | None,
+    begin: Callable[[int, int], None],
+    round_column: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:
+    """Replace columns of W one after another, and spread each one's error over those that follow.
+
+    Args:
+        work: Wᵀ, in × rows, columns of W in the order in which they are replaced; used up.
+        factor: of `ColumnOrder`; None to spread nothing.
+        begin: called before each `SCALE_BLOCK` of columns with its first and the one behind its last, when ``work``
+            holds them with all earlier errors.
+        round_column: column's number, its values with all earlier errors, and where to write what takes their place.
+
+    Returns:
+        What took their place, in × rows.
+    """
+    in_features = len(work)
+    rounded = torch.empty_like(work)
+    for start in range(0, in_features, SCALE_BLOCK):
+        end = min(start + SCALE_BLOCK, in_features)
+        begin(start, end)
+        for low in range(start, end, SPREAD_BLOCK):
+            high = min(low + SPREAD_BLOCK, end)
+            block = work[low:high]
+            spread = factor[low:high, low:high] if factor is not None else None
+            for column, (values, code) in enumerate(zip(block.unbind(), rounded[low:high].unbind(), strict=True)):
+                round_column(low + column, values, code)
+                # What is left of the column is its error.
+                values.sub_(code)
+                if spread is not None:
+                    block[column + 1 :].addr_(spread[column, column + 1 :], values, alpha=-1)
+            if factor is not None:
+                work[high:].addmm_(factor[low:high, high:].T, block, alpha=-1)
+    return rounded
+
+
+def group_scales(group: torch.Tensor, top: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Step and zero of each row of W, a column of ``group`` (weights of a group × rows)."""
     low, high = group.aminmax(dim=0)
     low, high = low.clamp_max(0), high.clamp_min(0)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from gptqmodel_eora_ext import __version__, cli
 from tests.adapter.test_folder import NAMES, write
 
-COMMANDS = ["quantize", "generate", "refine", "imatrix", "plan", "export", "inspect", "eval", "report", "card", "study",
-            "demo"]  # fmt: skip
+COMMANDS = ["quantize", "prune", "generate", "refine", "imatrix", "plan", "export", "inspect", "eval", "report", "card",
+            "study", "demo"]  # fmt: skip
 runner = CliRunner()
 
 
@@ -43,6 +43,28 @@ def test_help_shows_an_example(command: str) -> None:
 
 def test_version() -> None:
     assert runner.invoke(cli.app, ["--version"]).output.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "obs"], "--method must be one of sparsegpt, wanda, magnitude, got 'obs'"),
+        (["--pattern", "4:2"], '--pattern must be "2:4"'),
+        (["--pattern", "150%"], '--pattern must be "2:4"'),
+        (["--rank", "0"], "--rank must be at least 1, got 0"),
+        (["--bits", "5", "--rank", "8"], "--bits must be one of 2, 3, 4, 8, got 5"),
+        (["--bits", "4", "--method", "wanda", "--rank", "8"], "--bits quantises as SparseGPT prunes"),
+        (["--bits", "4", "--no-adapter"], "--bits makes a checkpoint with an adapter"),
+        (["--group-size", "32", "--rank", "8"], "Pass --bits as well"),
+        (["--no-adapter", "--rank", "8"], "--no-adapter makes no adapter, and --rank says"),
+        (["--rank", "8", "--force"], "which is read from and must stay as it is"),
+    ],
+)
+def test_prune_refuses(arguments: list[str], message: str, model: Path, text: Path, tmp_path: Path) -> None:
+    out = model if "--force" in arguments else tmp_path / "out"
+    result = runner.invoke(cli.app, ["prune", str(model), str(out), "--calibration", str(text), *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def test_experts_count_by_the_tokens_that_reach_them(experts: Path, calibration:
     names = [shape.name for shape in shapes]
     assert len([name for name in names if ".experts." in name]) == 2 * 3 * EXPERTS
     # Half of every weight is lost: an eighth of a nat by relative errors, times the share of tokens.
-    question = Question(lambda name: Rounding((2,), Grid(32)), lambda name, bits: 8, lambda name, weight: weight * 0.5)
+    question = Question(
+        lambda name: Rounding((2,), Grid(32)), lambda name, bits: 8, lambda name, weight, moment: weight * 0.5
+    )
     batches = first_tokens([{"input_ids": one["input_ids"]} for one in calibration], 512)
     found = sweep(layered(host, shapes), names, batches, None, question)
     for layer in range(2):

@@ -12,7 +12,7 @@ from gptqmodel_eora_ext.plan.ranks import kind_of
 from gptqmodel_eora_ext.plan.rows import moment_of
 from gptqmodel_eora_ext.plan.survey import survey
 from gptqmodel_eora_ext.plan.sweep import LayerInputs, Question, Rounding, _tell_routing, layer_inputs, sweep
-from gptqmodel_eora_ext.solve import Grid, RowMoment, column_order, gptq
+from gptqmodel_eora_ext.solve import Grid, Moment, RowMoment, column_order, gptq
 
 from .helpers import CONFIGS, TOKENS, architecture, in_files, in_memory, linears, mixed_batches, tiny_model, windows
 from .test_sensitivity import by_autograd
@@ -108,8 +108,12 @@ def test_relative_weighs_by_the_output() -> None:
 def test_known_weights_are_not_rounded_and_what_is_not_reached_loses_nothing() -> None:
     whole = tiny_model()
     whole.model.layers[0].mlp.spare = torch.nn.Linear(16, 8)
+
+    def halved(name: str, weight: torch.Tensor, moment: Moment) -> torch.Tensor:
+        return weight * 0.5
+
     names = list(linears(whole))
-    question = Question(lambda name: Rounding((2,), GRID), lambda name, bits: RANK, lambda name, weight: weight * 0.5)
+    question = Question(lambda name: Rounding((2,), GRID), lambda name, bits: RANK, halved)
     found = sweep(in_memory(whole), names, windows(1), None, question)
     spare = "model.layers.0.mlp.spare"
     assert spare not in found.output_moments and found.forecasts[spare][2].total == 0

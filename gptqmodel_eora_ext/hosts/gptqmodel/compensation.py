@@ -25,6 +25,7 @@ from ...loop.place import put_in_place
 from ...system.memory import release_free_memory
 from .rounds import JointRounds
 from .run import CompensationRun
+from .sparse_gptq import prune_jointly
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +220,8 @@ class Compensation:
         weight = linear.weight.data
         moment = self._moment(module.name)
         solve = functools.partial(self._solve, module, weight, moment)
+        if self.run.pattern is not None:
+            prune_jointly(self.tasks[module.name], self.run.pattern)
         rounds = JointRounds(self.tasks[module.name], self.run.rounds, solve) if self.run.rounds > 1 else None
         super().process(module, *args, **kwargs)  # type: ignore[misc]
         kept = rounds.factors if rounds is not None else None

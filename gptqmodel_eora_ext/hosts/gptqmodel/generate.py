@@ -21,12 +21,13 @@ from ...formats.autoround import read_config
 from ...loop.run import write_adapter
 from ...loop.weights import check_weight_files
 from ...system.memory import release_free_memory
+from ..base_check import check_embeddings, scales_were_moved
 from ..terminal import watch_layers
 from .adapter import EoRA
 from .awq import move_scales
-from .base_check import check_embeddings, scales_were_moved
 from .checkpoint.load import uncompiled
 from .known_weights import CheckpointProcessor, known_kernels
+from .methods import ROTATION, finished_backend
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
 from .refining import refine_written
 from .run import CompensationRun, batches_required, rounds_to_make
@@ -35,9 +36,6 @@ log = logging.getLogger(__name__)
 
 # Why `generate` makes one round only, for the message.
 FINISHED = "the checkpoint is quantised already"
-
-# Kernels that dequantise on any device, by the checkpoint's method.
-TORCH_BACKENDS = {METHOD.GPTQ: BACKEND.GPTQ_TORCH, METHOD.AWQ: BACKEND.AWQ_TORCH}
 
 
 def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,15 +188,16 @@ def _load_kernels(
     """The checkpoint's config, its quantised linears, and its one-dimensional parameters (norms)."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    method = QuantizeConfig.from_pretrained(str(checkpoint)).export_quant_method()
-    if method not in TORCH_BACKENDS:
-        raise NotImplementedError(
-            f"EoRA: `{checkpoint}` is quantised by `{method}`; adapters can be generated for "
-            f"{', '.join(str(known.value) for known in TORCH_BACKENDS)} checkpoints."
-        )
+    described = QuantizeConfig.from_pretrained(str(checkpoint))
+    if described.rotation:
+        raise NotImplementedError(f"EoRA: no adapter can be made for `{checkpoint}`: {ROTATION}.")
+    method = described.export_quant_method()
+    backend = finished_backend(method)
+    if isinstance(backend, str) and not isinstance(backend, BACKEND):
+        raise NotImplementedError(f"EoRA: no adapter can be made for `{checkpoint}` ({method.value}): {backend}.")
     log.info("EoRA: loading the quantised checkpoint `%s`.", checkpoint)
     with uncompiled():
-        quantized = GPTQModel.load(str(checkpoint), backend=TORCH_BACKENDS[method], **loading)
+        quantized = GPTQModel.load(str(checkpoint), backend=backend, **loading)
     kernels = {name: module for name, module in quantized.model.named_modules() if isinstance(module, BaseQuantLinear)}
     if not kernels:
         raise ValueError(f"EoRA: `{checkpoint}` holds no quantised linear layer. Is it a quantised checkpoint?")

@@ -19,7 +19,7 @@ from .generate import FINISHED
 from .known_weights import CheckpointProcessor
 from .modules import check_experts, layered, module_shapes
 from .quantize import RUN_ATTRIBUTE, CompensatingLooper, logs_out_of_the_way
-from .run import CompensationRun, batches_required, rounds_to_make
+from .run import CompensationRun, batches_required, calibrated_by, rounds_to_make
 
 # What GPTQModel wants to know of a quantisation before it loads a model. Nothing is quantised by it here, and whole
 # rows as groups fit every width.
@@ -53,17 +53,7 @@ def compensate_known(job: LoopJob) -> Compensated:
         if job.report is not None:
             watch_layers(host, job.report)
         with batches_required(host):
-            processor = CheckpointProcessor(
-                known,
-                tokenizer=host.tokenizer,
-                qcfg=host.quantize_config,
-                calibration=list(job.windows),
-                prepare_dataset_func=host.prepare_dataset,
-                calibration_concat_size=None,
-                calibration_sort=None,
-                calibration_concat_separator=None,
-                batch_size=job.batch_size,
-            )
+            processor = CheckpointProcessor(known, **calibrated_by(host, job.windows, job.batch_size))
         CompensatingLooper(host, processors=[processor]).loop()
     return Compensated(run.factors, run.details())
 

@@ -17,9 +17,10 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import clone_weight_only_config_for_module
 
 from ...adapter.layers import oriented
+from ...solve import Moment
 
 
-class _CalibratedProcessor(LoopProcessor):
+class CalibratedProcessor(LoopProcessor):
     """Base of processors that need no statistics themselves, but are to see calibration data for compensation."""
 
     def __init__(self, **calibration: Any) -> None:
@@ -45,7 +46,13 @@ class _CalibratedProcessor(LoopProcessor):
         return True
 
 
-class CheckpointProcessor(_CalibratedProcessor):
+def let_go(module: NamedModule) -> None:
+    """Free a module's weight once its layer has been run for the last time; whole models need not fit in memory."""
+    linear = module.module
+    linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+
+
+class CheckpointProcessor(CalibratedProcessor):
     """Takes each module's Ŵ from a quantised checkpoint.
 
     Args:
@@ -65,7 +72,7 @@ class CheckpointProcessor(_CalibratedProcessor):
         """Ŵ, out × in, in the dtype that it is known in."""
         return self.quantized[module.full_name](oriented(module.module, module.module.weight.data))
 
-    def approximation(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def approximation(self, name: str, weight: torch.Tensor, second_moment: Moment) -> torch.Tensor:
         """Ŵ of a module by its full name, out × in, float32, on the device of W; W where the checkpoint keeps that."""
         known = self.quantized.get(name)
         # A kernel lies where the checkpoint was loaded to, which may be another device.
@@ -79,7 +86,8 @@ class CheckpointProcessor(_CalibratedProcessor):
         linear.weight.data = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
 
     def submodule_finalize(self, module: NamedModule, model: Any, **kwargs: Any) -> None:
-        """Nothing to pack: the checkpoint stays as it is."""
+        """Nothing to pack: the checkpoint stays as it is. The weight is not needed any more."""
+        let_go(module)
 
     @classmethod
     def name(cls) -> str:
@@ -105,7 +113,9 @@ def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:
         if hasattr(kernel, "dequantize_weight"):
             return kernel.dequantize_weight().T.contiguous()
         device = kernel.runtime_device()
-        identity = torch.eye(kernel.in_features, dtype=kernel.scales.dtype, device=device)
+        # QQQ's kernel keeps its scales by other names, and takes float16.
+        dtype = kernel.scales.dtype if hasattr(kernel, "scales") else torch.float16
+        identity = torch.eye(kernel.in_features, dtype=dtype, device=device)
         adapter, kernel.adapter = kernel.adapter, None
         bias, kernel.bias = kernel.bias, None
         try:
@@ -114,7 +124,7 @@ def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:
             kernel.adapter, kernel.bias = adapter, bias
 
 
-class RTNProcessor(_CalibratedProcessor, WeightOnlyProcessor):
+class RTNProcessor(CalibratedProcessor, WeightOnlyProcessor):
     """GPTQModel's round-to-nearest, driven by calibration data that only the adapter reads."""
 
     def process(self, module: NamedModule, **kwargs: Any) -> None:

@@ -30,18 +30,24 @@ from .compensation import AWQCompensation, Compensation
 from .full_precision_inputs import FullPrecisionInputs
 from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
+from .methods import ROTATION, not_in_loop
 from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
+from .pruning import PruningCompensation, PruningProcessor
 from .refining import joined_windows
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
+from .sparse_gptq import forecast_jointly
 from .survey import allocate_ranks
 
 log = logging.getLogger(__name__)
 
 # Attribute of GPTQModel's model object: the run under way, and after it the adapter that `save()` writes.
 RUN_ATTRIBUTE = "_eora_run"
-COMPENSATED_PROCESSORS = (GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor)
-SUPPORTED_METHODS = (METHOD.GPTQ, METHOD.AWQ, METHOD.QQQ)
+# Another one: the pattern that GPTQ is to prune to as it quantises.
+PATTERN_ATTRIBUTE = "_eora_pattern"
+COMPENSATED_PROCESSORS = (
+    GPTQProcessor, AWQProcessor, QQQProcessor, RTNProcessor, CheckpointProcessor, PruningProcessor
+)  # fmt: skip
 
 
 def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +95,9 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
         adapter_batches=own_batches,
         rounds=rounds_to_make(adapter, _single_round(config)),
     )
+    run.pattern = getattr(model, PATTERN_ATTRIBUTE, None)
+    if run.pattern is not None:
+        run.method = f"sparsegpt {run.pattern}, {config.bits} bits"
     options.update(adapter=None, adapter_calibration_dataset=None)
     config.adapter = None
     setattr(model, RUN_ATTRIBUTE, run)
@@ -106,13 +115,9 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 
 def _check_supported(model: Any, adapter: EoRA, options: dict[str, Any]) -> None:
     config = model.quantize_config
-    if not isinstance(config, RTNConfig) and (
-        config.method not in SUPPORTED_METHODS or config.uses_weight_only_lifecycle()
-    ):
-        raise NotImplementedError(
-            f"EoRA: cannot compensate `{config.method.value}`; it can GPTQ (with GPTAQ, FOEM), AWQ, QQQ and RTN. "
-            f"Quantise without an adapter."
-        )
+    reason = ROTATION if config.rotation else not_in_loop(config.method)
+    if reason is not None and not isinstance(config, RTNConfig):
+        raise NotImplementedError(f"EoRA: cannot compensate while quantising by `{config.method.value}`: {reason}.")
     if adapter.objective == "output" and config.method not in (METHOD.GPTQ,):
         raise NotImplementedError(
             f'EoRA: objective "output" pairs the inputs of the full-precision and the quantised model, which '
@@ -178,7 +183,11 @@ def quantize_weight_only(original: Callable[..., Any], model: Any, **kwargs: Any
 @functools.cache
 def compensated(processor: Any) -> Any:
     """The processor class with compensation mixed in."""
-    mixins = {AWQProcessor: AWQCompensation, CheckpointProcessor: CheckpointCompensation}
+    mixins = {
+        AWQProcessor: AWQCompensation,
+        CheckpointProcessor: CheckpointCompensation,
+        PruningProcessor: PruningCompensation,
+    }
     mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
     return type(f"Compensated{processor.__name__}", (Guarded, mixin, processor), {})
 
@@ -195,13 +204,16 @@ class CompensatingLooper(ModuleLooper):
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
                 # AWQ's Ŵ belongs to a rescaled W. It cannot be compared with W, so forecasts round W by themselves.
-                finished = model.quantize_config.method == METHOD.GPTQ
+                config = model.quantize_config
+                known = getattr(processors[-1], "approximation", None) if config.method != METHOD.AWQ else None
+                if run.pattern is not None:
+                    known = functools.partial(forecast_jointly, config, run.pattern)
                 run.allocation = allocate_ranks(
                     model,
                     run.options,
                     run.adapter_batches or list(processors[-1].calibration_dataset),
-                    functools.partial(run.fixed_rank, model.quantize_config),
-                    getattr(processors[-1], "approximation", None) if finished else None,
+                    functools.partial(run.fixed_rank, config),
+                    known,
                 )
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])

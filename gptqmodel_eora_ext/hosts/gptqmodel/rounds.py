@@ -10,7 +10,7 @@ SmolLM2's first layer at 2 bits (docs/method.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gptqmodel.quantization.gptq import GPTQ
@@ -18,6 +18,31 @@ from gptqmodel.quantization.gptq import GPTQ
 from ...adapter.factors import ModuleFactors
 
 Solve = Callable[[torch.Tensor, bool], ModuleFactors]
+T = TypeVar("T")
+
+
+def best_round(
+    rounds: int, approximate: Callable[[ModuleFactors | None], T], solve: Callable[[T, bool], ModuleFactors]
+) -> tuple[T, ModuleFactors]:
+    """Approximate W, then W − BA with the last round's factors, until a round leaves no less of the error.
+
+    Args:
+        rounds: at most so many.
+        approximate: Ŵ of W less the update of these factors; of W where there are none.
+        solve: factors for what `approximate` gave; its second argument tells whether it is the first round.
+
+    Returns:
+        Ŵ and factors of the best round.
+    """
+    kept = approximate(None)
+    factors = solve(kept, True)
+    for _ in range(rounds - 1 if factors.rank else 0):
+        found = approximate(factors)
+        latest = solve(found, False)
+        if _error(latest) >= _error(factors):
+            break
+        kept, factors = found, latest
+    return kept, factors
 
 
 class JointRounds:
@@ -47,19 +72,18 @@ class JointRounds:
         task.quantize = self._original
         hessian = None if task.H is None else task.H.clone()
         weight = task.clone_module()
-        kept: tuple[Any, ...] = self._original(*args, **kwargs)
-        self.factors = self._solve(kept[0], True)
+
+        def approximate(factors: ModuleFactors | None) -> tuple[Any, ...]:
+            if factors is not None:
+                task.H = hessian.clone()  # type: ignore[union-attr]
+                # GPTQ shares the Hessian's inverse among modules that read one input. The first round has used it up.
+                task.clear_shared_hessian_cache()
+                task.module_copy = weight - self._update(factors, weight)
+            return self._original(*args, **kwargs)
+
         # Without a Hessian the host has fallen back to plain rounding, which reads W, so a round would change nothing.
-        for _ in range(self._rounds - 1 if hessian is not None and self.factors.rank else 0):
-            task.H = hessian.clone()  # type: ignore[union-attr]
-            # GPTQ shares the Hessian's inverse among modules that read one input. The first round has used it up.
-            task.clear_shared_hessian_cache()
-            task.module_copy = weight - self._update(self.factors, weight)
-            found = self._original(*args, **kwargs)
-            latest = self._solve(found[0], False)
-            if _error(latest) >= _error(self.factors):
-                break
-            kept, self.factors = found, latest
+        rounds = self._rounds if hessian is not None else 1
+        kept, self.factors = best_round(rounds, approximate, lambda found, first: self._solve(found[0], first))
         return kept
 
     def _update(self, factors: ModuleFactors, weight: torch.Tensor) -> torch.Tensor:

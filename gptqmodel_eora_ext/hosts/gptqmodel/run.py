@@ -12,6 +12,7 @@ import torch
 from ...adapter.compensate import Recipe
 from ...adapter.validate import validate_rank
 from ...calibration.token_ids import require_token_ids
+from ...formats.sparsity import Pattern
 from ...loop.run import Run
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
@@ -49,6 +50,8 @@ class CompensationRun(Run):
         self.method = method
         self.adapter_batches = list(adapter_batches)
         self.full_precision_inputs: FullPrecisionInputs | None = None
+        # Of zeros, where GPTQ is to prune as it quantises.
+        self.pattern: Pattern | None = None
         # What `EoRA(refine=…)` trains on, and what came of it once it has.
         self.refine_windows: list[dict[str, list[int]]] = []
         self.refinement: Mapping[str, Any] | None = None
@@ -123,6 +126,26 @@ def batches_required(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.prepare_dataset
+
+
+def calibrated_by(model: Any, windows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+    """What a `LoopProcessor` is told of the calibration data: windows of token ids, taken as they are.
+
+    Args:
+        model: GPTQModel's model object.
+        windows: `input_ids` and `attention_mask` of each.
+        batch_size: windows per forward.
+    """
+    return {
+        "tokenizer": model.tokenizer,
+        "qcfg": model.quantize_config,
+        "calibration": list(windows),
+        "prepare_dataset_func": model.prepare_dataset,
+        "calibration_concat_size": None,
+        "calibration_sort": None,
+        "calibration_concat_separator": None,
+        "batch_size": batch_size,
+    }
 
 
 def rounds_to_make(adapter: EoRA, single_round: str | None) -> int:

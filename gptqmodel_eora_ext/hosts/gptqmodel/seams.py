@@ -23,9 +23,11 @@ and, on the objects of one run, from its start to its end:
 | seam | where | what it does |
 |---|---|---|
 | `model._eora_run` | `quantize.py` | the run under way, and after it the adapter that `save()` writes |
+| `model._eora_pattern` | `prune.py` | the zeros that GPTQ is to make as it quantises |
 | a processor's `__class__` | `quantize.equip` | what quantises gets `Compensation` and `Guarded` mixed in |
 | `model.prepare_dataset` | `run.py` | calibration data of which nothing is left is refused |
 | `GPTQ.quantize` of a task | `rounds.py` | a module is quantised several times, for its adapter |
+| the same | `sparse_gptq.py` | a module is pruned and quantised at once |
 | `loop_processor._PROJECT_LOG_DIR` | `quantize.py` | logs go to a temporary folder, not to `./logs` |
 | `model.layer_callback` | `terminal.py` | a command's own progress bar hears of finished layers |
 | `logger._suppress_live_renderables` | `terminal.py` | no tables and bars of GPTQModel's beside that |

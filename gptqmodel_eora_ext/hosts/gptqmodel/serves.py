@@ -15,7 +15,18 @@ from ...plan.layered import LayeredModel
 from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
 from ...refine import Trainee
-from ..jobs import AdapterJob, Compensated, FullPrecision, Loaded, Loader, LoopJob, QuantizeJob, Windows
+from ...solve import METHODS
+from ..jobs import (
+    AdapterJob,
+    Compensated,
+    FullPrecision,
+    Loaded,
+    Loader,
+    LoopJob,
+    PruneJob,
+    QuantizeJob,
+    Windows,
+)
 from ..terminal import watch_layers
 from . import seams
 from .adapter import EoRA
@@ -24,6 +35,7 @@ from .generate import generate_adapter
 from .known_model import CONFIG, compensate_known
 from .modules import check_experts, layered, module_shapes
 from .planned import check_plan
+from .prune import prune_model
 from .quantize import logs_out_of_the_way
 from .survey import survey_model
 from .trainable import open_trainee
@@ -37,6 +49,11 @@ seams.install_or_log()
 def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
     """GPTQ, in GPTQModel's layer loop."""
     return _quantize if name == QUANTIZER else None
+
+
+def pruner(method: str) -> Callable[[PruneJob], Path] | None:
+    """SparseGPT, Wanda and magnitude, in GPTQModel's layer loop."""
+    return prune_model if method in METHODS else None
 
 
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:

@@ -13,6 +13,7 @@ from ...loop.allocation import RankAllocation
 from ...loop.budgeting import allocate_budget
 from ...plan.survey import Bar, survey
 from ...plan.sweep import Question, Rounding, Swept
+from ...solve import Moment
 from .grids import module_grid, spreads_errors
 from .modules import layered, module_shapes
 
@@ -22,7 +23,7 @@ def allocate_ranks(
     options: AdapterOptions,
     batches: Sequence[Mapping[str, Any]],
     fixed_rank: Callable[[str], int | None],
-    quantized: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
 ) -> RankAllocation:
     """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
@@ -31,7 +32,8 @@ def allocate_ranks(
         options: what was asked of the adapter, with a budget.
         batches: calibration batches as the host prepares them: `input_ids` and `attention_mask`, windows × tokens.
         fixed_rank: module's name → rank that `dynamic` names for it, None where it names none.
-        quantized: module's name and W → Ŵ, for a finished checkpoint; by default Ŵ is found by a quick GPTQ.
+        quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
+            quick GPTQ.
 
     Raises:
         ValueError: for a budget in no known form or one that buys nothing, or a model without modules to compensate.

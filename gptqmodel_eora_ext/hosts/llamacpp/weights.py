@@ -16,14 +16,12 @@ import torch
 from ...formats.gguf.header import TensorInfo
 from ...formats.gguf.model import FLOATING, GGUFModel
 from ...formats.sizes import ModuleShape
+from ..base_check import LEAST_AGREEMENT, agreement
 from ..jobs import KnownWeights, ReadWeight
 from .names import Place, TensorNames, rotary_order
 
 log = logging.getLogger(__name__)
 
-# Ŵ and W agree to at least this cosine. Signs alone give √(2/π) = 0.8, more bits more; matrices that have nothing to
-# do with each other give 0, to within a hundredth.
-LEAST_AGREEMENT = 0.5
 # Rows that are compared before the run. They are taken evenly from all of the matrix.
 SAMPLED_ROWS = 64
 LAYER = re.compile(r"\.(\d+)\.")
@@ -203,12 +201,6 @@ class GGUFWeights:
         if kinds:
             log.warning("EoRA: these quantised tensors of `%s` stay without an adapter: %s.", self.model.path,
                         ", ".join(kinds))  # fmt: skip
-
-
-def agreement(found: torch.Tensor, weight: torch.Tensor) -> float:
-    """Cosine of two matrices, of −1 to 1; 0 where one of them is zero."""
-    scale = float(found.double().norm() * weight.double().norm())
-    return float((found.double() * weight.double()).sum()) / scale if scale > 0 else 0.0
 
 
 def _kind(one: Placed) -> str:
