@@ -95,8 +95,8 @@ def _put_on(model: torch.nn.Module, folder: AdapterFolder, is_trainable: bool) -
         made = peft.PeftModel.from_pretrained(model, str(folder.path), config=config, is_trainable=is_trainable)
     for module in modules:
         # PEFT has asked for `qweight` to learn the device.
-        if hasattr(module, "only_looked_at"):
-            module.only_looked_at()
+        if callable(tell := getattr(module, "only_looked_at", None)):
+            tell()
     return made
 
 
