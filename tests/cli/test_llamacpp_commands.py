@@ -75,7 +75,7 @@ def test_a_plan_of_types_refuses_what_it_would_not_read(files: Path) -> None:
 def test_export_and_imatrix_refuse_before_any_work(files: Path) -> None:
     file = files / "lora.gguf"
     for arguments, message in (
-        (("export", files / "base"), "one of --peft and --gguf"),
+        (("export", files / "base"), "one of --peft, --packed and --gguf"),
         (("export", files / "base", "--gguf", files / "o.gguf"), "needs --like"),
         (("export", files / "base", "--peft", files / "o", "--like", file), "are for --gguf"),
         (("export", files / "base", "--gguf", file, "--like", file), "is what is read from"),
