@@ -46,10 +46,6 @@ class ChangedWeights:
                 f"`save_pretrained`, and prune that; experts that lie in one tensor cannot be pruned here."
             )
 
-    def nbytes(self) -> int:
-        """Bytes of the model's files."""
-        return sum(path.stat().st_size for path in self._files)
-
     def keep(self, name: str, weight: torch.Tensor) -> None:
         """Keep a copy of a weight, in the form in which the files hold it."""
         self._kept[name] = self._spill.keep(weight)
