@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # The package that AutoRound's kernels live in, and its parts whose kernels pass a gradient on to their input.
 KERNELS = "auto_round_extension."
 LEARNING_KERNELS = (f"{KERNELS}torch.", f"{KERNELS}triton.")
+# Where the classes live that GPTQModel wraps transformers' models in.
+WRAPPERS = "gptqmodel."
 # Kernels that PEFT does not know, or keeps `qweight` of, which ours have given up for their own form.
 UNKNOWN_TO_PEFT = (KERNELS, f"{__package__.partition('.')[0]}.")
 # What stands in a path before the number of an expert.
@@ -62,8 +64,8 @@ def load_peft(model: Any, path: str | Path, *, is_trainable: bool = False) -> An
         >>> model.save_pretrained("out/finetuned")
     """
     folder = AdapterFolder.open(path)
-    if hasattr(model, "quantize_config") and isinstance(getattr(model, "model", None), torch.nn.Module):
-        model = model.model  # What GPTQModel wraps.
+    if type(model).__module__.startswith(WRAPPERS):
+        model = model.model
     _check_experts(model, folder)
     if is_trainable:
         _check_gradients(model)
