@@ -115,7 +115,7 @@ def train(name: str, options: argparse.Namespace, checkpoint: Path, rows: Datase
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=held_out,
                          args=arguments)  # fmt: skip
     trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")))
-    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    losses = {str(entry["step"]): entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     model.save_pretrained(str(folder))
     packed = options.out / f"trained-{name}-{PACKED_BITS}bit"
     export_packed(AdapterFolder.open(folder), packed, PACKED_BITS)
@@ -123,7 +123,7 @@ def train(name: str, options: argparse.Namespace, checkpoint: Path, rows: Datase
     trainer.model = load_peft(GPTQModel.load(str(checkpoint)), packed, is_trainable=True)
     result = {"losses": losses, "packed": trainer.evaluate()["eval_loss"]}
     done.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return {"losses": {str(step): loss for step, loss in losses.items()}, "packed": result["packed"]}
+    return result
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats.factors import QuantizedFactor
+from ..formats.factors import QuantizedFactor, to_dense
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,21 @@ class ModuleFactors:
     error_before: float
     error_after: float | None
     packed: tuple[QuantizedFactor, QuantizedFactor] | None = None
+
+    @classmethod
+    def of_unknown_error(
+        cls, lora_A: torch.Tensor | QuantizedFactor, up: torch.Tensor | QuantizedFactor
+    ) -> ModuleFactors:
+        """Factors as adapters are saved from, of which the module's own error is not known.
+
+        Args:
+            lora_A: rank × in_features, packed or not.
+            up: Bᵀ, rank × out_features, likewise.
+        """
+        packed = (lora_A, up) if isinstance(lora_A, QuantizedFactor) and isinstance(up, QuantizedFactor) else None
+        dtype = torch.float32 if packed else lora_A.dtype  # type: ignore[union-attr]
+        down, dense = to_dense(lora_A, dtype), to_dense(up, dtype).T.contiguous()
+        return cls(down, dense, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None, packed=packed)
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,8 @@ from ..solve.quantized import quantize_factors
 from .errors import AdapterError
 from .factors import ModuleFactors
 from .folder import AdapterFolder
-from .save import save_adapter
+from .save import require_another, save_adapter
+from .settings import MODULES
 from .validate import validate_choice
 
 # A and Bᵀ.
@@ -44,8 +45,7 @@ def export_packed(source: AdapterFolder, folder: Path, bits: int) -> dict[str, f
         >>> export_packed(AdapterFolder.open("out/finetuned"), Path("out/finetuned-4bit"), bits=4)
     """
     validate_choice(bits, PACKED_BITS, what="factor_bits")
-    if folder.resolve() == source.path.resolve():
-        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
+    require_another(source, folder)
     if source.is_packed:
         raise AdapterError(
             f"Adapter: `{source.path}` has factors in {source.factor_bits} bits already. To change their bits, begin "
@@ -55,10 +55,8 @@ def export_packed(source: AdapterFolder, folder: Path, bits: int) -> dict[str, f
     for name, read in source.factors(list(source.keys)):
         lora_A, lora_B = (one.to(torch.float32) for one in (read.lora_A, read.lora_B))
         packed, errors[name] = _packed(lora_A, lora_B, bits)
-        down, up = packed[0].dequantize(), packed[1].dequantize().T.contiguous()
-        factors[name] = ModuleFactors(down, up, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None,
-                                      packed=packed)  # fmt: skip
-    details = {key: value for key, value in (source.details or {}).items() if key != "modules"}
+        factors[name] = ModuleFactors.of_unknown_error(*packed)
+    details = {key: value for key, value in (source.details or {}).items() if key != MODULES}
     save_adapter(folder, factors, base_model=source.settings.base_model or "", module_names=list(factors),
                  details={**details, "factor_bits": bits})  # fmt: skip
     return errors

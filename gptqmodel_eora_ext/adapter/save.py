@@ -16,7 +16,7 @@ from ..system.files import replaced_folder, write_json
 from .errors import AdapterError, read_json
 from .factors import ModuleFactors
 from .folder import KEY_PREFIX, AdapterFolder
-from .settings import DETAILS_VERSION
+from .settings import DETAILS_VERSION, MODULES
 from .vocabulary import FACTOR_BITS
 
 
@@ -77,7 +77,7 @@ def save_adapter(
         if packed:
             content = read_json(fresh / ADAPTER_CONFIG)
             write_json(fresh / ADAPTER_CONFIG, packed_config(content, next(iter(packed.values()))[0].bits))
-        report = {"modules": {name: one.report() for name, one in factors.items() if one.error_after is not None}}
+        report = {MODULES: {name: one.report() for name, one in factors.items() if one.error_after is not None}}
         write_json(fresh / ADAPTER_DETAILS, {**details, **report, "version": DETAILS_VERSION})
 
 
@@ -95,8 +95,7 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
     Example:
         >>> export_peft(AdapterFolder.open("out/eora"), Path("plain"))
     """
-    if folder.resolve() == source.path.resolve():
-        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
+    require_another(source, folder)
     tensors = {}
     for name, factors in source.factors(list(source.keys)):
         dtype = torch.float16 if factors.packed else factors.lora_A.dtype
@@ -114,6 +113,16 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
         config.save_pretrained(str(fresh))
         if source.details is not None:
             write_json(fresh / ADAPTER_DETAILS, {**source.details, "factor_bits": FACTOR_BITS[0]})
+
+
+def require_another(source: AdapterFolder, folder: Path) -> None:
+    """Refuse to write a copy over the adapter that it is of.
+
+    Raises:
+        AdapterError: for the same folder.
+    """
+    if folder.resolve() == source.path.resolve():
+        raise AdapterError(f"Adapter: `{folder}` is the adapter itself. Export it to another folder.")
 
 
 def _targets_of_copy(source: AdapterFolder) -> list[str]:

@@ -13,6 +13,7 @@ from ..formats.names import ADAPTER_CONFIG, MODEL_CONFIG, QUANTIZE_CONFIG
 from .errors import AdapterError
 from .folder import AdapterFolder
 from .naming import DEFAULT_FOLDER, named_folder, read_entry
+from .settings import MODULES
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def summarize(path: str | Path) -> AdapterSummary:
     assert found is not None
     folder = AdapterFolder.open(found)
     details = dict(folder.details or {})
-    modules = details.pop("modules", {})
+    modules = details.pop(MODULES, {})
     return AdapterSummary(
         folder=folder.path,
         ranks={module: folder.rank(module) for module in folder.keys},
@@ -114,7 +115,7 @@ def summarize(path: str | Path) -> AdapterSummary:
 def _summarize_file(path: Path) -> AdapterSummary:
     lora = read_lora_header(path)
     details = dict(lora.details)
-    modules = details.pop("modules", {})
+    modules = details.pop(MODULES, {})
     return AdapterSummary(
         folder=path,
         ranks=lora.ranks,

@@ -2,7 +2,7 @@
 
 from .files import TextError
 from .rows import read_file, read_rows, read_texts
-from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, file_tokens, mixed_windows, windows
+from .windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TASK_SHARE, file_tokens, mixed_windows, tokenized, windows
 
 __all__ = [
     "DEFAULT_SAMPLES",
@@ -14,5 +14,6 @@ __all__ = [
     "read_file",
     "read_rows",
     "read_texts",
+    "tokenized",
     "windows",
 ]

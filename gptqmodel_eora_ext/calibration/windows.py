@@ -55,6 +55,22 @@ def windows(
     return [{"input_ids": tokens[i * seqlen : (i + 1) * seqlen], "attention_mask": [1] * seqlen} for i in range(count)]
 
 
+def tokenized(texts: Any, model: str, samples: int, seqlen: int, trust_remote_code: bool) -> list[dict[str, list[int]]]:
+    """Calibration windows of documents, in the model's own tokens.
+
+    Args:
+        texts: as for `windows`.
+        model: a folder or a hub name.
+        samples: windows.
+        seqlen: tokens of each.
+        trust_remote_code: whether code that comes with the tokenizer may run.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return windows(texts, tokenizer, samples=samples, seqlen=seqlen)
+
+
 def mixed_windows(
     general: Iterable[Document],
     task: Iterable[Document] | None,

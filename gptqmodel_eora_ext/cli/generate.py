@@ -10,7 +10,7 @@ import typer
 
 from ..adapter.summary import summarize
 from ..adapter.vocabulary import OBJECTIVES
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan.types import TypePlan
 from .options import (
     BatchSize,
@@ -32,7 +32,6 @@ from .options import (
     check_refine,
     check_unplanned,
     read_calibration,
-    tokenized,
 )
 from .printing import errors, fail, progress_bars
 from .show import print_summary

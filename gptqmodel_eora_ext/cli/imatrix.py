@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..system.progress import counted
-from .options import Calibration, Model, Samples, SeqLen, TrustRemoteCode, check_model, read_calibration, tokenized
+from .options import Calibration, Model, Samples, SeqLen, TrustRemoteCode, check_model, read_calibration
 from .printing import errors, fail, progress_bars, say
 
 

@@ -10,7 +10,7 @@ import typer
 from ..adapter.options import AdapterOptions, as_flag
 from ..adapter.presets import DEFAULT_BUDGET, DEFAULT_PRESET
 from ..adapter.vocabulary import OBJECTIVES
-from ..calibration import read_file, read_texts, windows
+from ..calibration import read_file, read_texts
 from ..formats.autoround import BITS
 from ..plan import Plan
 from ..refine import RefineSettings
@@ -161,14 +161,6 @@ def check_text(path: Path) -> None:
     """Fail unless this is a file that texts can be read from."""
     with errors():
         read_file(path)
-
-
-def tokenized(texts: Any, model: str, samples: int, seqlen: int, trust_remote_code: bool) -> list[dict[str, list[int]]]:
-    """Calibration windows of documents, in the model's own tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return windows(texts, tokenizer, samples=samples, seqlen=seqlen)
 
 
 def check_format(form: str, *widths: int) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..adapter.budget import budget_bytes
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import FACTOR_BITS, OBJECTIVES, SENSITIVITIES
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..evaluate.size import readable
 from ..formats.sizes import ModuleShape
 from ..hosts.jobs import Planned, Windows
@@ -55,7 +55,6 @@ from .options import (
     check_model,
     given,
     read_calibration,
-    tokenized,
 )
 from .plan_types import plan_types
 from .printing import errors, fail, out, progress_bars, say

@@ -13,11 +13,12 @@ from rich.table import Table
 from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
+from ..calibration import tokenized
 from ..evaluate.size import readable
 from ..hosts.jobs import TypePlanJob, TypePlanned
 from ..hosts.registry import type_planner
 from ..system.progress import counted
-from .options import check_model, read_calibration, tokenized
+from .options import check_model, read_calibration
 from .printing import errors, fail, out, progress_bars, say
 
 # Options of `eora plan` that say how weights will be rounded, or ask for a sweep; files say the first themselves.

@@ -11,7 +11,7 @@ import typer
 from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..evaluate.sparsity import examine_model
 from ..formats.sparsity import Pattern
 from ..solve import METHODS, SPARSEGPT
@@ -38,7 +38,6 @@ from .options import (
     check_out,
     given,
     read_calibration,
-    tokenized,
 )
 from .printing import errors, fail, progress_bars, say
 from .show import print_sparsity, print_summary

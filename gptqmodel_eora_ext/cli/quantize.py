@@ -11,7 +11,7 @@ import typer
 from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan import QUANTIZERS
 from .options import (
     DEFAULT_GROUP_SIZE,
@@ -43,7 +43,6 @@ from .options import (
     given,
     read_calibration,
     read_plan,
-    tokenized,
 )
 from .printing import errors, fail, note, progress_bars, say
 from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.validate import validate_choice
-from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
+from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, tokenized
 from ..formats.sparsity import Pattern
 from ..solve import METHODS
 from .jobs import PruneJob, Windows
@@ -73,10 +73,7 @@ def prune(
     if isinstance(documents, list) and documents and isinstance(documents[0], Mapping) and "input_ids" in documents[0]:
         cut: Windows = documents
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        cut = windows(documents, tokenizer, samples=samples, seqlen=seqlen)
+        cut = tokenized(documents, model, samples, seqlen, trust_remote_code)
     job = PruneJob(
         model=model,
         output=Path(output),

@@ -12,7 +12,7 @@ import torch
 from ..adapter.folder import AdapterFolder
 from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import find_adapter
-from ..calibration import read_texts, windows
+from ..calibration import read_texts, tokenized
 from ..refine import Outcome, RefineJob, RefineSettings, refine_adapter
 from .registry import trainee
 
@@ -110,10 +110,7 @@ def _ids(
     if isinstance(documents, Sequence) and documents and isinstance(documents[0], dict):
         cut: list[dict[str, list[int]]] = list(documents)[: settings.windows]
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-        cut = windows(documents, tokenizer, samples=settings.windows, seqlen=settings.window)
+        cut = tokenized(documents, base, settings.windows, settings.window, trust_remote_code)
     for number, one in enumerate(cut):
         if len(one["input_ids"]) != settings.window or not all(one.get("attention_mask", [1])):
             raise ValueError(

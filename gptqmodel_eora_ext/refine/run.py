@@ -96,7 +96,7 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
     details = {**known, MODULES_BEFORE: known.get(MODULES) or known.get(MODULES_BEFORE, {}),
                "refinement": describe(outcome, job), "factor_bits": bits}  # fmt: skip
     names = [name for name, _ in trainee.model.named_modules()]
-    written = {name: trained(*pair) for name, pair in factors.items()}
+    written = {name: ModuleFactors.of_unknown_error(*pair) for name, pair in factors.items()}
     save_adapter(output, written, base_model=str(checkpoint), module_names=names, details=details)
     name_adapter(checkpoint, output, written)
     if outcome.ended not in RESUMABLE:
@@ -174,15 +174,6 @@ def read_start(source: AdapterFolder, trainee: Trainee) -> tuple[dict[str, Pair]
         start[names[stored]] = read.packed or (read.lora_A, read.lora_B.T)
         stored_as = read.lora_A.dtype
     return start, source.factor_bits, stored_as
-
-
-def trained(lora_A: torch.Tensor | QuantizedFactor, up: torch.Tensor | QuantizedFactor) -> ModuleFactors:
-    """Trained factors as adapters are saved from, of which a module's own error is not known."""
-    packed = (lora_A, up) if isinstance(lora_A, QuantizedFactor) and isinstance(up, QuantizedFactor) else None
-    dtype = torch.float32 if packed else lora_A.dtype  # type: ignore[union-attr]
-    down, dense = to_dense(lora_A, dtype), to_dense(up, dtype).T.contiguous()
-    return ModuleFactors(down, dense, len(down), tokens=0, signal=0.0, error_before=0.0, error_after=None,
-                         packed=packed)  # fmt: skip
 
 
 def describe(outcome: Outcome, job: RefineJob) -> dict[str, Any]:

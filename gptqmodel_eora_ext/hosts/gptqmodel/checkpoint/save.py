@@ -18,7 +18,6 @@ from ....adapter.naming import DEFAULT_FOLDER
 from ....adapter.settings import read_details
 from ....formats.names import ADAPTER_DETAILS
 from ....loop.run import write_adapter
-from ....refine import trained
 from ..adapter import EoRA
 from ..quantize import RUN_ATTRIBUTE
 from ..refining import refine_written
@@ -78,7 +77,7 @@ def _refine(model: Any, run: CompensationRun, checkpoint: Path, folder: Path) ->
     )
     names = {stored: name for name, stored in refined.match(run.factors).items()}
     run.factors |= {
-        names[stored]: trained(*(read.packed or (read.lora_A, read.lora_B.T)))
+        names[stored]: ModuleFactors.of_unknown_error(*(read.packed or (read.lora_A, read.lora_B.T)))
         for stored, read in refined.factors(list(names))
     }
     run.refinement = (refined.details or {})["refinement"]
