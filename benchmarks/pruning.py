@@ -4,12 +4,15 @@ Recovered share = (loss_pruned − loss_adapter) / (loss_pruned − loss_full), 
 article prunes, and afterwards makes a 16-bit adapter of one rank for all modules. Against that, at no more bytes:
 4-bit factors whose ranks are chosen, made in the pruning loop and afterwards; and an SVD of ΔW in place of EoRA, made
 as the article makes its adapter. With `--parts peers` the pruned model alone is also held against what
-llm-compressor's modifiers make of the same model and data, in a virtual environment of its own. Results are kept after
-every run, so that an interrupted benchmark goes on.
+llm-compressor's modifiers make of the same model and data, in a virtual environment of its own. With `--parts joint`,
+weights are pruned and quantised to 4 bits at once, and the checkpoint is evaluated without its adapter and with it.
+With `--parts cost`, pruning alone is timed against pruning with compensation in the loop; that wants a quiet machine.
+Results are kept after every run, so that an interrupted benchmark goes on.
 
     python benchmarks/pruning.py --json
     python benchmarks/pruning.py --methods wanda --budgets 0.5bpw
     python benchmarks/pruning.py --parts peers
+    python benchmarks/pruning.py --parts joint cost
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import functools
 import json
 import math
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -30,9 +35,9 @@ from typing import Any
 
 import common
 import torch
-from recovery import BUDGET_FACTOR_BITS, BUDGETS, module_shapes
+from recovery import BUDGET_FACTOR_BITS, BUDGETS, GROUP_SIZE, module_shapes
 
-from gptqmodel_eora_ext.adapter.budget import budget_bytes
+from gptqmodel_eora_ext.adapter.budget import budget_bytes, largest_uniform_rank
 from gptqmodel_eora_ext.adapter.folder import AdapterFolder
 from gptqmodel_eora_ext.formats.sizes import factor_bytes
 from gptqmodel_eora_ext.hosts.jobs import AdapterJob
@@ -47,7 +52,13 @@ PATTERN = "2:4"
 METHODS = ("sparsegpt", "wanda")
 # None; ours in the loop; ours afterwards; the article's; the same by SVD.
 KINDS = ("none", "loop", "after", "article", "svd")
-PARTS = ("adapters", "peers")
+PARTS = ("adapters", "peers", "joint", "cost")
+# Of "joint" and "cost": what SparseGPT's joint form quantises to.
+JOINT_METHOD, JOINT_BITS = "sparsegpt", 4
+# What is timed: pruning alone, and with one rank for all in the loop, of no more bytes than this budget. Choosing ranks
+# takes a survey before the loop, whose time `survey.py` tells.
+COST_BUDGET = "0.5bpw"
+TIMED = ("alone", "with adapter", "joint with adapter")
 # It pins other versions of transformers and auto-round than this project has.
 PEER = "llmcompressor==0.14.0.1"
 
@@ -158,6 +169,54 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
     return rows
 
 
+def measure_joint(base: common.Subject, budget: str, texts: dict[str, Any], windows: int) -> dict[str, Any]:
+    """Prune and quantise at once, with chosen ranks; the checkpoint is evaluated without its adapter and with it."""
+    chosen = {"budget": budget, "factor_bits": BUDGET_FACTOR_BITS}
+    with common.scratch() as scratch, quiet():
+        start = time.perf_counter()
+        folder = prune(
+            str(base.folder), scratch / "model", calibration(base), method=JOINT_METHOD, pattern=PATTERN,
+            bits=JOINT_BITS, group_size=GROUP_SIZE, adapter=chosen, batch_size=common.BATCH_SIZE,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        size = (folder / "eora" / "adapter_model.safetensors").stat().st_size
+        after = common.losses(common.densified(folder, base).to(common.device()), texts, windows)
+        shutil.rmtree(folder / "eora")
+        before = common.losses(common.densified(folder, base).to(common.device()), texts, windows)
+    return {"method": JOINT_METHOD, "bits": JOINT_BITS, "budget": budget, "seconds": seconds, "adapter bytes": size,
+            "loss before": before, "loss after": after, "measured": common.measured(base)}  # fmt: skip
+
+
+def measure_cost(base: common.Subject, repeats: int) -> dict[str, Any]:
+    """Seconds of pruning alone and with an adapter in the loop, in turns in this process."""
+    shapes = module_shapes(base)
+    rank = largest_uniform_rank(budget_bytes(COST_BUDGET, shapes), shapes, BUDGET_FACTOR_BITS)
+    adapter = {"rank": rank, "factor_bits": BUDGET_FACTOR_BITS}
+    given: dict[str, dict[str, Any]] = {
+        "alone": {},
+        "with adapter": {"adapter": adapter},
+        "joint with adapter": {"adapter": adapter, "bits": JOINT_BITS},
+    }
+
+    def seconds(kind: str, windows: list[dict[str, list[int]]]) -> float:
+        with common.scratch() as scratch, quiet():
+            start = time.perf_counter()
+            prune(str(base.folder), scratch / "model", windows, method=JOINT_METHOD, pattern=PATTERN,
+                  batch_size=common.BATCH_SIZE, **given[kind])  # fmt: skip
+            return time.perf_counter() - start
+
+    windows = calibration(base)
+    for kind in TIMED:
+        seconds(kind, windows[: common.BATCH_SIZE])  # thread pools and kernels start up once
+    times: dict[str, list[float]] = {kind: [] for kind in TIMED}
+    for _ in range(repeats):
+        for kind in TIMED:
+            times[kind].append(seconds(kind, windows))
+    median = {kind: statistics.median(taken) for kind, taken in times.items()}
+    return {"rank": rank, "seconds": times, "ratio": {kind: median[kind] / median["alone"] for kind in TIMED},
+            "measured": common.measured(base)}  # fmt: skip
+
+
 def peer_environment() -> Path:
     """The Python of a virtual environment with llm-compressor in it, made once."""
     folder = cache_folder() / "llmcompressor"
@@ -190,7 +249,8 @@ def benchmark(options: argparse.Namespace, base: common.Subject) -> dict[str, An
     setup = {"samples": SAMPLES, "seqlen": SEQLEN, "pattern": PATTERN, "windows": options.windows}
     path = base.results(options.out or "pruning")
     previous = {} if options.fresh else common.kept(path, setup)
-    runs, peers = list(previous.get("runs", [])), list(previous.get("peers", []))
+    runs, peers, joint = (list(previous.get(part, [])) for part in ("runs", "peers", "joint"))
+    cost = previous.get("cost")
     texts = common.held_out(base)
     full = common.full_precision(previous, base, texts, options.windows, common.device())
 
@@ -201,10 +261,10 @@ def benchmark(options: argparse.Namespace, base: common.Subject) -> dict[str, An
              "llm-compressor": math.exp(loss), "ratio": math.exp(plain[one["method"]][text] - loss)}
             for one in peers if one["method"] in plain for text, loss in one["loss"].items()
         ]  # fmt: skip
-        return {"setup": setup, **full, "runs": runs, "peers": peers, "shares": shares(runs, full["full"]),
-                "against llm-compressor": compared}  # fmt: skip
+        return {"setup": setup, **full, "runs": runs, "peers": peers, "joint": joint, "cost": cost,
+                "shares": shares(runs, full["full"]), "against llm-compressor": compared}  # fmt: skip
 
-    wanted = [Cell("none", method) for method in options.methods]
+    wanted = [Cell("none", method) for method in options.methods if {"adapters", "peers"} & set(options.parts)]
     if "adapters" in options.parts:
         wanted += [Cell(kind, method, budget) for budget in options.budgets for method in options.methods
                    for kind in KINDS[1:]]  # fmt: skip
@@ -218,6 +278,12 @@ def benchmark(options: argparse.Namespace, base: common.Subject) -> dict[str, An
         if method not in (one["method"] for one in peers):
             peers.append(measure_peer(base, method, texts, options.windows))
             common.keep(path, result())
+    for budget in options.budgets if "joint" in options.parts else ():
+        if budget not in (one["budget"] for one in joint):
+            joint.append(measure_joint(base, budget, texts, options.windows))
+            common.keep(path, result())
+    if "cost" in options.parts:
+        cost = measure_cost(base, options.repeats)
     common.keep(path, result(), as_json=options.json)
     return result()
 
@@ -229,6 +295,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens per text")
+    parser.add_argument("--repeats", type=int, default=3, help="of what is timed, in turns")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--out", help="name of the results file, in place of pruning")
     common.add_model(parser)
@@ -238,6 +305,17 @@ def main() -> None:
     for rows in (result["shares"], result["against llm-compressor"]):
         if rows:
             common.table(tuple(rows[0]), [list(row.values()) for row in rows])
+    if result["joint"]:
+        common.table(
+            ("bits", "budget", "text", "full", "before", "after", "recovered share"),
+            [[one["bits"], one["budget"], text, full := result["full"][text], before,
+              after := one["loss after"][text], (before - after) / (before - full)]
+             for one in result["joint"] for text, before in one["loss before"].items()],
+        )  # fmt: skip
+    if result["cost"]:
+        common.table(("run", "seconds", "ratio"),
+                     [[kind, statistics.median(result["cost"]["seconds"][kind]), ratio]
+                      for kind, ratio in result["cost"]["ratio"].items()])  # fmt: skip
 
 
 if __name__ == "__main__":

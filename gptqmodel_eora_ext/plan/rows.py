@@ -33,8 +33,8 @@ class InputRows:
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
         self._name = name
+        self._layer = layer
         self._modules = modules
-        self._routed = RoutedRows(layer, lambda: self.keep)
         self._handles = ExitStack()
 
     def begin(self, keep: torch.Tensor) -> None:
@@ -43,13 +43,15 @@ class InputRows:
         self._seen = {}
 
     def __enter__(self) -> InputRows:
-        self._handles.enter_context(self._routed)
+        self._routed = self._handles.enter_context(RoutedRows(self._layer, lambda: self.keep))
         for name, module in self._modules.items():
             self._handles.callback(module.register_forward_pre_hook(self._hook(name)).remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
+        # It refers back to this object. In a circle of references all rows would stay until garbage is collected.
+        del self._routed
         self._seen = {}
 
     def rows(self, leader: str) -> torch.Tensor:
@@ -89,18 +91,20 @@ class OutputGradients:
         self.keep = torch.empty(0)
         self.gradients: dict[str, list[torch.Tensor]] = {}
         self._name = name
+        self._layer = layer
         self._modules = modules
-        self._routed = RoutedRows(layer, lambda: self.keep)
         self._handles = ExitStack()
 
     def __enter__(self) -> OutputGradients:
-        self._handles.enter_context(self._routed)
+        self._routed = self._handles.enter_context(RoutedRows(self._layer, lambda: self.keep))
         for name, module in self._modules.items():
             self._handles.callback(module.register_forward_hook(self._hook(name)).remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
+        # As in `InputRows`.
+        del self._routed
 
     def _hook(self, name: str) -> Callable[..., None]:
         path = name.removeprefix(f"{self._name}.")

@@ -209,7 +209,7 @@ class _Watch:
         self.leaders: dict[str, str] = {}
         paths = {id(module): path for path, module in block.named_modules()}
         self._modules = {name: (module, paths[id(module)]) for name, module in modules.items()}
-        self._routed = RoutedRows(block, lambda: self._keep)
+        self._block = block
         self._stop = stop
         self._handles = ExitStack()
         self._keep: torch.Tensor | None = None
@@ -217,12 +217,14 @@ class _Watch:
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
 
     def __enter__(self) -> None:
-        self._handles.enter_context(self._routed)
+        self._routed = self._handles.enter_context(RoutedRows(self._block, lambda: self._keep))
         for name, (module, path) in self._modules.items():
             self._handles.callback(module.register_forward_pre_hook(self._hook(name, path)).remove)
 
     def __exit__(self, *exception: object) -> None:
         self._handles.close()
+        # It refers back to this object. In a circle of references all sums would stay until garbage is collected.
+        del self._routed
         self._seen = {}
 
     def begin_batch(self, keep: torch.Tensor | None) -> None:
