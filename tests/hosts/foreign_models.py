@@ -1,10 +1,12 @@
-"""The first two layers of SmolLM2, compressed by other tools, as they would save them."""
+"""A small model compressed by other tools, as they would save it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptqmodel_eora_ext.formats.sparsity import Pattern
+from gptqmodel_eora_ext.hosts.transformers.dense import dense_weight
+from gptqmodel_eora_ext.hosts.transformers.reader import LayerReader
 from gptqmodel_eora_ext.solve import prune
 
 # Divides all widths of SmolLM2.
 BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of checkpoint.
+
+    Attributes:
+        make: base and folder → the folder with the checkpoint.
+        needs: the library without which it can be neither made nor loaded; none for some.
+        loading: makes what `from_pretrained` is given so that PEFT can put an adapter on.
+        activations: whether activations are quantised as well, so that logits differ by more than rounding from what Ŵ
+            gives.
+    """
+
+    make: Callable[[Path, Path], Path]
+    needs: str = ""
+    loading: Callable[[], Mapping[str, Any]] = dict
+    activations: bool = False
 
 
 def rewrite(base: Path, folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Path:
@@ -117,3 +139,76 @@ def by_compressed_tensors(base: Path, folder: Path, preset: str, group_size: int
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
     return folder
+
+
+def _unpacked() -> dict[str, Any]:
+    from transformers import CompressedTensorsConfig
+
+    # PEFT asks a layer for its `weight`, which packed ones do not have.
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+def _torchao(name: str, **settings: Any) -> Format:
+    def make(base: Path, folder: Path) -> Path:
+        from torchao import quantization
+
+        return by_torchao(base, folder, getattr(quantization, name)(**settings))
+
+    return Format(make, "torchao")
+
+
+def _bitsandbytes(**settings: Any) -> Format:
+    return Format(partial(by_bitsandbytes, **settings), "bitsandbytes", activations="load_in_8bit" in settings)
+
+
+def _compressed_tensors(preset: str, group_size: int | None = None, *, activations: bool = False) -> Format:
+    make = partial(by_compressed_tensors, preset=preset, group_size=group_size)
+    return Format(make, "compressed_tensors", _unpacked, activations)
+
+
+FORMATS: dict[str, Format] = {
+    "2:4, plain": Format(pruned_by_others),
+    "fp8, in blocks": Format(in_blocks_of_fp8),
+    "bitsandbytes nf4": _bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+    "bitsandbytes fp4": _bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16
+    ),
+    "bitsandbytes int8": _bitsandbytes(load_in_8bit=True),
+    "compressed-tensors W4A16": _compressed_tensors("W4A16", 64),
+    "compressed-tensors W8A16": _compressed_tensors("W8A16", 64),
+    "compressed-tensors MXFP4A16": _compressed_tensors("MXFP4A16"),
+    "compressed-tensors NVFP4A16": _compressed_tensors("NVFP4A16"),
+    "compressed-tensors FP8_DYNAMIC": _compressed_tensors("FP8_DYNAMIC", activations=True),
+    "compressed-tensors INT8": _compressed_tensors("INT8", activations=True),
+    "torchao int8": _torchao("Int8WeightOnlyConfig"),
+    "torchao float8": _torchao("Float8WeightOnlyConfig"),
+    "torchao int4": _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+}  # fmt: skip
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found.float()
+
+
+def computed_apart(base: Path, checkpoint: Path, adapter: Path) -> Any:
+    """The base, bfloat16, with Ŵ in place of W and (x Aᵀ) Bᵀ added to what each module gives."""
+    from transformers import AutoModelForCausalLM
+
+    reader = LayerReader(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    factors = load_file(adapter / "adapter_model.safetensors")
+
+    def add(lora_A: torch.Tensor, lora_B: torch.Tensor) -> Callable[..., torch.Tensor]:
+        return lambda module, inputs, output: (output + inputs[0].float() @ lora_A.T @ lora_B.T).to(output.dtype)
+
+    for name, module in model.named_modules():
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in factors:
+            module.weight.data = dense_weight(reader.module(name), name, torch.bfloat16).to(torch.bfloat16)
+            module.register_forward_hook(add(factors[key].float(), factors[key.replace("_A.", "_B.")].float()))
+    return model

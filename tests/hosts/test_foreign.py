@@ -22,6 +22,7 @@ from gptqmodel_eora_ext.hosts.transformers.reader import LayerReader
 from gptqmodel_eora_ext.solve import eora, weighted_energy
 
 from . import foreign_models as foreign
+from .foreign_models import logits
 
 RANK = 16
 # Each multiplies what the model holds, rounded to bfloat16; they may add up in another order.
@@ -36,29 +37,6 @@ def make(base: Path, checkpoint: Path, calibration: Batches, output: Path | None
         return adapter_maker(checkpoint)(job)
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        found: torch.Tensor = model(input_ids=ids).logits
-    return found.float()
-
-
-def computed_apart(base: Path, checkpoint: Path, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the base with Ŵ in place of W and (x Aᵀ) Bᵀ added to what each module gives."""
-    reader = LayerReader(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
-    factors = load_file(adapter / "adapter_model.safetensors")
-
-    def add(lora_A: torch.Tensor, lora_B: torch.Tensor) -> Callable[..., torch.Tensor]:
-        return lambda module, inputs, output: (output + inputs[0].float() @ lora_A.T @ lora_B.T).to(output.dtype)
-
-    for name, module in model.named_modules():
-        key = f"base_model.model.{name}.lora_A.weight"
-        if key in factors:
-            module.weight.data = dense_weight(reader.module(name), name, torch.bfloat16).to(torch.bfloat16)
-            module.register_forward_hook(add(factors[key].float(), factors[key.replace("_A.", "_B.")].float()))
-    return logits(model, ids)
-
-
 def check(base: Path, checkpoint: Path, calibration: Batches, output: Path, **loading: Any) -> None:
     """Make an adapter, and hold the model that PEFT puts it on against what was computed apart."""
     from peft import PeftModel
@@ -70,7 +48,7 @@ def check(base: Path, checkpoint: Path, calibration: Batches, output: Path, **lo
     ids = torch.tensor([calibration[0]["input_ids"]])
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", **loading)
     adapted = logits(PeftModel.from_pretrained(model, folder).eval(), ids)
-    expected = computed_apart(base, checkpoint, folder, ids)
+    expected = logits(foreign.computed_apart(base, checkpoint, folder), ids)
     assert float((adapted - expected).norm() / expected.norm()) < TOLERANCE
 
 
@@ -159,7 +137,7 @@ def test_evaluation_puts_adapters_on_and_takes_them_off(
     ids = torch.tensor([calibration[0]["input_ids"]])
     loaded = loader(copy)(copy, folder)
     first = logits(loaded.model, ids)
-    expected = computed_apart(two_layers, copy, folder, ids)
+    expected = logits(foreign.computed_apart(two_layers, copy, folder), ids)
     assert float((first - expected).norm() / expected.norm()) < TOLERANCE
     with loaded.with_adapter(None):
         plain = logits(loaded.model, ids)
