@@ -35,7 +35,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 
 from gptqmodel_eora_ext import EoRA, refine_checkpoint
 from gptqmodel_eora_ext.hosts.terminal import quiet
-from gptqmodel_eora_ext.refine import DEFAULT_WINDOW, LOSSES
+from gptqmodel_eora_ext.refine import CHOICES, DEFAULT_WINDOW
 from gptqmodel_eora_ext.refine import run as refine_run
 from gptqmodel_eora_ext.refine.settings import DEFAULT_TOKENS, parse_tokens, validated
 from gptqmodel_eora_ext.refine.training import VALIDATIONS
@@ -270,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--budgets", nargs="+", default=["0.5bpw", "0.25bpw"])
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--losses", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--tokens", nargs="+", default=[DEFAULT_TOKENS], type=_tokens, help="as 160k")
     parser.add_argument("--windows", type=int, default=0, help="held-out windows a text; by default as recovery.py's")
     parser.add_argument("--checkpoints", type=Path, default=cache_folder() / "benchmark-refine")

@@ -10,7 +10,7 @@ import typer
 
 from ..adapter.options import as_flag
 from ..adapter.summary import find_adapter, summarize
-from ..refine import DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, LOSSES, RefineSettings
+from ..refine import CHOICES, DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, NATURAL_TOKENS, RefineSettings
 from .options import Calibration, TrustRemoteCode, check_apart, check_model, read_calibration
 from .printing import FAILED, errors, fail, progress_bars, say
 from .show import print_summary
@@ -21,9 +21,13 @@ def refine(
     base: Annotated[str, typer.Option(help="The full-precision model: a folder, or a name on the Hugging Face hub.")],
     calibration: Calibration,
     tokens: Annotated[
-        str, typer.Option(help="Tokens of calibration, as 160000 or 160k; a fifth validates, the others train.")
-    ] = str(DEFAULT_TOKENS),
-    loss: Annotated[str, typer.Option(help=f"What is lowered: {' or '.join(LOSSES)}.")] = DEFAULT_LOSS,
+        str | None,
+        typer.Option(
+            help=f"Tokens of calibration, as 160000 or 160k; a fifth validates, the others train. By default "
+            f"{DEFAULT_TOKENS}; {NATURAL_TOKENS} with the loss natural."
+        ),
+    ] = None,
+    loss: Annotated[str, typer.Option(help=f"What is lowered: {', '.join(CHOICES)}.")] = DEFAULT_LOSS,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter to begin with; by default the one that the checkpoint names.")
     ] = None,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
+from ..formats.gptq_checkpoint import FORMATS, checkpoint_format, packed_weights
 from ..formats.names import MODEL_CONFIG, PRUNING_DETAILS, QUANTIZE_CONFIG
 from ..formats.sparsity import Sparsity, examine
 
@@ -66,33 +70,34 @@ class PrunedModel:
 
 
 def examine_model(folder: Path) -> PrunedModel | None:
-    """Count the zeros of a model's linear modules; None for a model that is quantised, or not pruned.
+    """Count the zeros of a model's linear modules; None for a model that is not pruned.
 
-    Every weight is read once; one is in memory at a time.
+    Every weight is read once; one is in memory at a time. A quantised model is examined where `pruning.json` says that
+    it was pruned, by the codes that stand for zero: others have many of these, too, at few bits.
 
     Args:
-        folder: a model's.
+        folder: a model's, or a checkpoint's in GPTQ's layout.
+
+    Raises:
+        LayoutError: for packed tensors that do not fit each other.
     """
-    if not _is_plain(folder):
-        return None
+    said = _said(folder)
+    read = _read_packed(folder) if said and (folder / QUANTIZE_CONFIG).is_file() else _read_plain(folder)
     modules: dict[str, Sparsity] = {}
     whole, dense, sparse = [], 0, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                bits = FLOATING_BITS.get(part.get_dtype())
-                if bits is None or len(part.get_shape()) != 2 or not LAYER_WEIGHT.fullmatch(key):
-                    continue
-                name, found = key.removesuffix(".weight"), examine(file.get_tensor(key))
-                if found.is_pruned:
-                    modules[name] = found
-                    dense, sparse = dense + found.weights * bits // 8, sparse + found.nbytes(bits)
-                else:
-                    whole.append(name)
+    for name, bits, weight in read:
+        found = examine(weight)
+        if found.is_pruned and found.pattern is None:
+            # GPT-2's `Conv1D` is stored in × out.
+            turned = examine(weight.T.contiguous())
+            found = turned if turned.pattern is not None else found
+        if found.is_pruned:
+            modules[name] = found
+            dense, sparse = dense + found.weights * bits // 8, sparse + found.nbytes(bits)
+        else:
+            whole.append(name)
     if not modules:
         return None
-    said = _said(folder)
     expected = str(said["pattern"]) if ":" in str(said.get("pattern", "")) else None
     if not said:
         kept = Counter(one.pattern for one in modules.values())
@@ -100,11 +105,29 @@ def examine_model(folder: Path) -> PrunedModel | None:
     return PrunedModel(expected, modules, whole, dense, sparse, said)
 
 
-def _is_plain(folder: Path) -> bool:
+def _read_plain(folder: Path) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Name, bits of a value and weight of each linear module in a layer; none of a quantised model."""
     path = folder / MODEL_CONFIG
-    if not path.is_file() or (folder / QUANTIZE_CONFIG).is_file():
-        return False
-    return not json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("quantization_config"):
+        return
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                bits = FLOATING_BITS.get(part.get_dtype())
+                if bits is not None and len(part.get_shape()) == 2 and LAYER_WEIGHT.fullmatch(key):
+                    yield key.removesuffix(".weight"), bits, file.get_tensor(key)
+
+
+def _read_packed(folder: Path) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """As `_read_plain`, of a checkpoint in GPTQ's layout: the weight is the codes less the code that means zero."""
+    zero_minus_one = FORMATS.get(checkpoint_format(folder))
+    if zero_minus_one is None:
+        return
+    with ExitStack() as stack:
+        for name, read in sorted(packed_weights(folder, stack, zero_minus_one).items()):
+            packed = read()
+            yield name, packed.bits, (packed.codes() - packed.zeros()[packed.group_of_input()]).T.contiguous()
 
 
 def _said(folder: Path) -> dict[str, Any]:

@@ -61,10 +61,12 @@ def refine_checkpoint(
             as `calibration.windows` cuts them.
         adapter: folder of the adapter to begin with; None for the one that the checkpoint names.
         output: folder for the refined one; None for `eora-refined` inside the checkpoint, which then names it.
-        loss: "kl" (divergence of the scores from the full-precision model's) or "rilq"; None for "kl".
-        tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000.
+        loss: "kl" (divergence of the scores from the full-precision model's), "rilq", or "natural" (one
+            natural-gradient step by that divergence, in place of training); None for "kl".
+        tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000, or 16,384 for
+            "natural".
         window: tokens in a window; None for 512.
-        learning_rate: of Adam's first step; None for 1e-3.
+        learning_rate: of Adam's first step; None for 1e-3. "natural" takes none.
         seed: of the order of the windows; None for 0.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
         trust_remote_code: whether model code from the hub may run.

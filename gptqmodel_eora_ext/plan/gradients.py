@@ -65,7 +65,7 @@ def measure_gradients(
                             kept.append(spill.keep(window.hidden))
             else:
                 if not gradients:
-                    gradients = _gradients_of_outputs(model, windows, kind, seed)
+                    gradients = gradients_of_outputs(model, windows, kind, seed)
                 of_layer = _of(modules, model.layers[index])
                 linears: Mapping[str, Any] = {name: model.model.get_submodule(name) for name in of_layer}
                 with OutputGradients(model.layers[index], layer, linears) as watch:
@@ -87,9 +87,9 @@ def _of(modules: Sequence[str], layer: str) -> list[str]:
     return [name for name in modules if name.startswith(f"{layer}.")]
 
 
-def _gradients_of_outputs(model: LayeredModel, windows: Sequence[Window], kind: str, seed: int) -> list[torch.Tensor]:
+def gradients_of_outputs(model: LayeredModel, windows: Sequence[Window], kind: str, seed: int) -> list[torch.Tensor]:
     """Gradients of the cross entropy at the output of the last layer, windows × tokens × width for each of
-    ``windows``; labels are sampled ("fisher") or the text's own."""
+    ``windows``, whose `hidden` is that output, and is let go of; labels are sampled ("fisher") or the text's own."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     with model.head() as head:

@@ -129,6 +129,16 @@ class TrainedFactors:
             leaves.append(leaf)
         return leaves[0], leaves[1]
 
+    def of_master(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A module's A (rank × in) and Bᵀ (rank × out) as they are trained, float32: views."""
+        first, second = (place.of(self.master) for place in self._places[name])
+        return first, second
+
+    def replace(self, name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Have a module's A (rank × in) and Bᵀ (rank × out) be these, in place of what was trained."""
+        for held, factor in zip(self.of_master(name), (down, up), strict=True):
+            held.copy_(factor)
+
     def choose_scales(self) -> None:
         """Search each group's scale anew."""
         if not self.packed:

@@ -25,9 +25,11 @@ from ..formats.factors import QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
 from ..system.files import unfinished_folder, write_json
 from ..system.interrupt import asked_to_stop
+from .evaluation import Evaluation
 from .factors import TrainedFactors
+from .natural import NaturalStep
 from .outcome import RESUMABLE, Outcome
-from .settings import RefineSettings
+from .settings import NATURAL, RefineSettings
 from .student import Student, Trainee
 from .teacher import Teacher, keep_teacher
 from .training import Report, Training
@@ -137,9 +139,14 @@ def refine_factors(
         with student.head() as head:
             teacher.check_head(head, job.base)
         with asked_to_stop() as stopping:
-            training = Training(student, teacher, job.ids, job.settings, state=work / STATE, interrupted=stopping,
-                                report=job.training)  # fmt: skip
-            outcome = training.run()
+            settings = job.settings
+            if settings.loss == NATURAL:
+                evaluation = Evaluation(student, teacher, job.ids, "kl", settings.seed)
+                outcome = NaturalStep(student, evaluation, seed=settings.seed, folder=work, interrupted=stopping,
+                                      report=job.training).run()  # fmt: skip
+            else:
+                outcome = Training(student, teacher, job.ids, settings, state=work / STATE, interrupted=stopping,
+                                   report=job.training).run()  # fmt: skip
     finally:
         student.close()
     log.info("EoRA: refinement ended (%s) after %d of %d steps; validation loss %.4f, %.4f at the start.",

@@ -13,7 +13,12 @@ from ..adapter.validate import validate_choice, validate_count
 from .losses import LOSSES
 
 DEFAULT_LOSS = "kl"
+# No loss of its own, but one step in place of a training loop (`natural`).
+NATURAL = "natural"
+CHOICES = (*LOSSES, NATURAL)
 DEFAULT_TOKENS = 160_000
+# Of "natural", which wants moments of full rank and takes each token there and back twice.
+NATURAL_TOKENS = 16_384
 DEFAULT_WINDOW = 512
 # Windows that are not trained on, one in so many, and how many of them at most: each costs a forward at every
 # validation, and the difference of two states on 24 windows of 512 tokens is known to some 0.003 nats.
@@ -33,17 +38,17 @@ class RefineSettings:
     """Settings of a refinement that hold together.
 
     Attributes:
-        loss: of `losses.LOSSES`.
+        loss: one of `CHOICES`.
         tokens: of calibration, those that validate included.
         window: tokens in a window.
-        learning_rate: of the first step.
+        learning_rate: of the first step; None for "natural", whose step is chosen by validation.
         seed: of the order of the windows.
     """
 
     loss: str = DEFAULT_LOSS
     tokens: int = DEFAULT_TOKENS
     window: int = DEFAULT_WINDOW
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float | None = LEARNING_RATE
     seed: int = 0
 
     @classmethod
@@ -63,22 +68,31 @@ class RefineSettings:
             ValueError: for a value out of range; the message names it by ``label``.
         """
         window = DEFAULT_WINDOW if window is None else validate_count(window, what=label("window"), minimum=2)
-        tokens = DEFAULT_TOKENS if tokens is None else parse_tokens(tokens, what=label("tokens"))
+        loss = validate_choice(DEFAULT_LOSS if loss is None else loss, CHOICES, what=label("loss"))
+        default = NATURAL_TOKENS if loss == NATURAL else DEFAULT_TOKENS
+        tokens = default if tokens is None else parse_tokens(tokens, what=label("tokens"))
         if tokens < LEAST_WINDOWS * window:
             raise ValueError(
                 f"{label('tokens')} must fill at least {LEAST_WINDOWS} windows of {window}, of which one validates; "
                 f"got {tokens}. Name {LEAST_WINDOWS * window} or more."
             )
+        if loss == NATURAL:
+            if learning_rate is not None:
+                raise ValueError(
+                    f"{label('learning_rate')} has no meaning with the loss {NATURAL!r}, which takes one step, whose "
+                    f"size validation chooses. Leave it out."
+                )
+            return cls(loss, tokens, window, None, _seed(seed, label))
         rate = LEARNING_RATE if learning_rate is None else learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (0 < rate < math.inf):
             name = label("learning_rate")
             raise ValueError(f"{name} must be a number above 0, got {rate!r}; {LEARNING_RATE} is usual.")
         return cls(
-            loss=validate_choice(DEFAULT_LOSS if loss is None else loss, LOSSES, what=label("loss")),
+            loss=loss,
             tokens=tokens,
             window=window,
             learning_rate=float(rate),
-            seed=0 if seed is None else validate_count(seed, what=label("seed"), minimum=0),
+            seed=_seed(seed, label),
         )
 
     @classmethod
@@ -106,6 +120,10 @@ class RefineSettings:
     def windows(self) -> int:
         """Windows that the tokens fill."""
         return self.tokens // self.window
+
+
+def _seed(asked: Any, label: Callable[[str], str]) -> int:
+    return 0 if asked is None else validate_count(asked, what=label("seed"), minimum=0)
 
 
 def parse_tokens(asked: Any, *, what: str) -> int:

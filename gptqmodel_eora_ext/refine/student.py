@@ -35,6 +35,12 @@ class Student:
     In memory beside the packed weights and the factors are the input of every layer for one window, and on the way back
     one layer's activations and its Ŵ in the dtype of the activations.
 
+    Attributes:
+        layered: the model, to be run layer by layer.
+        factors: those that learn.
+        vocabulary: scores a token.
+        device: of all of it.
+
     Args:
         trainee: the model; its quantised modules are replaced until `close`.
         factors: on the model's device.
@@ -48,8 +54,8 @@ class Student:
         self.model, self.factors = trainee.model, factors
         self.device = factors.master.device
         self._replaced = {name: self.model.get_submodule(name) for name in trainee.weights}
-        self._layered = LayeredModel(self.model, None, list(trainee.weights), self.device)
-        self._layers = [self.model.get_submodule(name) for name in self._layered.layers]
+        self.layered = LayeredModel(self.model, None, list(trainee.weights), self.device)
+        self._layers = [self.model.get_submodule(name) for name in self.layered.layers]
         for name, weight in trainee.weights.items():
             self.model.set_submodule(name, TrainedLinear(weight, factors.parameters(name)))
         self.model.eval()
@@ -70,21 +76,21 @@ class Student:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Outputs of the last layer, tokens × width, of a window's tokens; with autograd's graph where grad is on."""
-        (window,) = self._layered.begin([{"input_ids": ids[None]}])
+        (window,) = self.layered.begin([{"input_ids": ids[None]}])
         hidden = window.hidden
         for index, layer in enumerate(self._layers):
             if torch.is_grad_enabled():
                 hidden = checkpoint(
-                    self._layered.run, layer, index, hidden, window, use_reentrant=False, preserve_rng_state=False
+                    self.layered.run, layer, index, hidden, window, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden = self._layered.run(layer, index, hidden, window)
+                hidden = self.layered.run(layer, index, hidden, window)
         return hidden[0]
 
     @contextmanager
     def head(self) -> Iterator[Head]:
         """Yield what stands after the last layer."""
-        with after_layers(self._layered) as head:
+        with after_layers(self.layered) as head:
             yield head
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from .adam import Adam, cosine_rate
+from .evaluation import Evaluation
 from .factors import TrainedFactors
-from .losses import window_loss
 from .outcome import COMPLETE, DIVERGENCE, INTERRUPTED, NOT_FINITE, RESUMABLE, STALE, Outcome
 from .progress import Progress
-from .settings import RefineSettings, validated
+from .settings import RefineSettings
 from .student import Student
 from .teacher import Teacher
 
@@ -58,15 +58,14 @@ class Training:
         interrupted: Callable[[], bool] = lambda: False,
         report: Report = lambda done, total, note: None,
     ) -> None:
-        self._student, self._teacher, self._ids = student, teacher, ids
-        self._settings, self._interrupted, self._report = settings, interrupted, report
+        assert settings.learning_rate is not None
+        self._student, self._rate = student, settings.learning_rate
+        self._interrupted, self._report = interrupted, report
         self._factors: TrainedFactors = student.factors
         self._adam = Adam(self._factors)
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        held = validated(len(ids))
-        self._validating, self._training = sorted(order[:held]), order[held:]
+        self._evaluation = Evaluation(student, teacher, ids, settings.loss, settings.seed)
         self._progress = Progress(state, self._factors, self._adam)
-        self.outcome = Outcome(planned=len(self._training))
+        self.outcome = Outcome(planned=len(self._evaluation.training))
 
     def run(self) -> Outcome:
         """Train until all windows were used once, or something ends it."""
@@ -78,7 +77,7 @@ class Training:
             spent = outcome.seconds
         else:
             self._factors.choose_scales()
-            outcome.before = outcome.after = self._validate()
+            outcome.before = outcome.after = self._evaluation.validate()
             outcome.validations.append((0, outcome.before))
         outcome.ended = COMPLETE
         last = outcome.after
@@ -109,7 +108,7 @@ class Training:
     def _look(self) -> float:
         """Validate, keep the state if it is the best, and tell by `Outcome.ended` whether to end."""
         outcome = self.outcome
-        found = self._validate()
+        found = self._evaluation.validate()
         outcome.validations.append((outcome.steps, found))
         if found < outcome.after:
             outcome.after, outcome.best, outcome.best_step = found, self._factors.stored(), outcome.steps
@@ -129,36 +128,11 @@ class Training:
             self._factors.choose_scales()
         # From the first step on: rounding at the end alone gives 40 % of what was won back (SmolLM2, 4-bit factors).
         self._factors.use_rounded()
-        window = self._training[step]
-        ids = self._ids[window].to(self._student.device)
+        window = self._evaluation.training[step]
         with torch.enable_grad():
-            hidden = self._student.hidden(ids)
-        value, gradient = self._loss(window, ids, hidden, with_gradient=True)
+            hidden = self._student.hidden(self._evaluation.ids(window))
+        value, gradient = self._evaluation.loss(window, hidden)
         if math.isfinite(value):
             hidden.backward(gradient)
-            self._adam.step(cosine_rate(self._settings.learning_rate, step, self.outcome.planned))
+            self._adam.step(cosine_rate(self._rate, step, self.outcome.planned))
         return value
-
-    def _validate(self) -> float:
-        """The mean loss of the windows that validate, with the factors as they would be stored."""
-        self._factors.use_rounded()
-        total = 0.0
-        with torch.no_grad():
-            for window in self._validating:
-                ids = self._ids[window].to(self._student.device)
-                total += self._loss(window, ids, self._student.hidden(ids), with_gradient=False)[0]
-        return total / len(self._validating)
-
-    def _loss(
-        self, window: int, ids: torch.Tensor, hidden: torch.Tensor, *, with_gradient: bool
-    ) -> tuple[float, torch.Tensor | None]:
-        with self._student.head() as head:
-            return window_loss(
-                self._settings.loss,
-                head,
-                hidden.detach(),
-                self._teacher.hidden(window).to(hidden.device),
-                ids,
-                self._student.vocabulary,
-                with_gradient=with_gradient,
-            )

@@ -15,9 +15,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from gptqmodel_eora_ext import EoRA, EoRAConfig, Plan, load_peft
+from gptqmodel_eora_ext import EoRA, EoRAConfig, Plan, load_peft, prune
 from gptqmodel_eora_ext.adapter.errors import AdapterError
 from gptqmodel_eora_ext.adapter.folder import AdapterFolder
+from gptqmodel_eora_ext.evaluate.sparsity import examine_model
 from gptqmodel_eora_ext.hosts.gptqmodel.modules import layered, module_shapes
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.loop.run import write_adapter
@@ -162,6 +163,16 @@ def test_what_gptqmodel_does_not_serve_is_refused(
         host = GPTQModel.load(str(made / name), QuantizeConfig(bits=2, group_size=32))
     with pytest.raises(NotImplementedError, match=message):
         host.quantize(calibration, adapter=EoRA(rank=4))
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32}], ids=["pruned", "and quantised"])
+def test_experts_are_pruned(options: dict[str, Any], made: Path, calibration: Batches, tmp_path: Path) -> None:
+    with quiet():
+        folder = prune(str(made / "qwen3_moe"), tmp_path / "model", calibration, adapter={"rank": 4}, **options)
+    examined = examine_model(folder)
+    assert examined is not None and not examined.broken
+    assert len([name for name in examined.modules if ".experts." in name]) == 2 * 3 * EXPERTS
+    assert set(AdapterFolder.open(folder / "eora").keys) == set(examined.modules)
 
 
 def rounder(base: Path, calibration: Batches, **options: Any) -> AutoRound:

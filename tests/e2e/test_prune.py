@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import cli, prune
@@ -176,3 +176,19 @@ def test_pruned_and_quantised_at_once(two_layers: Path, calibration: Batches, tm
     with_adapter, without = distances(two_layers, model, calibration)
     assert with_adapter < without
     assert json.loads((folder / PRUNING_DETAILS).read_text())["bits"] == 4
+    examined = examine_model(folder)
+    assert examined is not None and len(examined.modules) == 14 and not examined.broken
+    # Two codes of 4 bits and two places of 2 for four codes.
+    assert examined.sparse_bytes * 4 == examined.dense_bytes * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32}], ids=["pruned", "and quantised"])
+def test_weights_that_are_stored_in_by_out(options: dict[str, Any], calibration: Batches, tmp_path: Path) -> None:
+    """GPT-2's `Conv1D`: the pattern lies along the inputs all the same."""
+    base = tmp_path / "base"
+    config = GPT2Config(vocab_size=49152, n_embd=64, n_layer=1, n_head=4, n_positions=256)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(base)
+    folder = pruned(base, tmp_path / "model", calibration[:4], adapter={"rank": 8}, **options)
+    examined = examine_model(folder)
+    assert examined is not None and len(examined.modules) == 4 and not examined.broken
+    assert all(one["error_after"] < one["error_before"] for one in modules(folder).values())

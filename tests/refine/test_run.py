@@ -16,10 +16,11 @@ from gptqmodel_eora_ext.adapter.naming import read_entry
 from gptqmodel_eora_ext.adapter.settings import MODULES_BEFORE
 from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_WEIGHTS
-from gptqmodel_eora_ext.refine import COMPLETE, INTERRUPTED, LOSSES, RefineJob, RefineSettings, Trainee, refine_adapter
+from gptqmodel_eora_ext.refine import CHOICES, COMPLETE, INTERRUPTED, RefineJob, RefineSettings, Trainee, refine_adapter
 from gptqmodel_eora_ext.refine import training as training_module
+from gptqmodel_eora_ext.refine.natural import STEPS
 from gptqmodel_eora_ext.refine.outcome import DIVERGENCE, NOT_FINITE
-from gptqmodel_eora_ext.refine.settings import parse_tokens
+from gptqmodel_eora_ext.refine.settings import NATURAL, parse_tokens
 from gptqmodel_eora_ext.system.files import unfinished_folder
 
 from .conftest import WINDOWS, linears, small_model
@@ -35,15 +36,18 @@ def with_rate(job: RefineJob, rate: float) -> RefineJob:
     return dataclasses.replace(job, settings=dataclasses.replace(job.settings, learning_rate=rate))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CHOICES)
 def test_refining_lowers_the_loss_and_tells_of_it(
     loss: str, trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
 ) -> None:
     output = checkpoint / "refined"
-    asked = dataclasses.replace(job, settings=dataclasses.replace(job.settings, loss=loss))
-    outcome = refine_adapter(trainee, checkpoint, source, output, asked)
-    assert outcome.after < (0.95 if loss == "kl" else 0.995) * outcome.before
-    assert outcome.ended == COMPLETE and outcome.steps == WINDOWS - WINDOWS // 5
+    settings = dataclasses.replace(job.settings, loss=loss)
+    if loss == NATURAL:
+        settings = dataclasses.replace(settings, learning_rate=None)
+    outcome = refine_adapter(trainee, checkpoint, source, output, dataclasses.replace(job, settings=settings))
+    assert outcome.after < (0.995 if loss == "rilq" else 0.95) * outcome.before
+    assert outcome.ended == COMPLETE
+    assert outcome.steps == (len(STEPS) if loss == NATURAL else WINDOWS - WINDOWS // 5)
     entry = read_entry(checkpoint)
     assert entry is not None and entry.path == "refined"
     summary = summarize(checkpoint)

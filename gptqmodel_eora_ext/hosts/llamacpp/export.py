@@ -6,7 +6,6 @@ embeddings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -24,16 +23,15 @@ from ...formats.gguf.blocks import WEIGHT_TYPES, weight_blocks
 from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel, bits_per_weight
 from ...formats.gguf.rewrite import Replacement, rewrite
+from ...formats.gptq_checkpoint import FORMATS, checkpoint_format, packed_weights
 from ...formats.names import ADAPTER_CONFIG, QUANTIZE_CONFIG
-from ...formats.packed_weights import WORD_BITS, PackedWeight
+from ...formats.packed_weights import PackedWeight
 from ...formats.sizes import ModuleShape
 from ...kernels.reference import dequantize
 from ..jobs import Exported, ExportJob
 from .generate import DEFAULT_SUFFIX
 from .weights import GGUFWeights, Placed
 
-# `checkpoint_format` of GPTQ's two layouts → whether zero points are stored less one.
-FORMATS = {"gptq": True, "gptq_v2": False}
 # A module may differ by this share of its weights' norm at most: rounding scales of bfloat16 or float32 to float16
 # makes 2⁻¹² to 2⁻¹¹ of it. More would be another model than the one that was measured.
 LARGEST_DIFFERENCE = 2**-10
@@ -79,7 +77,7 @@ def _export_checkpoint(job: ExportJob, like: GGUFModel) -> Exported:
     zero_minus_one = _checked_format(job.source)
     found = find_adapter(job.source, required=False)
     with ExitStack() as stack:
-        packed = _packed(job.source, stack, zero_minus_one)
+        packed = packed_weights(job.source, stack, zero_minus_one)
         if not packed:
             raise ValueError(f"EoRA: `{job.source}` holds no packed weight. Is it a quantised checkpoint?")
         unfit, shapes = _looked_through(packed, job)
@@ -120,9 +118,7 @@ def _checked_format(folder: Path) -> bool:
     Raises:
         ValueError: for a folder that is no checkpoint in GPTQ's format.
     """
-    path = folder / QUANTIZE_CONFIG
-    content: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = content.get("checkpoint_format") or content.get("format") if isinstance(content, dict) else None
+    named = checkpoint_format(folder)
     if named not in FORMATS:
         raise ValueError(
             f"EoRA: `{folder}` is in the format {named!r}, expected GPTQ's ({' or '.join(FORMATS)}, by "
@@ -130,30 +126,6 @@ def _checked_format(folder: Path) -> bool:
             f"adapter for that: `eora generate`."
         )
     return FORMATS[named]
-
-
-def _packed(folder: Path, stack: ExitStack, zero_minus_one: bool) -> dict[str, Callable[[], PackedWeight]]:
-    """Full module name → what reads its packed weight."""
-    found: dict[str, Callable[[], PackedWeight]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        handle = stack.enter_context(safe_open(path, framework="pt"))
-        for key in handle.keys():  # noqa: SIM118, the handle is no mapping
-            if key.endswith(".qweight"):
-                name = key.removesuffix(".qweight")
-                found[name] = partial(_read_packed, handle, name, zero_minus_one)
-    return found
-
-
-def _read_packed(handle: Any, name: str, zero_minus_one: bool) -> PackedWeight:
-    qweight, qzeros, scales, g_idx = (
-        handle.get_tensor(f"{name}.{one}") for one in ("qweight", "qzeros", "scales", "g_idx")
-    )
-    in_features, out_features = len(g_idx), qweight.shape[1]
-    group_size = -(-in_features // scales.shape[0])
-    bits = round(qweight.shape[0] * WORD_BITS / in_features)
-    return PackedWeight(
-        qweight, qzeros, scales, g_idx, bits, group_size, in_features, out_features, zero_minus_one, name
-    )
 
 
 def _looked_through(
