@@ -77,7 +77,7 @@ def generate(
     else:
         check_unplanned(context)
         chosen, ranks = _planned(plan)
-    check_model(model)
+    check_model(model, may_be_file=True)
     if checkpoint.is_file() and refine is not None:
         fail(f"--refine trains over checkpoints that GPTQModel loads, and `{checkpoint}` is a file. Leave it out.")
     if not checkpoint.is_file():
@@ -92,12 +92,13 @@ def generate(
 
     from ..hosts.jobs import AdapterJob
     from ..hosts.refine import refine_checkpoint, refined_beside
-    from ..hosts.registry import adapter_maker
+    from ..hosts.registry import adapter_maker, base_folder
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
     with errors(), progress_bars() as bar, quiet():
         make = adapter_maker(checkpoint)
+        model = base_folder(model)
         job = AdapterJob(
             base=model,
             checkpoint=checkpoint,

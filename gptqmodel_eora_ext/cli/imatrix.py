@@ -23,7 +23,7 @@ def imatrix(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure an importance matrix for llama.cpp's quantiser, on the data that adapters are made with."""
-    check_model(model)
+    check_model(model, may_be_file=True)
     if not gguf.is_file():
         fail(f"there is no file `{gguf}`.")
     if output.is_dir() or output.resolve() == gguf.resolve():
@@ -31,10 +31,11 @@ def imatrix(
     texts = read_calibration(calibration)
 
     from ..hosts.jobs import ImatrixJob
-    from ..hosts.registry import imatrix_maker
+    from ..hosts.registry import base_folder, imatrix_maker
     from ..hosts.terminal import quiet
 
     with errors(), progress_bars() as bar, quiet():
+        model = base_folder(model)
         job = ImatrixJob(
             base=model,
             model=gguf,

@@ -116,9 +116,16 @@ def check_group_size(group_size: int) -> None:
         fail(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}.")
 
 
-def check_model(model: str) -> None:
-    """Fail unless this is a model folder or has the form of a hub name."""
+def check_model(model: str, *, may_be_file: bool = False) -> None:
+    """Fail unless this is a model folder or has the form of a hub name.
+
+    Args:
+        model: what the user named.
+        may_be_file: whether it may be a GGUF file, which `hosts.registry.base_folder` unpacks.
+    """
     path = Path(model)
+    if path.is_file() and not may_be_file:
+        fail(f"`{model}` is a file. Pass the folder of the full-precision model, or its hub name.")
     if path.is_dir() and not (path / "config.json").is_file():
         fail(f"`{model}` has no config.json; it is no model folder.")
     if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):

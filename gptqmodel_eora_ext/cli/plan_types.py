@@ -16,7 +16,7 @@ from ..adapter.vocabulary import FACTOR_BITS, SENSITIVITIES
 from ..calibration import tokenized
 from ..evaluate.size import readable
 from ..hosts.jobs import TypePlanJob, TypePlanned
-from ..hosts.registry import type_planner
+from ..hosts.registry import base_folder, type_planner
 from ..system.progress import counted
 from .options import check_model, read_calibration
 from .printing import errors, fail, out, progress_bars, say
@@ -48,12 +48,13 @@ def plan_types(
         validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
         parse_budget(total, what="--total")
         planner = type_planner(host)
-    check_model(model)
+    check_model(model, may_be_file=True)
     texts = read_calibration(calibration)
 
     from ..hosts.terminal import quiet
 
     with errors(), progress_bars() as bar, quiet():
+        model = base_folder(model)
         job = TypePlanJob(
             base=model,
             files=files,

@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `pruner`, `adapter_maker`,
-`loader`, `planner`, `trainee`, `layer_loop`, `full_precision`, `imatrix_maker`, `type_planner`, `exporter`). Each of
-them returns what serves the case, or None where the host does not serve it. Hosts are asked in the order of `HOSTS`,
-and a host's library is imported only when the host is asked.
+`loader`, `planner`, `trainee`, `layer_loop`, `full_precision`, `base_folder`, `imatrix_maker`, `type_planner`,
+`exporter`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in
+the order of `HOSTS`, and a host's library is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -109,6 +109,19 @@ def full_precision(base: str) -> Callable[[str, bool], FullPrecision]:
         ValueError: for a model that no host serves.
     """
     return _first("full_precision", base)
+
+
+def base_folder(base: str) -> str:
+    """The folder of a full-precision model that lies in a file of a host's own (GGUF); any other name as it is.
+
+    Raises:
+        ValueError: for a file that no host unpacks.
+    """
+    path = Path(base)
+    if not path.is_file():
+        return base
+    folder: str = _first("base_folder", path)(path)
+    return folder
 
 
 def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int]:

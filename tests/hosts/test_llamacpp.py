@@ -22,7 +22,7 @@ from gptqmodel_eora_ext.formats.gguf.lora import SUFFIX_A, SUFFIX_B, read_lora_h
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel, read_tensor
 from gptqmodel_eora_ext.hosts.jobs import AdapterJob
 from gptqmodel_eora_ext.hosts.llamacpp.weights import GGUFWeights
-from gptqmodel_eora_ext.hosts.registry import adapter_maker
+from gptqmodel_eora_ext.hosts.registry import adapter_maker, base_folder
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import experts, in_file_order, tensor_of, write_model
 
@@ -187,3 +187,14 @@ def test_a_layer_of_another_model_is_named_when_it_is_met(llama: tuple[Any, Path
     assert known[name](found[name].weight.data).shape == found[name].weight.shape
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj.*cosine"):
         known[name](torch.randn_like(found[name].weight))
+
+
+def test_a_base_that_is_quantised_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    file = write_model(make("llama", tmp_path / "base", tokenizer), tmp_path / "q4.gguf")
+    with pytest.raises(ValueError, match=r"q4.gguf` is quantised \(blk\.0\..* is of type Q4_0\).*Name its F16"):
+        base_folder(str(file))
+    plain = write_model(make("llama", tmp_path / "base", tokenizer), tmp_path / "part.gguf", "F16",
+                        metadata={"split.count": 1})  # fmt: skip
+    with pytest.raises(ValueError, match=r"transformers does not read .*Name the model's Hugging Face folder"):
+        base_folder(str(plain))
+    assert base_folder("someone/model") == "someone/model"

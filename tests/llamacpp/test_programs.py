@@ -25,7 +25,7 @@ from transformers import (
 
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel
 from gptqmodel_eora_ext.hosts.jobs import AdapterJob, ExportJob, ImatrixJob, TypePlanJob
-from gptqmodel_eora_ext.hosts.registry import adapter_maker, exporter, imatrix_maker, type_planner
+from gptqmodel_eora_ext.hosts.registry import adapter_maker, base_folder, exporter, imatrix_maker, type_planner
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import tensor_of
 from tests.hosts.test_gguf_export import checkpoint, packed
@@ -95,6 +95,23 @@ def small(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> tuple[Any
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_base_in_gguf_is_the_model_that_it_was_made_from(
+    kind: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = make(kind, tmp_path / "base", tokenizer)
+    whole = llama.convert(tmp_path / "base", tmp_path / "f16.gguf", tokenizer="smollm")
+    with quiet():
+        folder = base_folder(str(whole))
+        assert base_folder(str(whole)) == folder
+    unpacked = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert unpacked.dtype == torch.float16
+    ids = torch.tensor([[1 + one % 300 for one in range(TOKENS)]])
+    with torch.no_grad():
+        assert distance(unpacked.float()(ids).logits, model(ids).logits) < 2e-3
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

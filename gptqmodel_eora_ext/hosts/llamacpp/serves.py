@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
 from ..jobs import AdapterJob, Exported, ExportJob, ImatrixJob, TypePlanJob, TypePlanned
+from .base import unpacked_base
 from .export import export
 from .generate import generate_adapter
 from .imatrix import measure_imatrix
@@ -18,6 +19,11 @@ SUFFIX = ".gguf"
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
     """GGUF files, by their first bytes or by their name."""
     return generate_adapter if _is_ours(checkpoint) else None
+
+
+def base_folder(base: Path) -> Callable[[Path], str] | None:
+    """GGUF files, as above."""
+    return unpacked_base if _is_ours(base) else None
 
 
 def imatrix_maker(model: Path) -> Callable[[ImatrixJob], int] | None:
