@@ -18,7 +18,7 @@ from ...adapter.layers import shape_of
 from ...adapter.naming import DEFAULT_FOLDER
 from ...adapter.vocabulary import AUTO, UNIFORM
 from ...loop.budgeting import budgeted_rank
-from ...loop.resume import FinishedBlocks
+from ...loop.finished import FinishedBlocks
 from ...loop.run import Run, write_adapter
 from ...system.files import require_space, unfinished_folder
 from .budget import allocate_ranks
