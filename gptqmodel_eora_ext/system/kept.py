@@ -1,8 +1,8 @@
 """What an interrupted run leaves behind, so that the same call goes on after its last finished step.
 
 A folder holds `run.json` (what the run was asked, and the layout's version) and a state file for each thing that is
-kept (`state_file`). A file is written to another name, brought to the disk, and renamed; so a process that is killed leaves
-the old file or the whole new one.
+kept (`state_file`). A file is written to another name, brought to the disk, and renamed; so a process that is killed
+leaves the old file or the whole new one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class ResumeError(ValueError):
     """What an interrupted run has left cannot be gone on with; the message says why, and what to do."""
+
+
+class InUse(ResumeError):
+    """Another process is at work there."""
 
 
 class Stopped(Exception):
@@ -129,7 +133,8 @@ def kept_state(
     asked: Mapping[str, Any],
     *,
     begin_anew: bool = False,
-    remedy: str = "Begin anew (`--restart`).",
+    supersede: bool = False,
+    remedy: str = "",
     tell_soft: Callable[[str], None] = lambda text: None,
     soft: Mapping[str, Any] | None = None,
 ) -> Iterator[Kept]:
@@ -143,12 +148,14 @@ def kept_state(
         asked: all that the result depends on (model, data, options, versions), ready for JSON; an interrupted run that
             was asked anything else is refused.
         begin_anew: remove what an interrupted run has left.
-        remedy: what to do about a folder that cannot be gone on with, in a sentence.
+        supersede: remove it where it was asked anything else, in place of refusing; for a cache.
+        remedy: what to do about a folder that cannot be gone on with, in a sentence; removing it by default.
         tell_soft: hears of what differs in ``soft``.
         soft: what changes the result by rounding alone, such as the number of threads; told where it differs.
 
     Raises:
-        ResumeError: for a folder of another run, with what differs, or of another layout; or one that is in use.
+        ResumeError: for a folder of another run, with what differs, or of another layout.
+        InUse: while another process is at work there.
         OSError: when the folder cannot be made.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -156,11 +163,18 @@ def kept_state(
     try:
         lock.acquire()
     except Timeout as error:
-        raise ResumeError(f"EoRA: another process is at work in `{root}`. Wait for it, or end it.") from error
+        raise InUse(f"EoRA: another process is at work in `{root}`. Wait for it, or end it.") from error
+    remedy = remedy or f"Remove `{root}`."
     try:
         if begin_anew:
             _empty(root)
-        goes_on = _check(root, _plain(asked), _plain(soft or {}), remedy, tell_soft)
+        try:
+            goes_on = _check(root, _plain(asked), _plain(soft or {}), remedy, tell_soft)
+        except ResumeError:
+            if not supersede:
+                raise
+            _empty(root)
+            goes_on = _check(root, _plain(asked), _plain(soft or {}), remedy, tell_soft)
         with asked_to_stop() as stopping:
             yield Kept(root, goes_on, stopping, remedy)
     finally:

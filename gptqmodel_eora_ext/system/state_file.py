@@ -6,32 +6,22 @@ The tensors are the file's tensors; all the rest stands as JSON in its header. R
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from .spill import bytes_of
+from .tensor_file import write_tensors
 
 STATE = "state"
-# The names that safetensors gives to dtypes.
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 # How what is no plain JSON is written: a list that begins with one of these.
 TENSOR, KNOWN, DEVICE, TUPLE, LIST, DICT = "tensor", "known", "device", "tuple", "list", "dict"
 
 
-def write_state(path: Path, state: Any, known: Mapping[int, str] | None = None) -> int:
-    """Write a state, and bring it to the disk.
-
-    In memory is one tensor's copy at a time, and that only of one that is not on the CPU or not contiguous. A tensor
-    that stands in the state several times is written once.
+def write_state(path: Path, state: Any, known: Mapping[int, str] | None = None) -> None:
+    """Write a state, and bring it to the disk. A tensor that stands in it several times is written once.
 
     Args:
         path: the file.
@@ -39,20 +29,13 @@ def write_state(path: Path, state: Any, known: Mapping[int, str] | None = None) 
             devices.
         known: `id` of a tensor → a name for it, of tensors that `read_state` will be given and that are not written.
 
-    Returns:
-        Bytes of the tensors that were written.
-
     Raises:
         TypeError: for a state that holds anything else.
         OSError: when the file cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     described = json.dumps(_encoded(state, tensors, {}, known or {}))
-    with path.open("wb") as stream:
-        _write(stream.write, tensors, described)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return sum(one.nbytes for one in tensors.values())
+    write_tensors(path, tensors, {STATE: described})
 
 
 def state_bytes(state: Any, known: Mapping[int, str] | None = None) -> int:
@@ -113,26 +96,3 @@ def _decoded(value: Any, tensors: Mapping[str, torch.Tensor], known: Mapping[str
         raise ValueError(f"a state file holds a {kind!r}, which this version does not know")
     found = [_decoded(one, tensors, known) for one in rest]
     return tuple(found) if kind == TUPLE else found
-
-
-def _write(write: Callable[[Any], Any], tensors: Mapping[str, torch.Tensor], described: str) -> None:
-    """The safetensors format: length of the header (8 bytes, little endian), header (JSON), the tensors' bytes.
-
-    Written here, since the library's own writer holds a copy of all tensors in memory, and hides the system's errors.
-    """
-    header: dict[str, Any] = {"__metadata__": {STATE: described}}
-    # The widest first, so that each begins at a multiple of its width.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), int(name)))
-    begin = 0
-    for name in order:
-        one = tensors[name]
-        end = begin + one.nbytes
-        header[name] = {"dtype": DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
-        begin = end
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)
-    write(len(told).to_bytes(8, "little"))
-    write(told)
-    for name in order:
-        if tensors[name].numel():
-            write(bytes_of(tensors[name].detach().to("cpu").contiguous()))
