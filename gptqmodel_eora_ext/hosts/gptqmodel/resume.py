@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def asked_of(run: CompensationRun, model: Any, more: Mapping[str, Any]) -> dict[
     """
     folder = Path(model.model_local_path)
     return {
+        "host": f"gptqmodel {version('gptqmodel')}",
         "model": {"folder": folder.name, "weights": weights_fingerprint(folder)},
         "calibration": run.calibration,
         "quantizer calibration": run.quantizer_calibration,
