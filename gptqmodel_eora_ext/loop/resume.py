@@ -12,8 +12,10 @@ They are one layer's, tokens × width, whatever the depth of the model.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +27,16 @@ import torch
 from .._version import __version__
 from ..adapter.factors import ModuleFactors
 from ..formats.factors import QuantizedFactor
-from ..system.kept import Kept, ResumeError, kept_state
+from ..system.files import write_json
+from ..system.kept import RUN, Kept, ResumeError, differences, kept_state
 from .run import LIBRARIES, Run
 
 log = logging.getLogger(__name__)
 
 # The file of what the next layer starts from.
 NEXT = "next"
+# The mark of a checkpoint that is written, beside which there is more to do.
+WRITTEN = "written.json"
 # Figures of a module's factors, beside the factors themselves.
 FIGURES = ("requested_rank", "tokens", "signal", "error_before", "error_after")
 
@@ -48,16 +53,25 @@ class Keeping:
         every: layers between two that are kept.
         strict: whether another device or number of threads is refused; otherwise it is told, since it changes results
             by rounding alone.
+        lasting: whether `finish` leaves it to the caller, who has more to do, to `remove` what is kept.
 
     Attributes:
         kept: what `open` has opened.
     """
 
     def __init__(
-        self, root: Path, *, begin_anew: bool = False, required: bool = False, every: int = 1, strict: bool = False
+        self,
+        root: Path,
+        *,
+        begin_anew: bool = False,
+        required: bool = False,
+        every: int = 1,
+        strict: bool = False,
+        lasting: bool = False,
     ) -> None:
         self.root = root
         self.every = every
+        self.lasting = lasting
         self.kept: Kept | None = None
         self._begin_anew, self._required, self._strict = begin_anew, required, strict
         self._stack = contextlib.ExitStack()
@@ -91,8 +105,45 @@ class Keeping:
         return self.kept
 
     def finish(self) -> None:
-        """Remove what is kept: the run is done, and what it made is written."""
-        Kept(self.root, False, lambda: False, "").finish()
+        """Called once what the run has made is written."""
+        if not self.lasting:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove what is kept."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def mark_written(self, request: Mapping[str, Any]) -> None:
+        """Called once a checkpoint is written and more is to be done with it: its layers are wanted no more.
+
+        Args:
+            request: all that was asked, ready for JSON, by which `is_written` recognises the same call.
+        """
+        write_json(self.root / WRITTEN, request)
+        for file in self.root.glob("*.safetensors"):
+            file.unlink()
+
+    def is_written(self, request: Mapping[str, Any]) -> bool:
+        """Whether an interrupted call that asked the same has written its checkpoint, so that only the rest is to do.
+
+        Raises:
+            ResumeError: for one that asked something else.
+        """
+        file = self.root / WRITTEN
+        if self._begin_anew or not file.is_file():
+            return False
+        unlike = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(request)))
+        if unlike:
+            raise ResumeError(
+                f"EoRA: `{self.root}` was left by an interrupted run that was asked something else "
+                f"({'; '.join(unlike)}). Ask the same again, and it goes on. Begin anew: `--restart`."
+            )
+        return True
+
+    @property
+    def exists(self) -> bool:
+        """Whether an interrupted run has left something."""
+        return (self.root / RUN).is_file()
 
     def __enter__(self) -> Keeping:
         return self

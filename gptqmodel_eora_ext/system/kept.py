@@ -31,6 +31,17 @@ RUN, LOCK = "run.json", "lock"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def no_room(error: BaseException | None) -> bool:
+    """Whether an error, or what has caused it, is that a file could not grow."""
+    while error is not None:
+        # safetensors tells the system's errors as its own, with the system's number in the text.
+        told = isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in NO_ROOM)
+        if told or (isinstance(error, OSError) and error.errno in NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class ResumeError(ValueError):
     """What an interrupted run has left cannot be gone on with; the message says why, and what to do."""
 
@@ -82,9 +93,8 @@ class Kept:
             needed, free = state_bytes(state, known), shutil.disk_usage(self.root).free
             raise OSError(
                 error.errno,
-                f"what is kept of this run takes {needed / 1e6:.1f} MB here, and could not be written "
-                f"({os.strerror(error.errno)}; {free / 1e6:.1f} MB are free). Free some space; then the same call goes "
-                f"on after what was finished",
+                f"what is kept of this run takes {needed / 1e6:.1f} MB here and could not be written: "
+                f"{os.strerror(error.errno)}, {free / 1e6:.1f} MB are free",
                 str(file),
             ) from error
 

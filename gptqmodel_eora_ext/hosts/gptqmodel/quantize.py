@@ -204,7 +204,7 @@ class CompensatingLooper(ModuleLooper):
             kept = None
             if run.keeping is not None:
                 batch = getattr(processors[-1], "batch_size", None)
-                kept = run.keeping.open(asked_of(run, model, {"batch_size": batch}))
+                kept = run.keeping.open(asked_of(run, model, {"batch_size": batch, "weights": run.source}))
                 kwargs["extensions"] = (*kwargs.get("extensions", ()), LayerKeeper(run, kept, run.keeping.every))
             if run.rank == AUTO and run.options.sensitivity == UNIFORM:
                 run.rank = budgeted_rank(module_shapes(model), run.options)
@@ -220,6 +220,7 @@ class CompensatingLooper(ModuleLooper):
                     run.adapter_batches or list(processors[-1].calibration_dataset),
                     functools.partial(run.fixed_rank, config),
                     known,
+                    run.source,
                 )
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])

@@ -60,6 +60,8 @@ class CompensationRun(Run):
         self.keeping: Keeping | None = None
         self.asked: Mapping[str, Any] = {}
         self.quantizer_calibration: Mapping[str, Any] = {}
+        # Tells one checkpoint from another, where the weights are known beforehand.
+        self.source = ""
         self._ranks = _dynamic_ranks(dynamic)
 
     @property

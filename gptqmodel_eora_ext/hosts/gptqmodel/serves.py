@@ -121,6 +121,7 @@ def _make_adapter(job: AdapterJob) -> Path:
         batch_size=job.batch_size,
         report=job.report,
         loading=job.loading,
+        keeping=job.keeping,
     )
 
 
