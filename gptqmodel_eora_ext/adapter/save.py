@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ..formats.names import ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_WEIGHTS
 from ..formats.packed_factors import FEATURES, features_metadata, packed_config, packed_tensors
 from ..system.files import replaced_folder, write_json
+from ..system.tensor_file import write_tensors
 from .errors import AdapterError, read_json
 from .factors import ModuleFactors
 from .folder import KEY_PREFIX, AdapterFolder
@@ -72,7 +73,7 @@ def save_adapter(
             tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
             tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
     with replaced_folder(folder) as fresh:
-        save_file(tensors, fresh / ADAPTER_WEIGHTS, metadata=metadata)
+        write_tensors(fresh / ADAPTER_WEIGHTS, tensors, metadata)
         config.save_pretrained(str(fresh))
         if packed:
             content = read_json(fresh / ADAPTER_CONFIG)

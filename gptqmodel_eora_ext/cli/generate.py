@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import summarize
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
@@ -17,11 +18,14 @@ from .options import (
     Budget,
     Calibration,
     FactorBits,
+    LogJson,
     Model,
     Objective,
     PresetName,
     Rank,
     RefineTokens,
+    Restart,
+    Resume,
     Samples,
     Sensitivity,
     SeqLen,
@@ -31,10 +35,12 @@ from .options import (
     check_model,
     check_refine,
     check_unplanned,
+    keeping_for,
     read_calibration,
+    request_of,
 )
 from .printing import errors, fail, progress_bars
-from .show import print_summary
+from .show import check_complete, print_summary
 
 
 def generate(
@@ -67,9 +73,13 @@ def generate(
     samples: Samples = DEFAULT_SAMPLES,
     seqlen: SeqLen = DEFAULT_SEQLEN,
     batch_size: BatchSize = 1,
+    resume: Resume = True,
+    restart: Restart = False,
+    log_json: LogJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make an adapter for a checkpoint that is already quantised or pruned, by whatever tool."""
+    """Make an adapter for a checkpoint that is already quantised or pruned, by whatever tool. Killed at any moment, the
+    same command goes on after the last finished layer."""
     check_refine(refine)
     ranks = None
     if plan is None:
@@ -96,7 +106,10 @@ def generate(
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
-    with errors(), progress_bars() as bar, quiet():
+    target = output or (checkpoint if checkpoint.is_file() else checkpoint / DEFAULT_FOLDER)
+    keeping = keeping_for(target, resume, restart, lasting=refine is not None)
+    with errors(resumable=keeping is not None), progress_bars() as bar, quiet():
+        request = request_of(context)
         make = adapter_maker(checkpoint)
         model = base_folder(model)
         job = AdapterJob(
@@ -109,14 +122,20 @@ def generate(
             batch_size=batch_size,
             loading={"trust_remote_code": trust_remote_code},
             report=bar("compensating layers"),
+            keeping=keeping,
         )
-        folder = make(job)
+        folder = target if keeping is not None and keeping.is_written(request) else make(job)
         if refine is not None:
+            if keeping is not None:
+                keeping.mark_written(request)
             made, folder = folder, refined_beside(folder)
-            refine_checkpoint(
+            outcome = refine_checkpoint(
                 checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
                 trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
+            check_complete(outcome)
+        if keeping is not None:
+            keeping.remove()
     print_summary(summarize(folder), time.perf_counter() - start)
 
 

@@ -12,9 +12,11 @@ from ..adapter.presets import DEFAULT_BUDGET, DEFAULT_PRESET
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import read_file, read_texts
 from ..formats.autoround import BITS
+from ..loop.resume import Keeping
 from ..plan import Plan
 from ..refine import RefineSettings
-from .printing import errors, fail
+from ..system.kept import resume_folder
+from .printing import errors, events, fail
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -27,6 +29,9 @@ PLANNED_OPTIONS = (
     "bits", "group_size", "rank", "budget", "sensitivity", "objective", "factor_bits", "preset", "sym",
     "desc_act", "mse",
 )  # fmt: skip
+
+# Options that change no result.
+OF_NO_RESULT = ("force", "resume", "restart", "log_json")
 
 Model = Annotated[str, typer.Argument(help="Full-precision model: a folder, or a name on the Hugging Face hub.")]
 Rank = Annotated[
@@ -79,6 +84,21 @@ RefineTokens = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option(help="Allow code that comes with the model or its tokenizer, from a folder or the hub.")
 ]
+def _tell_events(wanted: bool) -> None:
+    events.wanted = wanted
+
+
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Keep finished layers beside what is written until it is, and go on "
+                                              "after those that an interrupted run of the same command has left."),
+]  # fmt: skip
+Restart = Annotated[bool, typer.Option("--restart", help="Remove what an interrupted run has left, and begin anew.")]
+LogJson = Annotated[
+    bool,
+    typer.Option("--log-json", callback=_tell_events, is_eager=True,
+                 help="Progress, notes and errors as JSON lines on stderr, for schedulers."),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -146,6 +166,20 @@ def check_out(folder: Path, force: bool, *sources: str | Path) -> None:
         fail(f"`{folder}` is a file; pass a folder to write to.")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
+
+
+def keeping_for(target: Path, resume: bool, restart: bool, *, lasting: bool = False) -> Keeping | None:
+    """Where the command that writes ``target`` keeps its state; None with --no-resume."""
+    if resume:
+        return Keeping(resume_folder(target), begin_anew=restart, lasting=lasting)
+    if restart:
+        fail("--restart removes what an interrupted run has left, and --no-resume looks for none. Pass one of them.")
+    return None
+
+
+def request_of(context: typer.Context) -> dict[str, str]:
+    """What the options ask, by which an interrupted command is recognised; those that change no result left out."""
+    return {name: str(value) for name, value in sorted(context.params.items()) if name not in OF_NO_RESULT}
 
 
 def check_apart(folder: Path, source: str | Path) -> None:

@@ -46,6 +46,7 @@ from .options import (
     Calibration,
     GroupSize,
     Json,
+    LogJson,
     Model,
     Samples,
     SeqLen,
@@ -114,6 +115,7 @@ def plan(
     seqlen: SeqLen = DEFAULT_SEQLEN,
     sym: Annotated[bool, typer.Option(help="Symmetric quantisation.")] = True,
     mse: Annotated[float, typer.Option(help="GPTQModel's search for scales; 0 is off.", min=0)] = SCALE_SEARCH,
+    log_json: LogJson = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +142,7 @@ def plan(
 
     from ..hosts.terminal import quiet
 
-    with errors(), progress_bars() as bar, quiet():
+    with errors(resumable=True), progress_bars() as bar, quiet():
         data = tokenized(texts, model, samples, seqlen, trust_remote_code)
         settings = {"bits": bits, "group_size": group_size, "sym": sym, **tuning}
         opened = planner(quantizer)(model, settings, trust_remote_code)

@@ -6,17 +6,22 @@ or its emoji codes: the consoles read neither. Style is given by `Text`, never b
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from safetensors import SafetensorError
 
 from ..adapter.errors import AdapterError
 from ..loop.run import ModuleError
+from ..system.kept import Stopped, no_room
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
 out = Console(markup=False, emoji=False)
@@ -24,8 +29,12 @@ err = Console(stderr=True, markup=False, emoji=False)
 
 # What was asked cannot be: an option, a file, a model that does not fit. Typer's own mistakes have the same status.
 WRONG_REQUEST = 2
-# It was right and did not work: a disk that is full, a hub that does not answer, an error in the middle of the work.
+# It was right and did not work: a hub that does not answer, an error in the middle of the work.
 FAILED = 1
+# It was right and was interrupted (a signal, a full disk): the same command goes on from there. `EX_TEMPFAIL` of BSD's
+# sysexits.h, which schedulers know as a reason to try again.
+RESUME = 75
+GOES_ON = "What was finished is kept; the same command goes on from there."
 MISTAKES = (AdapterError, ValueError, NotImplementedError, NotADirectoryError)
 
 
@@ -36,34 +45,97 @@ def say(message: str) -> None:
 
 def note(message: str) -> None:
     """Tell what somebody may want to know before the work, beside the report."""
+    if events.wanted:
+        events.tell("note", text=message)
+        return
     err.print(Text.assemble(("note:", "bold"), " ", message), highlight=False, soft_wrap=True)
 
 
 def fail(message: str, status: int = WRONG_REQUEST) -> NoReturn:
     """Tell a mistake and leave."""
+    if events.wanted:
+        events.tell("error", text=message, status=status, resume=status == RESUME)
+        raise typer.Exit(status)
     err.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False, soft_wrap=True)
     raise typer.Exit(status)
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Mistakes in the input, and what the system refuses, end with one line; anything else keeps its traceback."""
+def errors(*, resumable: bool = False) -> Iterator[None]:
+    """Mistakes in the input, and what the system refuses, end with one line; anything else keeps its traceback.
+
+    Args:
+        resumable: whether the work within is kept, so that after an interruption the same command goes on.
+    """
     try:
         yield
+    except Stopped as error:
+        fail(str(error), RESUME)
+    except KeyboardInterrupt:
+        if not resumable:
+            raise
+        fail(f"interrupted. {GOES_ON}", RESUME)
     except MISTAKES as error:
         fail(str(error))
     except ModuleError as error:
         # A mistake in the code, which its traceback tells best, is no matter of the input.
         if not isinstance(error.__cause__, (*MISTAKES, OSError)):
             raise
-        fail(str(error), FAILED)
-    except OSError as error:
-        fail(str(error), FAILED)
+        _fail_of_system(str(error), error.__cause__, resumable)
+    except (OSError, SafetensorError) as error:
+        _fail_of_system(str(error), error, resumable)
+
+
+def _fail_of_system(message: str, error: BaseException, resumable: bool) -> NoReturn:
+    """Leave after what the system has refused; where there was no room, the remedy is told, and what comes of it."""
+    if not (resumable and no_room(error)):
+        fail(message, FAILED)
+    fail(message if GOES_ON in message else f"{message}. Free some space. {GOES_ON}", RESUME)
+
+
+class Events:
+    """Progress, notes and errors for schedulers: JSON objects, one a line, on stderr, in place of bars (`--log-json`).
+
+    Each has `time` (seconds since 1970) and `event`: `progress` (`what`, `done`, `total`, `seconds` since it began,
+    `left` by the pace so far, or null, and a `note`), `note` (`text`), or `error` (`text`, `status`, `resume`).
+
+    Attributes:
+        wanted: whether they are told.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Print one."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
+        print(line, file=sys.__stderr__, flush=True)
+
+    def progress(self, what: str) -> Callable[..., None]:
+        """A `report(done, total)` callback that tells of it."""
+        began, first = time.perf_counter(), -1
+
+        def report(done: int, total: int, note: str = "") -> None:
+            nonlocal first
+            # An interrupted run goes on in the middle; the pace is of what this process has done.
+            first = done if first < 0 else first
+            seconds = time.perf_counter() - began
+            left = seconds / (done - first) * (total - done) if done > first else None
+            self.tell("progress", what=what, done=done, total=total, seconds=round(seconds, 3),
+                      left=None if left is None else round(left, 1), note=note)  # fmt: skip
+
+        return report
+
+
+events = Events()
 
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str], Callable[..., None]]]:
     """A bar with an estimate; yields a maker of `report(done, total)` callbacks, which take a note as well."""
+    if events.wanted:
+        yield events.progress
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=err) as progress:

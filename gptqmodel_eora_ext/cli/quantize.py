@@ -23,12 +23,15 @@ from .options import (
     Calibration,
     FactorBits,
     GroupSize,
+    LogJson,
     Model,
     Objective,
     PlanFile,
     PresetName,
     Rank,
     RefineTokens,
+    Restart,
+    Resume,
     Rounds,
     Samples,
     Sensitivity,
@@ -41,12 +44,14 @@ from .options import (
     check_out,
     check_refine,
     given,
+    keeping_for,
     read_calibration,
     read_plan,
+    request_of,
 )
 from .printing import errors, fail, note, progress_bars, say
 from .recipe import DEFAULT_EFFORT, check_recipe, quantize_by_recipe
-from .show import print_summary
+from .show import check_complete, print_summary
 
 GPTQ, AUTOROUND = QUANTIZERS
 # Options that only one of them has.
@@ -92,15 +97,20 @@ def quantize(
     iters: Annotated[int, typer.Option(help="AutoRound's tuning steps a block; 0 rounds to nearest.", min=0)] = ITERS,
     format: Annotated[str, typer.Option(help=f"AutoRound's export: {', '.join(FORMATS)}.")] = FORMATS[0],
     force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+    resume: Resume = True,
+    restart: Restart = False,
+    log_json: LogJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Quantise a model, and compensate each module right after it is quantised."""
+    """Quantise a model, and compensate each module right after it is quantised. Killed at any moment, the same command
+    goes on after the last finished layer."""
     check_recipe(context, total)
+    keeping = keeping_for(output, resume, restart, lasting=total is not None or refine is not None)
     if total is not None:
         quantize_by_recipe(
             model, output, calibration, total=total, effort=effort, dry_run=dry_run,
             form=format if given(context, "format") else None, samples=samples, seqlen=seqlen,
-            batch_size=batch_size if given(context, "batch_size") else None, force=force,
+            batch_size=batch_size if given(context, "batch_size") else None, force=force, keeping=keeping,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return
@@ -125,7 +135,7 @@ def quantize(
     else:
         settings |= {"mse": mse, "desc_act": desc_act, **(planned.quantize_config() if planned else {})}
     check_model(model)
-    check_out(output, force, model)
+    check_out(output, force or (keeping is not None and keeping.exists), model)
     texts = read_calibration(calibration)
 
     from ..hosts.jobs import QuantizeJob
@@ -134,7 +144,8 @@ def quantize(
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
-    with errors(), progress_bars() as bar, quiet():
+    with errors(resumable=keeping is not None), progress_bars() as bar, quiet():
+        request = request_of(context)
         job = QuantizeJob(
             model=model,
             output=output,
@@ -145,13 +156,20 @@ def quantize(
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
             report=bar("quantising layers"),
+            keeping=keeping,
         )
-        serving(quantizer)(job)
+        if keeping is None or not keeping.is_written(request):
+            serving(quantizer)(job)
         if refine is not None:
-            refine_checkpoint(
+            if keeping is not None:
+                keeping.mark_written(request)
+            outcome = refine_checkpoint(
                 output, model, read_calibration(calibration), tokens=refine, trust_remote_code=trust_remote_code,
                 teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
+            check_complete(outcome)
+        if keeping is not None:
+            keeping.remove()
     if planned is None or planned.largest_rank:
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')

@@ -11,11 +11,11 @@ from ..adapter.budget import parse_budget
 from ..adapter.summary import summarize
 from ..adapter.validate import validate_choice
 from ..formats.names import PLAN_FILE, RECIPE_FILE
+from ..loop.resume import Keeping
 from ..plan import EFFORTS, PLANNED_BITS
-from ..refine import INTERRUPTED
 from .options import check_format, check_model, check_out, given, read_calibration
-from .printing import FAILED, err, errors, fail, out, progress_bars, say
-from .show import listing, print_summary
+from .printing import err, errors, fail, out, progress_bars, say
+from .show import check_complete, listing, print_summary
 
 DEFAULT_EFFORT = EFFORTS[-1]
 # What a recipe picks; by the names of the command's parameters.
@@ -51,6 +51,7 @@ def quantize_by_recipe(
     seqlen: int,
     batch_size: int | None,
     force: bool,
+    keeping: Keeping | None,
     trust_remote_code: bool,
 ) -> None:
     """Say what is picked and why, and run it; the arguments are the options of `eora quantize`."""
@@ -61,20 +62,21 @@ def quantize_by_recipe(
         check_format(form, *PLANNED_BITS)
     check_model(model)
     # What an interrupted run has left may be gone on with; whether it is that shows when the model is open.
-    check_out(output, force or (output / RECIPE_FILE).is_file(), model)
+    left = keeping is not None and keeping.exists
+    check_out(output, force or left or (output / RECIPE_FILE).is_file(), model)
     read_calibration(calibration)
 
     from ..hosts.recipes import is_quantised, prepare_recipe, run_recipe
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
-    with errors(), quiet():
+    with errors(resumable=keeping is not None), quiet():
         prepared = prepare_recipe(model, total, calibration, effort=effort, samples=samples, seqlen=seqlen,
                                   trust_remote_code=trust_remote_code, what="--total")  # fmt: skip
         goes_on = is_quantised(prepared, output)
-    check_out(output, force or goes_on, model)
+    check_out(output, force or goes_on or left, model)
     table = listing()
-    takes = "goes on with what is there" if goes_on else _duration(prepared.recipe.seconds(seqlen))
+    takes = "goes on with what is there" if goes_on or left else _duration(prepared.recipe.seconds(seqlen))
     for name, text in {**prepared.recipe.described(), "takes": takes}.items():
         table.add_row(name, text)
     # Beside the bars, so that stdout holds the result alone; with --dry-run this is the result.
@@ -82,15 +84,14 @@ def quantize_by_recipe(
         out.print(table)
         return
     err.print(table)
-    with errors(), progress_bars() as bar, quiet():
-        made = run_recipe(prepared, output, form=form, batch_size=batch_size, bar=bar)
+    with errors(resumable=keeping is not None), progress_bars() as bar, quiet():
+        made = run_recipe(prepared, output, form=form, batch_size=batch_size, bar=bar, keeping=keeping)
     if made.plan.largest_rank:
         print_summary(summarize(output), time.perf_counter() - start)
     bpw = 8 * made.plan.total_bytes / prepared.recipe.weights
     say(f"{bpw:.3f} bpw of weights and factors; the plan is `{output / PLAN_FILE}`.")
-    if made.outcome is not None and made.outcome.ended == INTERRUPTED:
-        say("Interrupted; the best so far is written. The same command goes on.")
-        raise typer.Exit(FAILED)
+    if made.outcome is not None:
+        check_complete(made.outcome)
     say(f'Load it:  GPTQModel.load("{output}")')
 
 

@@ -10,10 +10,10 @@ import typer
 
 from ..adapter.options import as_flag
 from ..adapter.summary import find_adapter, summarize
-from ..refine import CHOICES, DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, NATURAL_TOKENS, RefineSettings
-from .options import Calibration, TrustRemoteCode, check_apart, check_model, read_calibration
-from .printing import FAILED, errors, fail, progress_bars, say
-from .show import print_summary
+from ..refine import CHOICES, DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, NATURAL_TOKENS, RefineSettings
+from .options import Calibration, LogJson, Restart, TrustRemoteCode, check_apart, check_model, read_calibration
+from .printing import errors, fail, progress_bars
+from .show import check_complete, print_summary
 
 
 def refine(
@@ -39,6 +39,8 @@ def refine(
     learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,
+    restart: Restart = False,
+    log_json: LogJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an adapter's factors together, by what the whole model loses against full precision. Ctrl-C ends it with
@@ -62,7 +64,7 @@ def refine(
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
-    with errors(), progress_bars() as bar, quiet():
+    with errors(resumable=True), progress_bars() as bar, quiet():
         outcome = refine_checkpoint(
             checkpoint,
             base,
@@ -75,11 +77,10 @@ def refine(
             learning_rate=learning_rate,
             seed=seed,
             device=device,
+            restart=restart,
             trust_remote_code=trust_remote_code,
             teaching=bar("full precision"),
             training=bar("refining"),
         )
     print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
-    if outcome.ended == INTERRUPTED:
-        say("Interrupted; the best so far is written. The same command goes on.")
-        raise typer.Exit(FAILED)
+    check_complete(outcome)

@@ -9,7 +9,8 @@ from rich.table import Table
 from ..adapter.summary import AdapterSummary
 from ..evaluate.size import readable, weight_bytes
 from ..evaluate.sparsity import PrunedModel
-from .printing import out
+from ..refine import INTERRUPTED, Outcome
+from .printing import RESUME, fail, out
 
 
 def listing() -> Table:
@@ -18,6 +19,12 @@ def listing() -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     return table
+
+
+def check_complete(outcome: Outcome) -> None:
+    """Leave where a refinement was interrupted."""
+    if outcome.ended == INTERRUPTED:
+        fail("refinement was interrupted; the best so far is written. The same command goes on.", RESUME)
 
 
 def print_sparsity(pruned: PrunedModel) -> None:

@@ -13,6 +13,7 @@ import torch
 from ..adapter.factors import ModuleFactors
 from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
+from ..loop.resume import Keeping
 from ..plan import Plan
 from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
@@ -38,6 +39,7 @@ class QuantizeJob:
         trust_remote_code: whether model code from the hub may run.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
         report: called with (layers done, layers in all).
+        keeping: where finished layers are kept, so that an interrupted run is gone on with; None for nowhere.
     """
 
     model: str
@@ -50,6 +52,7 @@ class QuantizeJob:
     trust_remote_code: bool = False
     device: str | None = None
     report: Report | None = None
+    keeping: Keeping | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class AdapterJob:
         batch_size: windows per forward.
         loading: passed to the host's loader, for both models.
         report: called with (layers done, layers in all).
+        keeping: where finished layers are kept, as in `QuantizeJob`.
     """
 
     base: str
@@ -112,6 +116,7 @@ class AdapterJob:
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
+    keeping: Keeping | None = None
 
 
 # W of a module, by its full name: out × in, on the CPU.
@@ -136,6 +141,8 @@ class LoopJob:
         batch_size: windows per forward.
         loading: passed to the loop's loader.
         report: called with (layers done, layers in all).
+        keeping: where finished layers are kept, as in `QuantizeJob`.
+        source: tells one set of known weights from another, where layers are kept.
     """
 
     base: str
@@ -148,6 +155,8 @@ class LoopJob:
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
+    keeping: Keeping | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

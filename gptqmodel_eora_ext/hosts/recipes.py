@@ -17,6 +17,7 @@ from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import find_adapter
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, read_texts, windows
 from ..formats.names import PLAN_FILE, RECIPE_FILE
+from ..loop.resume import Keeping
 from ..plan import (
     PLANNED_BITS,
     Plan,
@@ -160,6 +161,7 @@ def run_recipe(
     form: str | None = None,
     batch_size: int | None = None,
     bar: Bars = lambda title: lambda done, total, note="": None,
+    keeping: Keeping | None = None,
 ) -> Made:
     """Plan widths and ranks, quantise by the plan, and refine the adapter, as the recipe says.
 
@@ -173,6 +175,8 @@ def run_recipe(
         form: AutoRound's export, "auto_round" by default.
         batch_size: windows a step or a forward; None for the recipe's.
         bar: makes a progress bar of a title.
+        keeping: where finished layers are kept, so that a call that is interrupted while it quantises goes on after
+            them; `lasting`, since what the folder is of is written after the checkpoint.
 
     Raises:
         ValueError: for calibration or weights that do not fit, or an export of AutoRound where GPTQ quantises.
@@ -188,7 +192,9 @@ def run_recipe(
         log.info("EoRA: `%s` is quantised by this recipe already.", folder)
         plan = Plan.read(folder / PLAN_FILE)
     else:
-        plan = _quantize(prepared, folder, form or FORMAT, batch_size, bar)
+        plan = _quantize(prepared, folder, form or FORMAT, batch_size, bar, keeping)
+    if keeping is not None:
+        keeping.remove()
     refined = prepared.recipe.row.refine
     if not refined or not plan.largest_rank or _is_refined(folder):
         return Made(folder, plan, None)
@@ -213,7 +219,9 @@ def _is_refined(folder: Path) -> bool:
     return bool(ended != INTERRUPTED)
 
 
-def _quantize(prepared: Prepared, folder: Path, form: str, batch_size: int | None, bar: Bars) -> Plan:
+def _quantize(
+    prepared: Prepared, folder: Path, form: str, batch_size: int | None, bar: Bars, keeping: Keeping | None
+) -> Plan:
     recipe = prepared.recipe
     plan = plan_of(prepared, bar)
     # What stands there of another recipe is replaced, and must not be taken for this one's if the work breaks off.
@@ -227,6 +235,7 @@ def _quantize(prepared: Prepared, folder: Path, form: str, batch_size: int | Non
         batch_size=batch_size or recipe.batch_size,
         trust_remote_code=prepared.trust_remote_code,
         report=bar("quantising layers"),
+        keeping=keeping,
     )
     quantizer(recipe.row.quantizer)(job)
     plan.write(folder / PLAN_FILE)

@@ -41,6 +41,7 @@ def refine_checkpoint(
     learning_rate: float | None = None,
     seed: int | None = None,
     device: str | None = None,
+    restart: bool = False,
     trust_remote_code: bool = False,
     teaching: Callable[[int, int], None] = lambda done, total: None,
     training: Callable[[int, int, str], None] = lambda done, total, note: None,
@@ -69,6 +70,7 @@ def refine_checkpoint(
         learning_rate: of Adam's first step; None for 1e-3. "natural" takes none.
         seed: of the order of the windows; None for 0.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
+        restart: whether what an interrupted run has left is removed.
         trust_remote_code: whether model code from the hub may run.
         teaching: hears how far the full-precision model is: (layers done, layers in all).
         training: hears of every step: (steps done, steps in all, its loss in words).
@@ -96,7 +98,7 @@ def refine_checkpoint(
     target = checkpoint / DEFAULT_REFINED if output is None else Path(output)
     ids = _ids(calibration, base, settings, trust_remote_code)
     opened = trainee(checkpoint)(checkpoint, trust_remote_code=trust_remote_code, device=device)
-    job = RefineJob(base, ids, settings, trust_remote_code, teaching, training)
+    job = RefineJob(base, ids, settings, trust_remote_code, teaching, training, restart)
     return refine_adapter(opened, checkpoint, source, target, job)
 
 

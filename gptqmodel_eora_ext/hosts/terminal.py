@@ -112,6 +112,11 @@ class LayerProgress:
         self.total = total
         self.done = 0
 
+    def go_on(self, done: int) -> None:
+        """Called where so many layers were finished by an interrupted run."""
+        self.done = done
+        self.report(self.done, self.total)
+
     def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
         """Called twice a layer: when it is quantised, and when it is packed."""
         if not submodule_finalized:

@@ -143,7 +143,24 @@ class RankAllocation:
 
     def report(self) -> dict[str, Any]:
         """Budget and spending, ready for JSON."""
-        return {"budget": self.budget, "spent": self._spent, "predicted_loss": sum(self.losses.values())}
+        # In the modules' own order, so that the sum is the same whichever thread was first.
+        predicted = sum(self.losses.get(name, 0.0) for name in self.options)
+        return {"budget": self.budget, "spent": self._spent, "predicted_loss": predicted}
+
+    def state(self) -> dict[str, Any]:
+        """What was given out so far, for `load_state` of an allocation that was made from the same forecasts."""
+        with self._lock:
+            return {
+                "ranks": dict(self.ranks), "losses": dict(self.losses), "spent": self._spent, "price": self._price,
+                "caps": dict(self._caps), "found": dict(self._found),
+            }  # fmt: skip
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where another process stopped."""
+        with self._lock:
+            self.ranks, self.losses = dict(state["ranks"]), dict(state["losses"])
+            self._spent, self._price = state["spent"], state["price"]
+            self._caps, self._found = dict(state["caps"]), dict(state["found"])
 
     def _corrections(self) -> dict[str, float]:
         """The ratio of found to forecast loss, by kind of module (`q_proj`), and under "" that of all modules."""

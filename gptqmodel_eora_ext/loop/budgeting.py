@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ def allocate_budget(
     rounding: Callable[[str], Rounding],
     *,
     quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
+    source: str = "",
     fixed_rank: Callable[[str], int | None] = lambda name: None,
     bar: Bar = lambda title: iter,
 ) -> RankAllocation:
@@ -45,6 +47,7 @@ def allocate_budget(
         rounding: module's name → how its weights will be rounded.
         quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
             quick GPTQ.
+        source: tells one ``quantized`` from another, so that forecasts are kept.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         bar: makes a progress bar of that title, which wraps a sequence.
 
@@ -60,7 +63,10 @@ def allocate_budget(
         model,
         [shape.name for shape in shapes],
         batches,
-        budget_question(shapes, budget, options.factor_bits, rounding, quantized, fixed_rank, options.layout),
+        dataclasses.replace(
+            budget_question(shapes, budget, options.factor_bits, rounding, quantized, fixed_rank, options.layout),
+            source=source,
+        ),
         kind=options.sensitivity,
         with_kinds=True,
         bar=bar,

@@ -126,12 +126,7 @@ class Run:
         Args:
             windows: of each batch, its token ids (integers of any shape) and how many of them count.
         """
-        digest = hashlib.sha256()
-        batches = tokens = 0
-        for ids, counted in windows:
-            digest.update(ids.to(torch.int64).cpu().numpy().tobytes())
-            batches, tokens = batches + 1, tokens + counted
-        self.calibration = {"batches": batches, "tokens": tokens, "sha256": digest.hexdigest()}
+        self.calibration = fingerprint_windows(windows)
 
     def describe(self, method: str, host: str, **more: Any) -> dict[str, Any]:
         """What goes into `eora.json` beside the per-module report.
@@ -182,8 +177,24 @@ def write_adapter(
         OSError: when a file cannot be written.
     """
     place = base_model or checkpoint
+    # In the model's order: threads have recorded them in any.
+    factors = {name: factors[name] for name in dict.fromkeys((*module_names, *factors)) if name in factors}
     save_adapter(folder, factors, base_model=str(place), module_names=module_names, details=details)
     name_adapter(checkpoint, folder, factors, known_as=place)
+
+
+def fingerprint_windows(windows: Iterable[tuple[torch.Tensor, int]]) -> dict[str, Any]:
+    """Number of batches and of tokens that count, and a digest of the token ids: by which data is recognised.
+
+    Args:
+        windows: of each batch, its token ids (integers of any shape) and how many of them count.
+    """
+    digest = hashlib.sha256()
+    batches = tokens = 0
+    for ids, counted in windows:
+        digest.update(ids.to(torch.int64).cpu().numpy().tobytes())
+        batches, tokens = batches + 1, tokens + counted
+    return {"batches": batches, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
 def counted_tokens(batches: Sequence[Mapping[str, Any]]) -> Iterable[tuple[torch.Tensor, int]]:

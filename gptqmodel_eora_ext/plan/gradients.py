@@ -8,7 +8,7 @@ weights and activations are in memory at a time; the inputs of all layers lie in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,26 @@ HEAD_TOKENS = 256
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
+class GradientKeeper(Protocol):
+    """Keeps a measurement's steps, so that an interrupted one is gone on with (`plan.kept_gradients`)."""
+
+    def go_on(self, count: int) -> tuple[int, list[torch.Tensor]]:
+        """The first step that is not finished, of two a layer, and the gradients that the last one has handed down."""
+        ...
+
+    def inputs(self, index: int) -> list[torch.Tensor]:
+        """What enters a layer, of each window; of the number of layers, what comes out of the last."""
+        ...
+
+    def forward(self, index: int, outputs: list[torch.Tensor]) -> None:
+        """Keep what comes out of a layer on the way forward."""
+        ...
+
+    def backward(self, index: int, gradients: list[torch.Tensor], count: int) -> None:
+        """Keep what a layer hands down on the way back, when what was found of it is written."""
+        ...
+
+
 def measure_gradients(
     model: LayeredModel,
     modules: Sequence[str],
@@ -33,6 +53,7 @@ def measure_gradients(
     kind: str = "fisher",
     seed: int = 0,
     progress: Progress = iter,
+    keeper: GradientKeeper | None = None,
 ) -> None:
     """Take the gradient of the loss at every module's output, at every token that counts.
 
@@ -46,6 +67,7 @@ def measure_gradients(
         kind: "fisher": labels sampled from the model; "empirical": the text's own.
         seed: of the sampling.
         progress: wraps the steps, two a layer.
+        keeper: keeps what each step has come to, and knows what an interrupted measurement has left.
 
     Raises:
         NotImplementedError: for a model that cannot be run layer by layer.
@@ -54,7 +76,17 @@ def measure_gradients(
     count = len(model)
     inputs = [[spill.keep(window.hidden)] for window in windows]
     gradients: list[torch.Tensor] = []
-    for step in progress(range(2 * count)):
+    first = 0
+    if keeper is not None:
+        first, gradients = keeper.go_on(count)
+        # On the way forward, the layer that comes next; on the way back, the layer to be gone through next.
+        last = first if first <= count else 2 * count - 1 - first
+        for before in range(1, last + 1):
+            for window, kept, hidden in zip(windows, inputs, keeper.inputs(before), strict=True):
+                window.hidden = hidden.to(model.device)
+                if before < count:
+                    kept.append(spill.keep(hidden))
+    for step in progress(range(first, 2 * count)):
         index = step if step < count else 2 * count - 1 - step
         with model.layer(index) as layer:
             if step < count:
@@ -63,6 +95,8 @@ def measure_gradients(
                         window.hidden = model.run(layer, index, window.hidden, window)
                         if index < count - 1:
                             kept.append(spill.keep(window.hidden))
+                if keeper is not None:
+                    keeper.forward(index, [window.hidden for window in windows])
             else:
                 if not gradients:
                     gradients = gradients_of_outputs(model, windows, kind, seed)
@@ -80,6 +114,8 @@ def measure_gradients(
                         gradients[position] = hidden.grad
                         spill.drop(given)
                 found(index, {name: torch.cat(rows) for name, rows in watch.gradients.items()})
+                if keeper is not None:
+                    keeper.backward(index, gradients, count)
         release_free_memory()
 
 

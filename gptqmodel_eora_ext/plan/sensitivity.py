@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..solve import Moment, RowMoment
-from ..system.files import write_json
+from ..system.files import replaced_file, write_json
+from ..system.tensor_file import write_tensors
 from .layered import LayeredModel
 from .rows import moment_of
 
@@ -123,7 +123,8 @@ class SensitivityWriter:
             tensors[f"s.{name}"] = rows.to(torch.float32).square().sum(1).cpu()
             self.files[name] = file
         if tensors:
-            save_file(tensors, self.folder / file)
+            with replaced_file(self.folder / file) as unfinished:
+                write_tensors(unfinished, tensors, {})
 
     def finish(self, kind: str, fingerprint: str) -> None:
         """Write which file holds what. Without that a folder is not taken for finished."""

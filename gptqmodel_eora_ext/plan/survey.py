@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,16 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import SENSITIVITIES
-from ..system.files import cache_folder, replaced_folder
+from ..system.files import cache_folder, replaced_folder, unfinished_folder
+from ..system.kept import InUse, kept_state
 from ..system.spill import spilling
 from .gradients import Progress, measure_gradients
+from .kept_gradients import StepsKept
+from .kept_sweep import kept_sweep
 from .layered import LayeredModel
 from .sensitivity import CONTENTS, Sensitivity, SensitivityWriter, fingerprint
 from .sweep import Question, Swept, sweep
@@ -87,15 +92,23 @@ def _survey(
         "EoRA: forecasting %d modules on %d tokens, layer by layer%s.", len(modules), _count(some),
         f", and each kind of them on {_count(others)} others" if with_kinds else "",
     )  # fmt: skip
-    return sweep(
-        model,
-        modules,
-        some,
-        sensitivity,
-        question,
-        kind_batches=others,
-        progress=bar("EoRA: forecasting, layer by layer"),
-    )
+    with kept_sweep(model, modules, [*some, *others], kind, question) as keeper:
+        known = keeper.found(sensitivity) if keeper is not None else None
+        if known is not None:
+            return known
+        found = sweep(
+            model,
+            modules,
+            some,
+            sensitivity,
+            question,
+            kind_batches=others,
+            progress=bar("EoRA: forecasting, layer by layer"),
+            keeper=keeper,
+        )
+        if keeper is not None:
+            keeper.finish(found)
+        return found
 
 
 def survey_some(
@@ -151,13 +164,25 @@ def cached_sensitivity(
         return Sensitivity.load(folder)
     log.info("EoRA: measuring gradients (%s) of %d modules on %d tokens, layer by layer.", kind, len(modules),
              _count(some))  # fmt: skip
-    with replaced_folder(folder) as fresh, spilling(limit, fresh) as spill:
-        writer = SensitivityWriter(fresh, _count(some))
-        progress = bar("EoRA: measuring sensitivities")
-        measure_gradients(model, modules, some, writer.add, spill=spill, kind=kind, progress=progress)
-        if spill.on_disk:
-            log.info("EoRA: %.1f MB of layer inputs were on disk (%s=%d).", spill.on_disk / 1e6, MEMORY_VARIABLE, limit)
-        writer.finish(kind, named)
+    with contextlib.ExitStack() as stack:
+        kept = None
+        # Another process may be at it; then this one measures by itself.
+        with contextlib.suppress(InUse):
+            asked = {"version": __version__, "torch": torch.__version__}
+            kept = stack.enter_context(kept_state(unfinished_folder(folder), asked, supersede=True))
+        made = None if kept is None else kept.root / "made"
+        with replaced_folder(folder, unfinished=made) as fresh, spilling(limit, fresh) as spill:
+            writer = SensitivityWriter(fresh, _count(some))
+            measure_gradients(
+                model, modules, some, writer.add, spill=spill, kind=kind, progress=bar("EoRA: measuring sensitivities"),
+                keeper=None if kept is None else StepsKept(kept, writer),
+            )  # fmt: skip
+            if spill.on_disk:
+                log.info("EoRA: %.1f MB of layer inputs were on disk (%s=%d).", spill.on_disk / 1e6, MEMORY_VARIABLE,
+                         limit)  # fmt: skip
+            writer.finish(kind, named)
+        if kept is not None:
+            kept.finish()
     size = sum(file.stat().st_size for file in folder.iterdir())
     log.info("EoRA: sensitivities kept in `%s`, %.1f MB.", folder, size / 1e6)
     return Sensitivity.load(folder)

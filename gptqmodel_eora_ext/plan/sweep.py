@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -71,6 +71,8 @@ class Question:
             taken to be independent.
         candidates: module's name and W → each Ŵ to compare, one for each of its widths, which are then no bits but
             numbers of candidates; for a quantiser whose own files are compared. None otherwise.
+        source: what tells one ``quantized`` from another (a digest of a checkpoint), so that an interrupted sweep can
+            be gone on with; empty where there is none.
     """
 
     rounding: Callable[[str], Rounding]
@@ -79,6 +81,7 @@ class Question:
     uniform: int = 0
     weighed: bool = True
     candidates: Callable[[str, torch.Tensor], Iterable[torch.Tensor]] | None = None
+    source: str = ""
 
     @property
     def rounds(self) -> bool:
@@ -107,6 +110,34 @@ class Swept:
     reached: Mapping[str, int] = field(default_factory=dict)
 
 
+class SweepKeeper(Protocol):
+    """Keeps a sweep's layers, so that an interrupted one is gone on with (`plan.kept_sweep`)."""
+
+    def go_on(
+        self,
+        forecasts: dict[str, dict[int, Forecast]],
+        relative: dict[str, torch.Tensor],
+        counts: dict[str, int],
+        windows: Sequence[Window],
+        kinds: Kinds | None,
+    ) -> int:
+        """Fill in what an interrupted sweep has found, and return the first layer that it has not finished."""
+        ...
+
+    def keep(
+        self,
+        index: int,
+        names: Sequence[str],
+        forecasts: Mapping[str, Mapping[int, Forecast]],
+        relative: Mapping[str, torch.Tensor],
+        counts: Mapping[str, int],
+        windows: Sequence[Window],
+        kinds: Kinds | None,
+    ) -> None:
+        """Keep a layer, whose modules are ``names``, and what the next one starts from."""
+        ...
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """A layer whose weights are in memory, and what its modules read.
@@ -126,7 +157,7 @@ class LayerInputs:
 
 
 def layer_inputs(
-    model: LayeredModel, modules: Sequence[str], windows: Sequence[Window], progress: Progress = iter
+    model: LayeredModel, modules: Sequence[str], windows: Sequence[Window], progress: Progress = iter, first: int = 0
 ) -> Iterator[LayerInputs]:
     """Run windows through the model, and yield each layer in turn with what its modules read.
 
@@ -135,8 +166,9 @@ def layer_inputs(
         modules: full names of linear layers.
         windows: as `LayeredModel.begin` returns them. Once a layer is yielded, their `hidden` is its output.
         progress: wraps the layers.
+        first: the layer to begin with, whose input is the windows' `hidden`.
     """
-    for index in progress(range(len(model))):
+    for index in progress(range(first, len(model))):
         with model.layer(index) as layer:
             linears: dict[str, Any] = {
                 name: model.model.get_submodule(name) for name in modules if name.startswith(f"{model.layers[index]}.")
@@ -160,6 +192,7 @@ def sweep(
     *,
     kind_batches: Sequence[Mapping[str, Any]] = (),
     progress: Progress = iter,
+    keeper: SweepKeeper | None = None,
 ) -> Swept:
     """Forecast every module, and measure every kind.
 
@@ -174,18 +207,20 @@ def sweep(
         question: what to forecast.
         kind_batches: data to measure kinds on, in the same form; none for no measurement.
         progress: wraps the layers.
+        keeper: keeps every layer once it is forecast, and knows those that an interrupted sweep has finished.
 
     Raises:
         ValueError: for NaN or infinity in inputs.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
     windows = model.begin(batches)
-    kinds = _Kinds(model, modules, kind_batches) if kind_batches else None
+    kinds = Kinds(model, modules, kind_batches) if kind_batches else None
     forecasts: dict[str, dict[int, Forecast]] = {}
     relative: dict[str, torch.Tensor] = {}
     tokens = sum(int(window.keep.sum()) for window in windows)
     counts: dict[str, int] = {}
-    for inputs in layer_inputs(model, modules, windows, progress):
+    first = keeper.go_on(forecasts, relative, counts, windows, kinds) if keeper is not None else 0
+    for inputs in layer_inputs(model, modules, windows, progress, first):
         reached = [name for name in inputs.leaders if sensitivity is None or name in sensitivity]
         counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
         _tell_routing(inputs, reached, tokens)
@@ -201,6 +236,8 @@ def sweep(
                                         for bits in question.rounding(name).bits})  # fmt: skip
         if kinds is not None:
             kinds.step(inputs, replaced)
+        if keeper is not None:
+            keeper.keep(inputs.index, list(inputs.linears), forecasts, relative, counts, windows, kinds)
         # These names would keep the layer's tensors until the next layer is made, and both would be in memory.
         del inputs, replaced
     output_moments = relative if sensitivity is None else sensitivity
@@ -318,7 +355,7 @@ def _columns(
     return found
 
 
-class _Kinds:
+class Kinds:
     """Takes windows through the layers, once as they are and once for each kind of module with its weights replaced."""
 
     def __init__(self, model: LayeredModel, modules: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> None:
@@ -327,6 +364,16 @@ class _Kinds:
         self._hidden = {
             kind: [window.hidden for window in self._windows] for kind in dict.fromkeys(map(kind_of, modules))
         }
+
+    def state(self) -> dict[str, Any]:
+        """What the next layer starts from, for `load_state`."""
+        return {"windows": [window.hidden for window in self._windows], "hidden": self._hidden}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where another process stopped."""
+        for window, hidden in zip(self._windows, state["windows"], strict=True):
+            window.hidden = hidden
+        self._hidden = {kind: list(streams) for kind, streams in state["hidden"].items()}
 
     @torch.no_grad()
     def step(self, inputs: LayerInputs, replaced: Mapping[str, torch.Tensor]) -> None:

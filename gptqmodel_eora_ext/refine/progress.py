@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..system.files import replaced_file
+from ..system.tensor_file import write_tensors
 from .adam import Adam
 from .factors import Stored, TrainedFactors
 from .outcome import Outcome
@@ -39,13 +39,13 @@ class Progress:
         """
         if self._path is None:
             return
+        # Whole and on the disk before it takes the older one's place, in the same order each time.
         told = {one.name: getattr(outcome, one.name) for one in fields(outcome) if one.name != "best"}
         tensors = dict(self._tensors())
         if outcome.best is not None:
             tensors |= {"best.values": outcome.best.values, "best.scales": outcome.best.scales}
         with replaced_file(self._path) as unfinished:
-            save_file({name: one.contiguous() for name, one in tensors.items()}, unfinished,
-                      metadata={OUTCOME: json.dumps(told)})  # fmt: skip
+            write_tensors(unfinished, tensors, {OUTCOME: json.dumps(told)})
 
     def read(self, outcome: Outcome) -> bool:
         """Take up what `write` has left, if anything; tells whether there was."""

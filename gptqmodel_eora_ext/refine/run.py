@@ -25,6 +25,7 @@ from ..formats.factors import QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
 from ..system.files import unfinished_folder, write_json
 from ..system.interrupt import asked_to_stop
+from ..system.kept import ResumeError, differences
 from .evaluation import Evaluation
 from .factors import TrainedFactors
 from .natural import NaturalStep
@@ -53,6 +54,7 @@ class RefineJob:
         trust_remote_code: whether model code from the hub may run.
         teaching: hears how far the full-precision model is: (steps done, steps in all).
         training: hears of every step, with a note of its loss.
+        restart: whether what an interrupted run has left is removed.
     """
 
     base: str
@@ -61,6 +63,7 @@ class RefineJob:
     trust_remote_code: bool = False
     teaching: Callable[[int, int], None] = lambda done, total: None
     training: Report = lambda done, total, note: None
+    restart: bool = False
 
 
 def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, output: Path, job: RefineJob) -> Outcome:
@@ -83,6 +86,7 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
     Raises:
         AdapterError: when the adapter does not fit the checkpoint.
         ValueError: for a base or calibration that does not fit the checkpoint, or for ``output`` equal to ``source``.
+        ResumeError: where an interrupted run with other settings, data or factors has left its state.
         NotImplementedError: for a model that cannot be run layer by layer.
 
     Example:
@@ -204,12 +208,15 @@ def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
         begun_with = hashlib.file_digest(file, "sha256").hexdigest()
     asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": begun_with,
              "ids": _fingerprint(job.ids)}  # fmt: skip
-    if (work / ASKED).is_file():
-        if read_json(work / ASKED) == json.loads(json.dumps(asked)):
+    if (work / ASKED).is_file() and not job.restart:
+        unlike = differences(read_json(work / ASKED), json.loads(json.dumps(asked)))
+        if not unlike:
             log.info("EoRA: an interrupted refinement in `%s` is gone on with.", work)
             return
-        log.warning("EoRA: what an interrupted refinement with other settings, data or factors has left in `%s` is "
-                    "removed.", work)  # fmt: skip
+        raise ResumeError(
+            f"EoRA: `{work}` was left by an interrupted refinement that was asked something else "
+            f"({'; '.join(unlike)}). Ask the same again, and it goes on. Begin anew: `--restart`, or remove the folder."
+        )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / ASKED, asked)

@@ -30,6 +30,9 @@ DIVERGED = 1.5
 # Steps between two searches for the scales of packed factors; a search takes as long as a step's tenth on SmolLM2.
 SCALES_EVERY = 16
 
+# After a state is written, no other is for so many times as long as that took, so that keeping it costs at most 2 %.
+SPACING = 50
+
 # Called with (steps done, steps in all, what to say about them).
 Report = Callable[[int, int, str], None]
 
@@ -82,6 +85,7 @@ class Training:
         outcome.ended = COMPLETE
         last = outcome.after
         every = max(1, outcome.planned // VALIDATIONS)
+        next_write = 0.0
         while outcome.steps < outcome.planned:
             if self._interrupted():
                 outcome.ended = INTERRUPTED
@@ -96,8 +100,11 @@ class Training:
                 last = self._look()
                 if outcome.ended != COMPLETE:
                     break
-                outcome.seconds = spent + time.perf_counter() - begun
+            now = time.perf_counter()
+            if now >= next_write and left:
+                outcome.seconds = spent + now - begun
                 self._progress.write(outcome)
+                next_write = time.perf_counter() + SPACING * (time.perf_counter() - now)
             note = f"loss {value:.3f}, validation {last:.3f}, {outcome.before:.3f} at the start"
             self._report(outcome.steps, outcome.planned, note)
         outcome.seconds = spent + time.perf_counter() - begun

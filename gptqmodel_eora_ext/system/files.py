@@ -19,7 +19,7 @@ AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
 # Names of files and folders that are being written, which a killed process leaves behind.
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(?:tmp|old)|\..+\.unfinished")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(?:tmp|old)|\..+\.(?:unfinished|resume)")
 # Files by which a folder is opened: without them it is taken for no model and no adapter.
 NAMES_OTHERS = ("config.json", "adapter_config.json")
 

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# Signals by which a person or a scheduler asks a process to end.
+ASKING = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed within the block, where it ends nothing by itself.
+    """Yield a function that tells whether Ctrl-C was pressed or SIGTERM came within the block, which end nothing there.
 
-    Pressed a second time, it raises KeyboardInterrupt as usual. In a thread that is not the main one, which signals do
-    not reach, the function is always false.
+    The second one does what it usually does: Ctrl-C raises KeyboardInterrupt, SIGTERM ends the process. In a thread
+    that is not the main one, which signals do not reach, the function is always false.
 
     Example:
         >>> with asked_to_stop() as stopping:
@@ -25,14 +28,19 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     pressed = threading.Event()
-    usual = signal.getsignal(signal.SIGINT)
+    usual = {number: signal.getsignal(number) for number in ASKING}
+
+    def put_back() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.set()
-        signal.signal(signal.SIGINT, usual)
+        put_back()
 
-    signal.signal(signal.SIGINT, note)
+    for number in ASKING:
+        signal.signal(number, note)
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, usual)
+        put_back()

@@ -65,7 +65,7 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         kept = Kept(None, self.on_disk, flat.shape, flat.dtype)
         self._file.seek(kept.offset)
-        self._file.write(_bytes_of(flat))
+        self._file.write(bytes_of(flat))
         self.on_disk += flat.nbytes
         return kept
 
@@ -80,7 +80,7 @@ class Spill:
         assert self._file is not None
         tensor = torch.empty(kept.shape, dtype=kept.dtype)
         self._file.seek(kept.offset)
-        found = self._file.readinto(_bytes_of(tensor))  # type: ignore[attr-defined]
+        found = self._file.readinto(bytes_of(tensor))  # type: ignore[attr-defined]
         if found != tensor.nbytes:
             raise OSError(f"EoRA: {found} of {tensor.nbytes} bytes could be read back in `{self.folder}`.")
         return tensor.to(device)
@@ -107,6 +107,7 @@ def spilling(limit: int, folder: Path) -> Iterator[Spill]:
         spill.close()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, not a copy."""
     # As bytes, since numpy has no bfloat16.
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)

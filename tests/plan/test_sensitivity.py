@@ -160,7 +160,7 @@ def test_infinite_gradients_are_named(tmp_path: Path) -> None:
         SensitivityWriter(tmp_path, 1).add(0, {"q_proj": torch.tensor([[1.0, float("inf")]])})
 
 
-def test_cached_once_and_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_once_and_an_interrupted_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("EORA_SURVEY_MEMORY", "1b")
     model, names = in_memory(tiny_model()), list(linears(tiny_model()))
@@ -170,10 +170,12 @@ def test_cached_once_and_nothing_is_left_of_an_interrupted_run(tmp_path: Path, m
         yield steps[0]
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        cached_sensitivity(model, names, windows(2), kind="fisher", bar=lambda title: interrupted)
+    # Two layers: a step for each on the way forward, and one on the way back.
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            cached_sensitivity(model, names, windows(2), kind="fisher", bar=lambda title: interrupted)
     root = tmp_path / "gptqmodel-eora-ext" / "sensitivity"
-    assert not list(root.iterdir())
+    assert [one.name[-11:] for one in root.iterdir()] == [".unfinished"]
 
     def counted(items: Any) -> Any:
         for item in items:
@@ -183,12 +185,16 @@ def test_cached_once_and_nothing_is_left_of_an_interrupted_run(tmp_path: Path, m
     first, second = (
         cached_sensitivity(model, names, windows(2), kind="fisher", bar=lambda title: counted) for _ in range(2)
     )
-    assert steps == list(range(4)) and first.fingerprint == second.fingerprint
+    assert steps == [3] and first.fingerprint == second.fingerprint
     [folder] = root.iterdir()
     assert sorted(file.name for file in folder.iterdir()) == [
         "layer-0.safetensors", "layer-1.safetensors", "sensitivity.json"
     ]  # fmt: skip
     assert first.tokens == 2 * TOKENS and set(first) == set(names)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "never-interrupted"))
+    never = cached_sensitivity(model, names, windows(2), kind="fisher")
+    for file in set(first.files.values()):
+        assert (first.folder / file).read_bytes() == (never.folder / file).read_bytes()
 
 
 def test_a_seed_gives_the_same_again_and_fingerprints_tell_apart(tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ def allocate_ranks(orchestrator: Any, options: AdapterOptions, token_ids: Sequen
     shapes = [shape_of(name, one) for name, one in quantized.items()]
     batches = [_batch(ids) for ids in token_ids]
     model = orchestrator.model_context.model
-    return allocate_budget(_layered(model, list(quantized)), shapes, batches, options, rounding)
+    return allocate_budget(layered(model, list(quantized)), shapes, batches, options, rounding)
 
 
-def _layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
+def layered(model: torch.nn.Module, names: Sequence[str]) -> LayeredModel:
     """The model as AutoRound holds it; where weights are on disk, a model that reads them layer by layer from there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # AutoRound leaves empty tensors, or some on the meta device, in the place of what is on disk.

@@ -10,6 +10,7 @@ from auto_round.algorithms.quantization.config import QuantizationConfig
 from ...adapter.budget import FORM
 from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import DEFAULT_RANK, FACTOR_BITS, OBJECTIVES, SENSITIVITIES, UNIFORM
+from ...loop.resume import Keeping
 from ...plan import Plan, plan_to_follow
 
 NAME = "eora"
@@ -92,6 +93,8 @@ class EoRAConfig(QuantizationConfig):
         self.objective = objective
         self.factor_bits = factor_bits
         self.plan = plan
+        # Where finished blocks are kept; set by our commands. Others name `AR_RESUME_DIR`.
+        self.keeping: Keeping | None = None
         self.validate()
 
     def validate(self) -> None:

@@ -94,6 +94,7 @@ class EoRATransform(BasePreprocessor):
         if self._composer is not None:
             self._composer.__dict__.pop("compress_block", None)
             self._composer = None
+        self.run.end()
 
     def _save_quantized(
         self, save: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
@@ -121,8 +122,13 @@ class EoRATransform(BasePreprocessor):
         self.run.allocate(input_ids)
         self._inputs = (fp_inputs if q_inputs is None else q_inputs, input_others, input_ids)
         self._block = block
+        done = False
         try:
-            return compress(block, fp_inputs, input_others, block_ctx, q_inputs=q_inputs, input_ids=input_ids, **kwargs)
+            found = compress(
+                block, fp_inputs, input_others, block_ctx, q_inputs=q_inputs, input_ids=input_ids, **kwargs
+            )
+            done = True
+            return found
         finally:
             for name, quantized in self._quantized.items():
                 block_ctx.model.get_submodule(name).weight.data = quantized
@@ -131,6 +137,8 @@ class EoRATransform(BasePreprocessor):
             self._inputs = self._block = self._held = None
             self._quantized = {}
             self._weights = {}
+            if done:
+                self.run.computed(block)
 
     def register_fp_input_forward_hooks(self, block: torch.nn.Module) -> list[Any]:
         """No hooks: the inputs of the quantised block are wanted here, not those of the full-precision one."""
@@ -163,7 +171,7 @@ class EoRATransform(BasePreprocessor):
                     self.run.raise_failure()
                 held.compensated(stage)
             held.expect_outputs()
-        self.run.end_block(ctx.block_name, list(modules), time.perf_counter() - start)
+        self.run.end_block(modules, time.perf_counter() - start)
         if ctx.pbar is not None:
             ctx.pbar.set_postfix_str(f"EoRA {self.run.seconds:.0f} s", refresh=False)
 

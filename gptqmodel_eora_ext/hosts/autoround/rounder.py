@@ -43,14 +43,13 @@ def watch_blocks(rounder: Any, report: Report) -> None:
     rounder.post_init()
     compress = rounder.alg_composer.compress_block
     groups = rounder.quant_block_list or get_block_names(rounder.model_context.model)
-    total, done = sum(map(len, groups)), 0
+    names = [name for group in groups for name in group]
 
     @functools.wraps(compress)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        found = compress(*args, **kwargs)
-        done += 1
-        report(done, total)
+    def watched(*args: Any, block_ctx: Any, **kwargs: Any) -> Any:
+        found = compress(*args, block_ctx=block_ctx, **kwargs)
+        # By its place, since an interrupted run's blocks are not made again.
+        report(names.index(block_ctx.block_name) + 1, len(names))
         return found
 
     # An attribute of the instance hides the method, for this run alone.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from auto_round import envs
 
 from ...adapter.checkpoint import replaced_checkpoint
 from ...adapter.compensate import Recipe
@@ -18,19 +16,17 @@ from ...adapter.layers import shape_of
 from ...adapter.naming import DEFAULT_FOLDER
 from ...adapter.vocabulary import AUTO, UNIFORM
 from ...loop.budgeting import budgeted_rank
-from ...loop.resume import FinishedBlocks
+from ...loop.resume import Keeping
 from ...loop.run import Run, write_adapter
 from ...system.files import require_space, unfinished_folder
 from .budget import allocate_ranks
 from .config import EoRAConfig
 from .modules import quantized_linears
 from .moments import IGNORED_TOKEN
+from .resume import BlockKeeper, keeping_of
 
 log = logging.getLogger(__name__)
 
-# AutoRound's record of the blocks whose weights are on disk, one file for each group of blocks. It skips those blocks
-# when the run is started again; their factors are written before that record is.
-MANIFESTS = "group_*/resume_manifest.json"
 # Bits of a group's scale. A zero point takes as many as a weight.
 SCALE_BITS = 16
 
@@ -47,7 +43,9 @@ class LoopRun(Run):
         super().__init__(config.settled)
         self._orchestrator = orchestrator
         self._plan = config.followed
-        self._finished: FinishedBlocks | None = None
+        self._config = config
+        self._keeping: Keeping | None = None
+        self._keeper: BlockKeeper | None = None
         # The export's folder, where AutoRound has begun to write before it was asked to save.
         self._begun: Path | None = None
 
@@ -55,11 +53,9 @@ class LoopRun(Run):
         """Called before the first block of the run.
 
         Where AutoRound writes each block's weights as soon as it is packed, it writes them into the new folder from
-        here on. Where an interrupted run is resumed, the factors of its finished blocks are read.
+        here on; blocks of an interrupted run are written there again, from what was kept of them.
 
         Raises:
-            ValueError: when the blocks that an interrupted run has finished were compensated with other options.
-            NotImplementedError: for a run under a budget that is to be resumed.
             OSError: when there is too little space for the export.
         """
         self.factors = {}
@@ -69,44 +65,50 @@ class LoopRun(Run):
         context = self._orchestrator.compress_context
         if context.is_immediate_saving:
             target = Path(context.output_dir)
-            unfinished = self._begin_export(target, go_on=bool(envs.AR_RESUME_DIR))
+            unfinished = self._begin_export(target)
             context.output_dir = str(unfinished)
             self._begun = target
-        if envs.AR_RESUME_DIR:
-            if self.rank == AUTO:
-                raise NotImplementedError(
-                    "EoRA: a run under a budget cannot be resumed, since what a block may spend depends on all blocks "
-                    "before it. Unset AR_RESUME_DIR, or name a rank."
-                )
-            root = Path(envs.AR_RESUME_DIR)
-            self._finished = FinishedBlocks(root, self._asked())
-            self.factors.update(self._finished.read(_finished_blocks(root)))
-            if self.factors:
-                log.info("EoRA: %d modules were compensated before the run was interrupted.", len(self.factors))
+        keeping = keeping_of(self._config)
+        if keeping is not None:
+            self._keeper = BlockKeeper(self, self._orchestrator, keeping)
+            self._keeper.attach()
+            self._keeping = keeping
+
+    def end(self) -> None:
+        """Called after the last block of the run, or when the run ends otherwise."""
+        if self._keeper is not None:
+            self._keeper.detach()
+            self._keeper = None
+
+    def describe_tokens(self, token_ids: Sequence[torch.Tensor] | None) -> None:
+        """Fingerprint the calibration tokens.
+
+        Args:
+            token_ids: of each sample, 1 × tokens; None where AutoRound keeps none.
+        """
+        self.describe_calibration((ids, int((ids != IGNORED_TOKEN).sum())) for ids in token_ids or ())
 
     def allocate(self, token_ids: Sequence[torch.Tensor] | None) -> None:
         """Called with the calibration tokens before each block; the first fingerprints them and gives out a budget.
 
         Args:
-            token_ids: of each sample, 1 × tokens; None where AutoRound keeps none.
+            token_ids: as for `describe_tokens`.
 
         Raises:
             ValueError, NotImplementedError: under a budget, as `allocate_ranks`.
         """
-        if self.calibration:
-            return
-        known = token_ids or ()
-        self.describe_calibration((ids, int((ids != IGNORED_TOKEN).sum())) for ids in known)
-        if self.rank == AUTO:
-            self.allocation = allocate_ranks(self._orchestrator, self.options, known)
+        if not self.calibration:
+            self.describe_tokens(token_ids)
+        if self.rank == AUTO and self.allocation is None:
+            self.allocation = allocate_ranks(self._orchestrator, self.options, token_ids or ())
 
     def recipe(self, name: str, fixed_rank: int | None = None, *, first: bool = True) -> Recipe:
         """As `Run.recipe`; a plan names the rank of each module."""
         planned = self._plan.modules[name].rank if self._plan is not None else fixed_rank
         return super().recipe(name, planned, first=first)
 
-    def _asked(self) -> dict[str, Any]:
-        """What finished blocks must have been compensated with for a run to go on after them."""
+    def asked(self) -> dict[str, Any]:
+        """What is asked of the factors, ready for JSON."""
         asked = self.options.described()
         if self._plan is not None:
             asked["ranks"] = {name: one.rank for name, one in self._plan.modules.items()}
@@ -117,11 +119,16 @@ class LoopRun(Run):
         if self.allocation is not None:
             self.allocation.begin(names)
 
-    def end_block(self, block: str, names: Sequence[str], seconds: float) -> None:
-        """Called once a block's modules are compensated."""
+    def end_block(self, modules: Mapping[str, torch.nn.Module], seconds: float) -> None:
+        """Called once a block's modules are compensated, before they are packed."""
         self.took(seconds)
-        if self._finished is not None:
-            self._finished.write(block, {name: self.factors[name] for name in names})
+        if self._keeper is not None:
+            self._keeper.quantized(modules)
+
+    def computed(self, block: torch.nn.Module) -> None:
+        """Called once a block's outputs are known and its modules hold Ŵ again."""
+        if self._keeper is not None:
+            self._keeper.computed(block)
 
     def save(self, save: Callable[[str], Any], output: str | None) -> Any:
         """Have AutoRound export into a new folder, write the adapter there, and put all in place of what was there.
@@ -159,20 +166,19 @@ class LoopRun(Run):
             final.append(str(place))
         shutil.rmtree(unfinished, ignore_errors=True)
         self._begun = None
-        if self._finished is not None:
-            self._finished.clear()
+        if self._keeping is not None:
+            self._keeping.finish()
         return model, final[0] if isinstance(folders, str) else final
 
     def _write_adapter(self, checkpoint: Path, place: Path) -> None:
         names = [name for name, _ in self._orchestrator.model_context.model.named_modules()]
         write_adapter(checkpoint, checkpoint / DEFAULT_FOLDER, self.factors, names, self.details(), base_model=place)
 
-    def _begin_export(self, target: Path, *, go_on: bool = False) -> Path:
-        """The new folder to export into, empty unless an interrupted run is to go on."""
+    def _begin_export(self, target: Path) -> Path:
+        """The new folder to export into, empty."""
         require_space(target.resolve(), _bytes_to_write(self._orchestrator))
         unfinished = unfinished_folder(target)
-        if not go_on:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         return unfinished
 
     def details(self) -> dict[str, Any]:
@@ -196,9 +202,3 @@ def _bytes_to_write(orchestrator: Any) -> int:
             scales = (SCALE_BITS + width) / group if width < SCALE_BITS and isinstance(group, int) and group > 0 else 0
             bits += parameter.numel() * (width + scales)
     return int(bits / 8) * len(orchestrator.formats or [None])
-
-
-def _finished_blocks(root: Path) -> Iterator[str]:
-    """Names of the blocks that AutoRound will skip."""
-    for manifest in sorted(root.glob(MANIFESTS)):
-        yield from json.loads(manifest.read_text(encoding="utf-8"))["completed_blocks"]

@@ -39,6 +39,7 @@ def _quantize(job: QuantizeJob) -> Path:
     settings |= {"scheme": f"W{bits}A16"} if job.plan is None else job.plan.autoround_config()
     config = _adapter_config(job)
     if config is not None:
+        config.keeping = job.keeping
         settings["alg_configs"] = ["signround", config]
     rounder = rounder_of(
         job.model,

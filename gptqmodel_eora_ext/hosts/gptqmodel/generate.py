@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -18,8 +19,9 @@ from gptqmodel.utils.torch import torch_empty_cache
 
 from ...adapter.naming import DEFAULT_FOLDER
 from ...formats.autoround import read_config
+from ...loop.resume import Keeping
 from ...loop.run import write_adapter
-from ...loop.weights import check_weight_files
+from ...loop.weights import check_weight_files, weights_fingerprint
 from ...system.memory import release_free_memory
 from ..base_check import check_embeddings, scales_were_moved
 from ..terminal import watch_layers
@@ -86,6 +88,7 @@ def generate_adapter(
     tokenizer: Any = None,
     loading: Mapping[str, Any] | None = None,
     report: Callable[[int, int], None] | None = None,
+    keeping: Keeping | None = None,
 ) -> Path:
     """Make an adapter for a finished checkpoint and return its folder.
 
@@ -101,6 +104,7 @@ def generate_adapter(
         tokenizer: for calibration in texts; the base model's by default.
         loading: passed to `GPTQModel.load` for both models.
         report: called with (layers done, layers in all).
+        keeping: where finished layers are kept, so that an interrupted call is gone on with; None for nowhere.
 
     Raises:
         ValueError: for missing rank or data, a checkpoint of another model, a folder that cannot be written to.
@@ -119,6 +123,7 @@ def generate_adapter(
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), rounds=rounds)
         model = _load_base(base, checkpoint, config, kernels, others, loading)
         setattr(model, RUN_ATTRIBUTE, run)
+        run.keeping, run.asked, run.source = keeping, adapter.to_dict(), weights_fingerprint(checkpoint)
         if report is not None:
             watch_layers(model, report)
         with batches_required(model):
@@ -133,10 +138,13 @@ def generate_adapter(
                 calibration_concat_separator=calibration_concat_separator,
                 batch_size=batch_size,
             )
-        CompensatingLooper(model, processors=[processor]).loop()
+        with keeping or contextlib.nullcontext():
+            CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
     write_adapter(checkpoint, folder, run.factors, names, run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
+    if keeping is not None:
+        keeping.finish()
     if run.refine is None:
         return folder
     del model, kernels, processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -50,11 +51,14 @@ def compensate_known(job: LoopJob) -> Compensated:
         known = job.known(shapes, layered(host, shapes).weight)
         run = CompensationRun(adapter, config.dynamic, method=job.method, rounds=rounds)
         setattr(host, RUN_ATTRIBUTE, run)
+        run.keeping, run.source = job.keeping, job.source
+        run.asked = {**adapter.to_dict(), "layout": repr(job.layout)}
         if job.report is not None:
             watch_layers(host, job.report)
         with batches_required(host):
             processor = CheckpointProcessor(known, **calibrated_by(host, job.windows, job.batch_size))
-        CompensatingLooper(host, processors=[processor]).loop()
+        with job.keeping or contextlib.nullcontext():
+            CompensatingLooper(host, processors=[processor]).loop()
     return Compensated(run.factors, run.details())
 
 

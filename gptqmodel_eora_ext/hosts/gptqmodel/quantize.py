@@ -22,7 +22,7 @@ from gptqmodel.quantization.config import METHOD, RTNConfig
 
 from ...adapter.vocabulary import AUTO, UNIFORM
 from ...loop.budgeting import budgeted_rank
-from ...loop.run import counted_tokens
+from ...loop.run import counted_tokens, fingerprint_windows
 from ...loop.weights import check_weight_files
 from .adapter import EoRA
 from .checkpoint_compensation import CheckpointCompensation
@@ -35,6 +35,7 @@ from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
 from .pruning import PruningCompensation, PruningProcessor
 from .refining import joined_windows
+from .resume import LayerKeeper, asked_of, keeping_of
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
 from .sparse_gptq import forecast_jointly
 from .survey import allocate_ranks
@@ -54,7 +55,8 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     """Run `original` (GPTQModel's `quantize`) with compensation when the adapter is an `EoRA`.
 
     While it runs, the host sees no adapter, so that its own second pass over the data and its branches for `Lora` stay
-    off; `CompensatingLooper` finds the run on the model.
+    off; `CompensatingLooper` finds the run on the model. With `checkpoint=CheckpointConfig(path=…)` finished layers are
+    kept there, and the same call goes on after them (`resume`); once the model is saved, what was kept is removed.
 
     Args:
         original: GPTQModel's `quantize`.
@@ -65,6 +67,8 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
             another tokenizer.
         NotImplementedError: for a method or an option that compensation cannot be combined with.
         ModuleError: when quantising or compensating a module fails.
+        ResumeError: where what an interrupted run has left is of another run.
+        Stopped: after Ctrl-C or SIGTERM, with ``checkpoint``.
 
     Example:
         >>> model.quantize(calibration, adapter=EoRA(rank=64))
@@ -98,11 +102,13 @@ def quantize(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     run.pattern = getattr(model, PATTERN_ATTRIBUTE, None)
     if run.pattern is not None:
         run.method = f"sparsegpt {run.pattern}, {config.bits} bits"
-    options.update(adapter=None, adapter_calibration_dataset=None)
+    run.asked = adapter.to_dict()
+    run.keeping = keeping_of(options.get("checkpoint"), config)
+    options.update(adapter=None, adapter_calibration_dataset=None, checkpoint=None)
     config.adapter = None
     setattr(model, RUN_ATTRIBUTE, run)
     try:
-        with logs_out_of_the_way(), batches_required(model):
+        with logs_out_of_the_way(), batches_required(model), run.keeping or contextlib.nullcontext():
             result = original(*call.args, **call.kwargs)
     except BaseException:
         setattr(model, RUN_ATTRIBUTE, None)
@@ -122,11 +128,6 @@ def _check_supported(model: Any, adapter: EoRA, options: dict[str, Any]) -> None
         raise NotImplementedError(
             f'EoRA: objective "output" pairs the inputs of the full-precision and the quantised model, which '
             f'`{config.method.value}` rescales. Use objective "eora".'
-        )
-    if options.get("checkpoint") is not None:
-        raise NotImplementedError(
-            "EoRA: `checkpoint=CheckpointConfig(…)` keeps no adapter state. Quantise without an adapter, then make "
-            "one for the finished checkpoint with `GPTQModel.adapter.generate` or `eora generate`."
         )
     if options.get("embed_quant_config") is not None or options.get("embed_quant_mode") is not None:
         raise NotImplementedError("EoRA: embeddings have no linear input to compensate; pass no adapter.")
@@ -200,6 +201,11 @@ class CompensatingLooper(ModuleLooper):
         self._run = run
         if run is not None and not run.factors:
             equip(processors[-1], run, model)
+            kept = None
+            if run.keeping is not None:
+                batch = getattr(processors[-1], "batch_size", None)
+                kept = run.keeping.open(asked_of(run, model, {"batch_size": batch, "weights": run.source}))
+                kwargs["extensions"] = (*kwargs.get("extensions", ()), LayerKeeper(run, kept, run.keeping.every))
             if run.rank == AUTO and run.options.sensitivity == UNIFORM:
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:
@@ -214,6 +220,7 @@ class CompensatingLooper(ModuleLooper):
                     run.adapter_batches or list(processors[-1].calibration_dataset),
                     functools.partial(run.fixed_rank, config),
                     known,
+                    run.source,
                 )
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])
@@ -248,6 +255,8 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     check_token_ids([*own_batches, *run.adapter_batches], vocabulary)
     run.describe_calibration(counted_tokens(run.adapter_batches or own_batches))
+    if run.own_data:
+        run.quantizer_calibration = fingerprint_windows(counted_tokens(own_batches))
     if run.refine is not None:
         run.refine_windows = joined_windows(run.adapter_batches or own_batches, run.refine)
     if run.own_data:

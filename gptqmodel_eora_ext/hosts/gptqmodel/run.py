@@ -13,6 +13,7 @@ from ...adapter.compensate import Recipe
 from ...adapter.validate import validate_rank
 from ...calibration.token_ids import require_token_ids
 from ...formats.sparsity import Pattern
+from ...loop.resume import Keeping
 from ...loop.run import Run
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
@@ -55,6 +56,12 @@ class CompensationRun(Run):
         # What `EoRA(refine=…)` trains on, and what came of it once it has.
         self.refine_windows: list[dict[str, list[int]]] = []
         self.refinement: Mapping[str, Any] | None = None
+        # Where finished layers are kept, and by what a run that goes on with them is recognised.
+        self.keeping: Keeping | None = None
+        self.asked: Mapping[str, Any] = {}
+        self.quantizer_calibration: Mapping[str, Any] = {}
+        # Tells one checkpoint from another, where the weights are known beforehand.
+        self.source = ""
         self._ranks = _dynamic_ranks(dynamic)
 
     @property

@@ -96,7 +96,9 @@ def _quantize(job: QuantizeJob) -> Path:
         # A plan may find plain weights of mixed widths the best.
         adapter = EoRA(plan=job.plan) if job.plan.largest_rank else None
     with logs_out_of_the_way():
-        host.quantize(list(job.windows), batch_size=job.batch_size, adapter=adapter)
+        # Without an adapter it is all GPTQModel's own, which keeps nothing where `dynamic` names widths.
+        keeping = job.keeping if adapter is not None else None
+        host.quantize(list(job.windows), batch_size=job.batch_size, adapter=adapter, checkpoint=keeping)
     host.save(str(job.output))
     return job.output
 
@@ -119,6 +121,7 @@ def _make_adapter(job: AdapterJob) -> Path:
         batch_size=job.batch_size,
         report=job.report,
         loading=job.loading,
+        keeping=job.keeping,
     )
 
 

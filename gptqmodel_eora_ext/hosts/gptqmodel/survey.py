@@ -24,6 +24,7 @@ def allocate_ranks(
     batches: Sequence[Mapping[str, Any]],
     fixed_rank: Callable[[str], int | None],
     quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
+    source: str = "",
 ) -> RankAllocation:
     """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
@@ -34,6 +35,7 @@ def allocate_ranks(
         fixed_rank: module's name → rank that `dynamic` names for it, None where it names none.
         quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
             quick GPTQ.
+        source: tells one ``quantized`` from another, so that forecasts are kept.
 
     Raises:
         ValueError: for a budget in no known form or one that buys nothing, or a model without modules to compensate.
@@ -47,8 +49,9 @@ def allocate_ranks(
         return Rounding((bits,), module_grid(config, name), spreads_errors(config))
 
     return allocate_budget(
-        layered(model, shapes), shapes, batches, options, rounding, quantized=quantized, fixed_rank=fixed_rank, bar=_bar
-    )
+        layered(model, shapes), shapes, batches, options, rounding, quantized=quantized, source=source,
+        fixed_rank=fixed_rank, bar=_bar,
+    )  # fmt: skip
 
 
 def survey_model(

@@ -19,6 +19,7 @@ from ...formats.gguf.blocks import GGUF_LAYOUT
 from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel
 from ...formats.sizes import ModuleShape
+from ...loop.weights import file_fingerprint
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .weights import GGUFWeights, Placed
@@ -73,6 +74,8 @@ def generate_adapter(job: AdapterJob) -> Path:
             batch_size=job.batch_size,
             loading=job.loading,
             report=job.report,
+            keeping=job.keeping,
+            source=file_fingerprint(job.checkpoint),
         )
     )
     details = {**made.details, "modules": {name: one.report() for name, one in made.factors.items()}}
@@ -83,6 +86,8 @@ def generate_adapter(job: AdapterJob) -> Path:
         name=f"EoRA for {job.checkpoint.name}",
         details=details,
     )
+    if job.keeping is not None:
+        job.keeping.finish()
     log.info("EoRA: %d adapters written to `%s`.", len(made.factors), output)
     return output
 

@@ -13,6 +13,7 @@ from ...adapter.options import AdapterOptions
 from ...adapter.save import save_adapter
 from ...formats.factors import PACKED_LAYOUT
 from ...formats.sizes import ModuleShape
+from ...loop.weights import weights_fingerprint
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .reader import PLAIN, LayerReader
@@ -63,10 +64,14 @@ def generate_adapter(job: AdapterJob) -> Path:
             batch_size=job.batch_size,
             loading=job.loading,
             report=job.report,
+            keeping=job.keeping,
+            source=weights_fingerprint(job.checkpoint),
         )
     )
     names = [name for name, _ in reader.model.named_modules()]
     save_adapter(folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details)
+    if job.keeping is not None:
+        job.keeping.finish()
     return folder
 
 

@@ -64,6 +64,8 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
             write_adapter(fresh, folder, factors, names, details, base_model=checkpoint)
     _remember_weights(loaded, checkpoint.resolve())
     run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+    if run is not None and run.keeping is not None:
+        run.keeping.finish()
     if factors and run is not None and run.refine is not None and run.refinement is None:
         _refine(model, run, checkpoint, _folder(asked or path, checkpoint, checkpoint))
     return result

@@ -1,0 +1,202 @@
+"""Sweeps that outlive their process: layers that are forecast are kept in the user's cache until the sweep is done.
+
+A sweep is recognised by a digest of all that its result depends on (rows of the weights, tokens, what is asked of every
+module, versions), so that the same call goes on where it was interrupted and any other one begins by itself. What a
+finished sweep has found is kept as well, some megabytes, since the run that asked for it may be killed later on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..system.files import cache_folder
+from ..system.kept import InUse, Kept, kept_state
+from .forecast import Forecast
+from .layered import LayeredModel, Window
+from .ranks import TokenCorrection
+from .sensitivity import Sensitivity, fingerprint
+from .sweep import Kinds, Question, Swept
+
+log = logging.getLogger(__name__)
+
+FOLDER = "sweeps"
+NEXT, FOUND = "next", "found"
+# What nobody has touched for so long is removed: an abandoned sweep's activations take as much as one layer's.
+FORGOTTEN_AFTER_DAYS = 30
+
+
+@contextlib.contextmanager
+def kept_sweep(
+    model: LayeredModel,
+    modules: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    kind: str,
+    question: Question,
+) -> Iterator[LayersKept | None]:
+    """Open what is kept of a sweep; None where it cannot be recognised, or where another process is at it.
+
+    Args:
+        model: run layer by layer.
+        modules: full names of linear layers.
+        batches: all data that the sweep reads.
+        kind: of sensitivity.
+        question: what to forecast.
+    """
+    known = question.rounds or bool(question.source)
+    if not known:
+        yield None
+        return
+    digest = hashlib.sha256(fingerprint(model, modules, batches, kind).encode())
+    digest.update(json.dumps(_described(modules, question)).encode())
+    root = cache_folder() / FOLDER / digest.hexdigest()
+    _forget(root.parent)
+    with contextlib.ExitStack() as stack:
+        asked = {"version": __version__, "torch": torch.__version__}
+        try:
+            kept = stack.enter_context(kept_state(root, asked, supersede=True))
+        except InUse:
+            yield None
+            return
+        yield LayersKept(kept)
+
+
+class LayersKept:
+    """Keeps a sweep's layers: `plan.sweep.SweepKeeper`.
+
+    Args:
+        kept: where.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    def found(self, sensitivity: Sensitivity | None) -> Swept | None:
+        """What a finished sweep has found, without going through the model again."""
+        if FOUND not in self._kept:
+            return None
+        state = self._kept.read(FOUND)
+        log.info("EoRA: forecasts from `%s`.", self._kept.root)
+        forecasts: dict[str, dict[int, Forecast]] = {}
+        relative: dict[str, torch.Tensor] = {}
+        for layer in state["layers"]:
+            _take(layer, forecasts, relative, {})
+        moments = relative if sensitivity is None else sensitivity
+        return Swept(forecasts, state["divergences"], moments, state["tokens"], state["reached"])
+
+    def finish(self, found: Swept) -> None:
+        """Keep what was found, in place of the layers."""
+        moments = {} if isinstance(found.output_moments, Sensitivity) else found.output_moments
+        layer = _given(list(found.forecasts), found.forecasts, moments, {})  # type: ignore[arg-type]
+        state = {"layers": [layer], "divergences": dict(found.divergences), "tokens": found.tokens,
+                 "reached": dict(found.reached)}  # fmt: skip
+        self._kept.keep(FOUND, state)
+        for number in range(self._kept.read(NEXT)["layers"] if NEXT in self._kept else 0):
+            self._kept.drop(_layer(number))
+        self._kept.drop(NEXT)
+
+    def go_on(
+        self,
+        forecasts: dict[str, dict[int, Forecast]],
+        relative: dict[str, torch.Tensor],
+        counts: dict[str, int],
+        windows: Sequence[Window],
+        kinds: Kinds | None,
+    ) -> int:
+        """See `SweepKeeper`."""
+        if NEXT not in self._kept:
+            return 0
+        state = self._kept.read(NEXT)
+        for number in range(state["layers"]):
+            _take(self._kept.read(_layer(number)), forecasts, relative, counts)
+        for window, hidden in zip(windows, state["hidden"], strict=True):
+            window.hidden = hidden
+        if kinds is not None:
+            kinds.load_state(state["kinds"])
+        log.info("EoRA: %d layers were forecast before the run was interrupted.", state["layers"])
+        layers: int = state["layers"]
+        return layers
+
+    def keep(
+        self,
+        index: int,
+        names: Sequence[str],
+        forecasts: Mapping[str, Mapping[int, Forecast]],
+        relative: Mapping[str, torch.Tensor],
+        counts: Mapping[str, int],
+        windows: Sequence[Window],
+        kinds: Kinds | None,
+    ) -> None:
+        """See `SweepKeeper`."""
+        self._kept.keep(_layer(index), _given(names, forecasts, relative, counts))
+        hidden = [window.hidden for window in windows]
+        state = {"layers": index + 1, "hidden": hidden, "kinds": None if kinds is None else kinds.state()}
+        self._kept.keep(NEXT, state)
+        self._kept.step_done()
+
+
+def _layer(number: int) -> str:
+    return f"layer-{number:05d}"
+
+
+def _given(
+    names: Sequence[str],
+    forecasts: Mapping[str, Mapping[int, Forecast]],
+    relative: Mapping[str, torch.Tensor],
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    return {
+        "forecasts": {
+            name: {
+                bits: (one.total, one.gains, one.correction.head, one.correction.tail)
+                for bits, one in forecasts[name].items()
+            }
+            for name in names
+        },
+        "relative": {name: relative[name] for name in names if name in relative},
+        "counts": {name: counts[name] for name in names if name in counts},
+    }
+
+
+def _take(
+    layer: Mapping[str, Any],
+    forecasts: dict[str, dict[int, Forecast]],
+    relative: dict[str, torch.Tensor],
+    counts: dict[str, int],
+) -> None:
+    for name, widths in layer["forecasts"].items():
+        forecasts[name] = {
+            bits: Forecast(total, gains, TokenCorrection(head, tail))
+            for bits, (total, gains, head, tail) in widths.items()
+        }
+    relative |= layer["relative"]
+    counts |= layer["counts"]
+
+
+def _described(modules: Sequence[str], question: Question) -> list[Any]:
+    """What is asked, ready for JSON."""
+    asked = []
+    for name in modules:
+        how = question.rounding(name)
+        asked.append([name, repr(how), [question.rank(name, bits) for bits in how.bits]])
+    return [asked, question.uniform, question.weighed, question.source, __version__, torch.__version__]
+
+
+def _forget(folder: Path) -> None:
+    """Remove what was kept of sweeps that nobody has come back to."""
+    if not folder.is_dir():
+        return
+    oldest = time.time() - FORGOTTEN_AFTER_DAYS * 86400
+    for root in folder.iterdir():
+        if root.is_dir() and max((one.stat().st_mtime for one in root.iterdir()), default=0.0) < oldest:
+            shutil.rmtree(root, ignore_errors=True)
