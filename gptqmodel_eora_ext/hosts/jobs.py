@@ -138,6 +138,8 @@ class LoopJob:
         layout: of the file that the factors are for.
         ranks: in place of a rank or a budget: full module name → rank, 0 for none.
         method: how the weights were quantised, for the record.
+        together: module's name → what it shares a rank in with others of its shape, in the file that the factors are
+            for; None for one that does not. Asked once ``known`` was.
         batch_size: windows per forward.
         loading: passed to the loop's loader.
         report: called with (layers done, layers in all).
@@ -152,6 +154,7 @@ class LoopJob:
     layout: FactorLayout
     method: str
     ranks: Mapping[str, int] | None = None
+    together: Callable[[str], str | None] = lambda name: None
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None

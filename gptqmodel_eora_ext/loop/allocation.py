@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ..plan.ranks import RankOptions, TokenCorrection, kind_of
+from ..plan.ranks import RankOptions, TokenCorrection, joint_curve, kind_of
 from ..solve import Curve, Moment, component_gains, error_loss, price, rank_curve
 
 
@@ -30,6 +31,8 @@ class RankAllocation:
             time, as modules choose, so that a mapping may read them from files.
         corrections: full module name → correction of its losses.
         budget: bytes for all modules.
+        together: full module name → what it is stored in, for modules that share a rank there: experts that lie in one
+            tensor. They choose together as the first of them is to be quantised, by their forecasts.
 
     Attributes:
         ranks: full module name → rank, of the modules that have chosen.
@@ -43,6 +46,7 @@ class RankAllocation:
         output_moments: Mapping[str, Moment],
         corrections: Mapping[str, TokenCorrection],
         budget: int,
+        together: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.options = dict(options)
         self.budget = budget
@@ -54,6 +58,13 @@ class RankAllocation:
         self._spent = 0
         self._price = 0.0
         self._caps: dict[str, float] = {}
+        self._together = together
+        self._members: dict[str, list[str]] = {}
+        for name in options:
+            if name in together:
+                self._members.setdefault(together[name], []).append(name)
+        # What members of `_together` share → their rank, once it is chosen.
+        self._shared: dict[str, int] = {}
         # Loss without an adapter, by module, as it was found.
         self._found: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -77,20 +88,41 @@ class RankAllocation:
         if not now:
             return
         left = self.budget - self._spent
+        open_curves = self._open_curves()
+        self._price = price([curve for _, curve in open_curves.values()], left)
+        # Modules that share a rank choose as one.
+        choosing = list(dict.fromkeys(self._together.get(name, name) for name in now))
+        choosing = [one for one in choosing if one not in self._shared]
+        likely = {one: curve.nbytes[curve.best_at(self._price)] for one, (_, curve) in open_curves.items()
+                  if one in choosing}  # fmt: skip
+        total = sum(likely.values())
+        # Spectra may turn out other than forecast. Even then the subset may spend no more than is left of the budget
+        # after the least that all other modules need.
+        most = left - sum(curve.nbytes[0] for one, (_, curve) in open_curves.items() if one not in choosing)
+        caps = {one: most * (likely[one] / total if total else 1 / len(choosing)) for one in choosing}
+        for one in choosing:
+            if one in self._members:
+                options, curve = open_curves[one]
+                index = curve.best_at(self._price, caps[one])
+                self._shared[one] = options.ranks[index]
+                self._spent += curve.nbytes[index]
+        self._caps = {name: caps.get(name, 0.0) for name in now}
+
+    def _open_curves(self) -> dict[str, tuple[RankOptions, Curve]]:
+        """Of every module, or of what modules share, that has not chosen: what it may choose from, with forecasts
+        corrected by what was found."""
         corrections = self._corrections()
         overall = corrections.get("", 1.0)
-        open_curves = {
+        scaled = {
             name: self._forecasts[name].scaled(corrections.get(kind_of(name), overall))
             for name in self.options
             if name not in self.ranks
         }
-        self._price = price(list(open_curves.values()), left)
-        likely = {name: open_curves[name].nbytes[open_curves[name].best_at(self._price)] for name in now}
-        total = sum(likely.values())
-        # Spectra may turn out other than forecast. Even then the subset may spend no more than is left of the budget
-        # after the least that all other modules need.
-        most = left - sum(curve.nbytes[0] for name, curve in open_curves.items() if name not in now)
-        self._caps = {name: most * (likely[name] / total if total else 1 / len(now)) for name in now}
+        found = {name: (self.options[name], curve) for name, curve in scaled.items() if name not in self._together}
+        for one, members in self._members.items():
+            if one not in self._shared:
+                found[one] = joint_curve([self.options[name] for name in members], [scaled[name] for name in members])
+        return found
 
     def choose(
         self,
@@ -121,10 +153,14 @@ class RankAllocation:
         ranks = [min(rank, len(gains)) for rank in options.ranks]
         curve = rank_curve(gains[order], total, ranks, options.nbytes)
         with self._lock:
-            index = curve.best_at(self._price, self._caps.get(name, float("inf")))
+            if name in self._together:
+                shared = self._shared[self._together[name]]
+                index = max(place for place, rank in enumerate(options.ranks) if rank <= max(shared, options.ranks[0]))
+            else:
+                index = curve.best_at(self._price, self._caps.get(name, float("inf")))
+                self._spent += curve.nbytes[index]
             self.ranks[name] = ranks[index]
             self.losses[name] = curve.losses[index]
-            self._spent += curve.nbytes[index]
             self._found[name] = total
         return order[: ranks[index]].sort().values
 
@@ -152,7 +188,7 @@ class RankAllocation:
         with self._lock:
             return {
                 "ranks": dict(self.ranks), "losses": dict(self.losses), "spent": self._spent, "price": self._price,
-                "caps": dict(self._caps), "found": dict(self._found),
+                "caps": dict(self._caps), "found": dict(self._found), "shared": dict(self._shared),
             }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -161,6 +197,7 @@ class RankAllocation:
             self.ranks, self.losses = dict(state["ranks"]), dict(state["losses"])
             self._spent, self._price = state["spent"], state["price"]
             self._caps, self._found = dict(state["caps"]), dict(state["found"])
+            self._shared = dict(state["shared"])
 
     def _corrections(self) -> dict[str, float]:
         """The ratio of found to forecast loss, by kind of module (`q_proj`), and under "" that of all modules."""

@@ -35,6 +35,7 @@ def allocate_budget(
     quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
     source: str = "",
     fixed_rank: Callable[[str], int | None] = lambda name: None,
+    together: Callable[[str], str | None] = lambda name: None,
     bar: Bar = lambda title: iter,
 ) -> RankAllocation:
     """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
@@ -49,6 +50,7 @@ def allocate_budget(
             quick GPTQ.
         source: tells one ``quantized`` from another, so that forecasts are kept.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
+        together: module's name → what it shares a rank in with others of its shape; None for one that does not.
         bar: makes a progress bar of that title, which wraps a sequence.
 
     Raises:
@@ -72,7 +74,7 @@ def allocate_budget(
         bar=bar,
     )
     return forecast_allocation(
-        shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank, layout=options.layout
+        shapes, budget, options.factor_bits, found, fixed_rank=fixed_rank, layout=options.layout, together=together
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..formats.sizes import ModuleShape
 from ..plan.forecast import Forecast, ratio
-from ..plan.ranks import MOST_OF_UNIFORM, RankOptions, kind_of, most_rank, rank_options
+from ..plan.ranks import MOST_OF_UNIFORM, RankOptions, joint_curve, kind_of, most_rank, rank_options
 from ..plan.sweep import Question, Rounding, Swept
 from ..solve import Moment, price
 from .allocation import RankAllocation
@@ -67,6 +67,7 @@ def forecast_allocation(
     *,
     fixed_rank: Callable[[str], int | None] = lambda name: None,
     layout: FactorLayout = PACKED_LAYOUT,
+    together: Callable[[str], str | None] = lambda name: None,
 ) -> RankAllocation:
     """Give out the budget by what a sweep found.
 
@@ -82,6 +83,7 @@ def forecast_allocation(
         found: the answer to `budget_question`.
         fixed_rank: module's name → its rank, if it does not choose; None if it does.
         layout: of the factors.
+        together: module's name → what it shares a rank in with others of its shape; None for one that does not.
     """
     uniform = most_rank(shapes, budget, factor_bits, 1, layout)
     most = most_rank(shapes, budget, factor_bits, MOST_OF_UNIFORM, layout)
@@ -96,13 +98,22 @@ def forecast_allocation(
         allowed = most if reached >= found.tokens else min(most, reached // TOKENS_A_COMPONENT)
         options[shape.name] = rank_options(shape, allowed, factor_bits, fixed, layout)
     curves = {shape.name: forecasts[shape.name].curve(options[shape.name]) for shape in shapes}
-    at = price(list(curves.values()), budget)
-    for name, offered in options.items():
-        largest = HEADROOM * offered.ranks[curves[name].best_at(at)] + layout.step
-        count = max(sum(rank <= largest for rank in offered.ranks), 1)
-        options[name], curves[name] = offered.first(count), curves[name].first(count)
+    groups: dict[str, list[str]] = {}
+    for name in options:
+        groups.setdefault(together(name) or name, []).append(name)
+    joint = {
+        one: joint_curve([options[name] for name in names], [curves[name] for name in names])
+        for one, names in groups.items()
+    }
+    at = price([curve for _, curve in joint.values()], budget)
+    for one, (shared, curve) in joint.items():
+        largest = HEADROOM * shared.ranks[curve.best_at(at)] + layout.step
+        for name in groups[one]:
+            count = max(sum(rank <= largest for rank in options[name].ranks), 1)
+            options[name], curves[name] = options[name].first(count), curves[name].first(count)
     corrections = {name: one.correction for name, one in forecasts.items()}
-    return RankAllocation(options, curves, found.output_moments, corrections, budget)
+    sharing = {name: shared_in for name in options if (shared_in := together(name)) is not None}
+    return RankAllocation(options, curves, found.output_moments, corrections, budget, sharing)
 
 
 def _scales(known: Mapping[str, Forecast], divergences: Mapping[str, float], uniform: int) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..formats.factors import PACKED_LAYOUT, FactorLayout
 from ..formats.sizes import ModuleShape, factor_bytes
+from ..solve import Curve
 
 # Ranks on offer are multiples of this, where the layout of the factors says nothing else.
 RANK_STEP = PACKED_LAYOUT.step
@@ -56,6 +57,27 @@ def rank_options(
     zeros = factor_bits == 16 and layout == PACKED_LAYOUT
     stored = [max(rank, 1) if zeros else rank for rank in ranks]
     return RankOptions(ranks, tuple(factor_bytes(rank, shape, factor_bits, layout) for rank in stored))
+
+
+def joint_curve(options: Sequence[RankOptions], curves: Sequence[Curve]) -> tuple[RankOptions, Curve]:
+    """What modules of one shape that have to share a rank choose from together, and what they lose together.
+
+    A module that is offered less than others keeps the components that it is offered; its factors are filled up with
+    zeros, which take the same bytes.
+
+    Args:
+        options: of each module.
+        curves: losses of those options, in the same order.
+
+    Returns:
+        The ranks of the module that is offered most, with the bytes of all modules; and the sums of their losses.
+    """
+    longest = max(options, key=lambda one: len(one.ranks))
+    nbytes = tuple(len(options) * size for size in longest.nbytes)
+    losses = tuple(
+        sum(curve.losses[min(index, len(curve.losses) - 1)] for curve in curves) for index in range(len(longest.ranks))
+    )
+    return RankOptions(longest.ranks, nbytes), Curve(nbytes, losses)
 
 
 def least_budget(

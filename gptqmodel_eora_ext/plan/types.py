@@ -13,11 +13,11 @@ from typing import Any
 from ..adapter.errors import AdapterError, Fields, read_json
 from ..formats.factors import FactorLayout
 from ..formats.sizes import ModuleShape
-from ..solve import allocate, rank_curve
+from ..solve import Curve, allocate, rank_curve
 from ..system.files import write_json
 from .forecast import Forecast
 from .modules import KEPT_BY_ROUNDING, choice_curve, undominated
-from .ranks import rank_options
+from .ranks import RankOptions, rank_options
 
 # The size is divided into so many steps, as for mixes of widths.
 STEPS = 20_000
@@ -31,7 +31,7 @@ class TypedModule:
 
     Attributes:
         shape: name, out_features and in_features.
-        tensor: its name in the quantiser's files.
+        tensor: its name in the quantiser's files. Modules of one tensor (experts) share a type and a rank.
         nbytes: type → bytes of its weights.
         forecasts: type → forecast.
     """
@@ -157,7 +157,10 @@ def choose(
     Raises:
         ValueError: when even the smallest types do not fit.
     """
-    options = [_options(module, factor_bits, layout) for module in modules]
+    tensors: dict[str, list[TypedModule]] = {}
+    for module in modules:
+        tensors.setdefault(module.tensor, []).append(module)
+    options = [_options(members, factor_bits, layout) for members in tensors.values()]
     least = sum(choices[0].nbytes for choices in options)
     if total < least:
         weights = sum(module.shape.weights for module in modules)
@@ -166,7 +169,9 @@ def choose(
             f"take: {least} bytes ({8 * least / weights:.3f} bpw). Allow more, or offer a file of a smaller type."
         )
     picked = allocate([choice_curve(few) for few in options], total, steps=STEPS)
-    found = _plan(modules, [few[index] for few, index in zip(options, picked, strict=True)], model, host, factor_bits)
+    taken = [few[index] for few, index in zip(options, picked, strict=True)]
+    chosen = {name: one for choice in taken for name, one in choice.of_modules.items()}
+    found = _plan(modules, [chosen[one.shape.name] for one in modules], model, host, factor_bits)
     for types in plain.values():
         # Bytes are rounded up to steps, so that a file which fits exactly may have been passed over.
         whole = _plan(modules, [_plainly(one, types[one.shape.name]) for one in modules], model, host, factor_bits)
@@ -187,12 +192,41 @@ def _plainly(module: TypedModule, kind: str) -> TypeChoice:
     return TypeChoice(module.tensor, kind, 0, module.nbytes[kind], module.forecasts[kind].total)
 
 
-def _options(module: TypedModule, factor_bits: int, layout: FactorLayout) -> list[TypeChoice]:
-    """What a module may take, ascending in bytes, without what is larger and no better."""
-    found: list[TypeChoice] = []
-    for kind, known in module.forecasts.items():
-        ranks = rank_options(module.shape, len(known.gains), factor_bits, layout=layout)
-        curve = rank_curve(KEPT_BY_ROUNDING[factor_bits] * known.gains, known.total, ranks.ranks, ranks.nbytes)
-        for rank, nbytes, loss in zip(ranks.ranks, curve.nbytes, curve.losses, strict=True):
-            found.append(TypeChoice(module.tensor, kind, rank, module.nbytes[kind] + nbytes, loss))
+@dataclass(frozen=True)
+class _TensorChoice:
+    """What the modules of one tensor become together.
+
+    Attributes:
+        of_modules: full module name → what it becomes.
+        nbytes: of all of them.
+        loss: of all of them.
+    """
+
+    of_modules: Mapping[str, TypeChoice]
+    nbytes: int
+    loss: float
+
+
+def _options(members: Sequence[TypedModule], factor_bits: int, layout: FactorLayout) -> list[_TensorChoice]:
+    """What the modules of a tensor may take, ascending in bytes, without what is larger and no better."""
+    found: list[_TensorChoice] = []
+    for kind in members[0].forecasts:
+        most = max(len(one.forecasts[kind].gains) for one in members)
+        ranks = rank_options(members[0].shape, most, factor_bits, layout=layout)
+        curves = [_curve(one.forecasts[kind], ranks, factor_bits) for one in members]
+        for index, rank in enumerate(ranks.ranks):
+            of_modules = {
+                one.shape.name: TypeChoice(
+                    one.tensor, kind, rank, one.nbytes[kind] + curve.nbytes[index], curve.losses[index]
+                )
+                for one, curve in zip(members, curves, strict=True)
+            }
+            nbytes, loss = (sum(getattr(one, what) for one in of_modules.values()) for what in ("nbytes", "loss"))
+            found.append(_TensorChoice(of_modules, nbytes, loss))
     return undominated(found)
+
+
+def _curve(known: Forecast, ranks: RankOptions, factor_bits: int) -> Curve:
+    """Of a module; ranks beyond the components that its tokens allow take their bytes all the same."""
+    within = [min(rank, len(known.gains)) for rank in ranks.ranks]
+    return rank_curve(KEPT_BY_ROUNDING[factor_bits] * known.gains, known.total, within, ranks.nbytes)

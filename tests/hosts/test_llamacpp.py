@@ -137,8 +137,17 @@ def test_experts_in_one_tensor_get_their_factors(tmp_path: Path, tokenizer: Any)
             read_tensor(tensors[f"blk.1.ffn_down_exps.weight{one}"], expert=expert) for one in (SUFFIX_A, SUFFIX_B)
         )
         assert (delta - lora_B @ lora_A).norm() < 0.8 * delta.norm(), expert
-    with pytest.raises(NotImplementedError, match="experts"):
-        generate(tmp_path / "base", file, budget="1bpw", factor_bits=4)
+
+
+def test_experts_of_a_layer_share_a_rank_under_a_budget(tmp_path: Path, tokenizer: Any) -> None:
+    file = write_model(make("experts", tmp_path / "base", tokenizer), tmp_path / "model.gguf")
+    lora = read_lora_header(
+        generate(tmp_path / "base", file, budget="2bpw", factor_bits=4, sensitivity="relative")
+    )
+    assert any("exps" in name for name in lora.ranks) and any("attn" in name for name in lora.ranks)
+    spent = sum(info.nbytes for info in lora.header.tensors.values())
+    allocation = lora.details["allocation"]
+    assert spent == allocation["spent"] <= allocation["budget"]
 
 
 def test_a_budget_gives_ranks_of_whole_blocks(llama: tuple[Any, Path, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,43 @@ def test_the_choice_is_the_best_of_all(seed: int, share: float) -> None:
         sum(loss for _, loss in some) for some in itertools.product(*each) if sum(size for size, _ in some) <= total
     )
     assert found.loss == pytest.approx(best, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_modules_of_one_tensor_become_the_same(seed: int, share: float) -> None:
+    """As the best of all choices that give them one type and one rank."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = []
+    for index, components in enumerate((8, 8, 4)):
+        gains = torch.rand(components, generator=generator, dtype=torch.float64).sort(descending=True).values
+        forecasts = {kind: Forecast(float(gains.sum()) / (one + 1), gains / (one + 2), UNCORRECTED)
+                     for one, kind in enumerate(("small", "large"))}  # fmt: skip
+        modules.append(TypedModule(ModuleShape(f"m{index}", 16, 8), "experts", {"small": 32, "large": 64}, forecasts))
+    total = 96 + int(share * 400)
+    found = choose(modules, total, model="m", host="h", factor_bits=16, layout=LAYOUT, plain={})
+    assert found.nbytes <= total and len({(one.type, one.rank) for one in found.modules.values()}) == 1
+    best = math.inf
+    for kind, rank in itertools.product(("small", "large"), (0, 4, 8)):
+        size = sum(one.nbytes[kind] + factor_bytes(rank, one.shape, 16, LAYOUT) for one in modules)
+        left = [one.forecasts[kind].total - float(one.forecasts[kind].gains[:rank].sum()) for one in modules]
+        if size <= total:
+            best = min(best, sum(max(one, 0.0) for one in left))
+    assert found.loss == pytest.approx(best, abs=1e-9)
+
+
+def test_a_plan_of_experts(tmp_path: Path, tokenizer: Any) -> None:
+    model = make("experts", tmp_path / "base", tokenizer)
+    files = [write_model(model, tmp_path / f"{kind}.gguf", kind) for kind in KINDS]
+    with quiet():
+        found = type_planner("llamacpp")(TypePlanJob(str(tmp_path / "base"), files, "5.2bpw", 4, "relative", windows()))
+    of_tensor: dict[str, set[tuple[str, int]]] = {}
+    for one in found.plan.modules.values():
+        of_tensor.setdefault(one.tensor, set()).add((one.type, one.rank))
+    assert all(len(choices) == 1 for choices in of_tensor.values()) and any("exps" in name for name in of_tensor)
+    found.write(tmp_path / "plan.json")
+    lines = (tmp_path / "plan.types.txt").read_text().split()
+    assert len(lines) == len(set(lines)) == len(of_tensor)
 
 
 def test_a_plan_of_real_files(tmp_path: Path, tokenizer: Any) -> None:

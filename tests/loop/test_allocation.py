@@ -12,9 +12,26 @@ from gptqmodel_eora_ext.formats.sizes import ModuleShape
 from gptqmodel_eora_ext.loop.allocation import RankAllocation
 from gptqmodel_eora_ext.loop.forecasts import HEADROOM, budget_question, forecast_allocation
 from gptqmodel_eora_ext.plan.forecast import ModuleMoments, unreached, with_components
-from gptqmodel_eora_ext.plan.ranks import MOST_OF_UNIFORM, RANK_STEP, kind_of, most_rank, rank_options
+from gptqmodel_eora_ext.plan.ranks import (
+    MOST_OF_UNIFORM,
+    RANK_STEP,
+    TokenCorrection,
+    kind_of,
+    most_rank,
+    rank_options,
+)
 from gptqmodel_eora_ext.plan.sweep import Question, Rounding, Swept
-from gptqmodel_eora_ext.solve import Grid, allocate, column_order, component_gains, eora, error_loss, gptq, rank_curve
+from gptqmodel_eora_ext.solve import (
+    Curve,
+    Grid,
+    allocate,
+    column_order,
+    component_gains,
+    eora,
+    error_loss,
+    gptq,
+    rank_curve,
+)
 
 LAYERS, FACTOR_BITS = 6, 4
 SUBSETS = (("q_proj", "k_proj"), ("o_proj",), ("down_proj",))
@@ -225,3 +242,33 @@ def test_what_no_token_reached_gets_nothing(
         shapes, 8_000, FACTOR_BITS, Swept({**found.forecasts, name: missing}, found.divergences, reached)
     )
     assert chosen.options[name].ranks == (0,) and chosen.options["1.q_proj"].ranks[-1] > 0
+
+
+def test_experts_of_one_tensor_choose_together() -> None:
+    """One rank for all at the bytes of all; who is offered less keeps less, and is filled up with zeros in the file."""
+    features, experts = 32, ("a", "b", "few")
+    generator = torch.Generator().manual_seed(0)
+    shape = ModuleShape("any", features, features)
+    offered = rank_options(shape, 24, FACTOR_BITS)
+    errors = {name: torch.randn(features, features, generator=generator) for name in (*experts, "alone")}
+    curves = {name: Curve(offered.nbytes, tuple(4.0 - index for index in range(len(offered.ranks)))) for name in errors}
+    options = dict.fromkeys(errors, offered)
+    options["few"], curves["few"] = offered.first(2), curves["few"].first(2)
+    curves["alone"] = curves["alone"].scaled(0.1)
+    experts_of = dict.fromkeys(experts, "tensor")
+    identity = dict.fromkeys(errors, torch.eye(features))
+    corrections = dict.fromkeys(errors, TokenCorrection())
+    # Enough for two of three steps for all.
+    budget = 4 * offered.nbytes[2]
+    chosen = RankAllocation(options, curves, identity, corrections, budget, experts_of)
+    for subset in (experts, ("alone",)):
+        chosen.begin(subset)
+        for name in subset:
+            factors = eora(errors[name], identity[name], options[name].ranks[-1])
+            chosen.choose(name, *factors, identity[name], errors[name])
+    assert chosen.ranks["a"] == chosen.ranks["b"] > chosen.ranks["few"] == offered.ranks[1]
+    spent_on = dict(zip(offered.ranks, offered.nbytes, strict=True))
+    assert chosen.spent == 3 * spent_on[chosen.ranks["a"]] + spent_on[chosen.ranks["alone"]] <= budget
+    again = RankAllocation(options, curves, identity, corrections, budget, experts_of)
+    again.load_state(chosen.state())
+    assert again.state() == chosen.state()

@@ -50,6 +50,7 @@ def compensate_known(job: LoopJob) -> Compensated:
         shapes = module_shapes(host)
         known = job.known(shapes, layered(host, shapes).weight)
         run = CompensationRun(adapter, config.dynamic, method=job.method, rounds=rounds)
+        run.together = job.together
         setattr(host, RUN_ATTRIBUTE, run)
         run.keeping, run.source = job.keeping, job.source
         run.asked = {**adapter.to_dict(), "layout": repr(job.layout)}

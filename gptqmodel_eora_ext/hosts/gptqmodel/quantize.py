@@ -221,6 +221,7 @@ class CompensatingLooper(ModuleLooper):
                     functools.partial(run.fixed_rank, config),
                     known,
                     run.source,
+                    run.together,
                 )
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class CompensationRun(Run):
         self.quantizer_calibration: Mapping[str, Any] = {}
         # Tells one checkpoint from another, where the weights are known beforehand.
         self.source = ""
+        # Module's name → what it shares a rank in with others, in the file that the factors are for.
+        self.together: Callable[[str], str | None] = lambda name: None
         self._ranks = _dynamic_ranks(dynamic)
 
     @property

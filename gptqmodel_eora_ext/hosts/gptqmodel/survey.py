@@ -25,6 +25,7 @@ def allocate_ranks(
     fixed_rank: Callable[[str], int | None],
     quantized: Callable[[str, torch.Tensor, Moment], torch.Tensor] | None = None,
     source: str = "",
+    together: Callable[[str], str | None] = lambda name: None,
 ) -> RankAllocation:
     """Measure sensitivities (or find them in the cache), forecast every module, and give out the budget.
 
@@ -36,6 +37,7 @@ def allocate_ranks(
         quantized: module's name, W and C → Ŵ, for a finished checkpoint or pruned weights; by default Ŵ is found by a
             quick GPTQ.
         source: tells one ``quantized`` from another, so that forecasts are kept.
+        together: module's name → what it shares a rank in with others of its shape; None for one that does not.
 
     Raises:
         ValueError: for a budget in no known form or one that buys nothing, or a model without modules to compensate.
@@ -50,7 +52,7 @@ def allocate_ranks(
 
     return allocate_budget(
         layered(model, shapes), shapes, batches, options, rounding, quantized=quantized, source=source,
-        fixed_rank=fixed_rank, bar=_bar,
+        fixed_rank=fixed_rank, together=together, bar=_bar,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ...adapter.factors import ModuleFactors
 from ...adapter.options import AdapterOptions
-from ...adapter.vocabulary import AUTO, FACTOR_BITS, UNIFORM
+from ...adapter.vocabulary import FACTOR_BITS
 from ...formats.factors import QuantizedFactor, pack
 from ...formats.gguf import gguf_package
 from ...formats.gguf.blocks import GGUF_LAYOUT
@@ -42,11 +42,11 @@ def generate_adapter(job: AdapterJob) -> Path:
     Raises:
         ValueError: for a file that is broken or was made from another model, a rank that cannot be stored, missing
             data, or the package `gguf` missing.
-        NotImplementedError: for an architecture that the layer loop does not know, or a budget for experts.
+        NotImplementedError: for an architecture that the layer loop does not know.
         ModuleError: when compensating a module fails.
     """
     gguf_package()
-    options = _checked_options(job.adapter)
+    _check_rank(job.adapter)
     output = job.output if job.output is not None else _beside(job.checkpoint)
     if output.is_dir():
         raise ValueError(f"EoRA: `{output}` is a folder; an adapter for llama.cpp is a file. Name it, as `eora.gguf`.")
@@ -58,8 +58,6 @@ def generate_adapter(job: AdapterJob) -> Path:
         unplanned = next((name for name in found if job.ranks is not None and name not in job.ranks), None)
         if unplanned is not None:
             raise ValueError(f"EoRA: the plan names no rank for {unplanned} of `{job.base}`; it is of another model.")
-        if options.rank == AUTO and options.sensitivity != UNIFORM:
-            _check_for_budget(weights.placed)
         return found
 
     made = layer_loop(job.base)(
@@ -70,6 +68,7 @@ def generate_adapter(job: AdapterJob) -> Path:
             adapter=job.adapter,
             layout=GGUF_LAYOUT,
             ranks=job.ranks,
+            together=weights.sharing,
             method="gguf " + ", ".join(sorted({info.type for info in model.linear()})),
             batch_size=job.batch_size,
             loading=job.loading,
@@ -92,8 +91,8 @@ def generate_adapter(job: AdapterJob) -> Path:
     return output
 
 
-def _checked_options(adapter: Mapping[str, Any]) -> AdapterOptions:
-    """What is asked; a rank that the factors' type cannot store is refused before a model is loaded."""
+def _check_rank(adapter: Mapping[str, Any]) -> None:
+    """Refuse a rank that the factors' type cannot store, before a model is loaded."""
     options = AdapterOptions.settle(**adapter).for_making(**adapter)
     multiple = GGUF_LAYOUT.multiple
     if options.factor_bits < FACTOR_BITS[0] and isinstance(options.rank, int) and options.rank % multiple:
@@ -102,18 +101,6 @@ def _checked_options(adapter: Mapping[str, Any]) -> AdapterOptions:
             f"EoRA: llama.cpp stores factors of {options.factor_bits} bits in blocks of {multiple} components, so the "
             f"rank has to be a multiple of {multiple}, got {options.rank}. Take {lower} or {lower + multiple}, or "
             f"factors of 16 bits."
-        )
-    return options
-
-
-def _check_for_budget(placed: Mapping[str, Placed]) -> None:
-    """Refuse ranks module by module for experts, which share a rank where they lie in one tensor."""
-    expert = next((name for name, one in placed.items() if one.place.expert is not None), None)
-    if expert is not None:
-        raise NotImplementedError(
-            f"EoRA: the experts of a layer lie in one tensor of a GGUF file ({expert} for instance in "
-            f"{placed[expert].place.tensor}) and share one rank there, so a budget cannot give each its own. Name a "
-            f"rank, or give all modules one: sensitivity={UNIFORM!r}."
         )
 
 

@@ -54,7 +54,7 @@ def plan_types(job: TypePlanJob) -> TypePlanned:
     Raises:
         ValueError: for files that are broken, of another model, or that do not hold the same quantised modules; for a
             total that is too small.
-        NotImplementedError: for a model that cannot be run layer by layer, or experts.
+        NotImplementedError: for a model that cannot be run layer by layer.
     """
     files = [GGUFModel(path) for path in job.files]
     opened = full_precision(job.base)(job.base, job.trust_remote_code)
@@ -99,20 +99,14 @@ def _types(weights: GGUFWeights) -> dict[str, str]:
 
 
 def _check_same(found: Sequence[tuple[GGUFWeights, KnownWeights]], files: Sequence[GGUFModel]) -> None:
-    """Refuse files of which one keeps a module in 16 bits that another quantises, and experts."""
+    """Refuse files of which one keeps a module in 16 bits that another quantises."""
     first = set(found[0][1])
-    for (weights, known), file in zip(found, files, strict=True):
+    for (_, known), file in zip(found, files, strict=True):
         other = sorted(first ^ set(known))
         if other:
             raise ValueError(
                 f"EoRA: `{files[0].path}` and `{file.path}` do not quantise the same modules ({other[0]} for "
                 f"instance). Make all files by llama-quantize from one F16 file, with the same --tensor-type options."
-            )
-        expert = next((name for name, one in weights.placed.items() if one.place.expert is not None), None)
-        if expert is not None:
-            raise NotImplementedError(
-                f"EoRA: types of experts cannot be planned: all experts of a layer share one tensor and one type "
-                f"({expert} for instance). Plan a model without experts."
             )
 
 
@@ -151,8 +145,8 @@ def write(plan: TypePlan, path: Path) -> list[str]:
         How to go on, line by line.
     """
     types = path.with_suffix(TYPES_SUFFIX)
-    # Each name is an expression that is looked for anywhere in a tensor's name.
-    lines = [f"^{re.escape(one.tensor)}$={one.type.lower()}" for one in plan.modules.values()]
+    # Each name is an expression that is looked for anywhere in a tensor's name. Experts share a tensor.
+    lines = dict.fromkeys(f"^{re.escape(one.tensor)}$={one.type.lower()}" for one in plan.modules.values())
     types.write_text("\n".join([*lines, ""]), encoding="utf-8")
     plan.write(path)
     steps = [f"llama-quantize --imatrix IMATRIX --tensor-type-file {types} MODEL-F16.gguf PLANNED.gguf Q2_K"]

@@ -100,6 +100,12 @@ class GGUFWeights:
         self.placed = {one.shape.name: one for one in ordered}
         return self.placed
 
+    def sharing(self, name: str) -> str | None:
+        """The tensor in which a module lies with the other experts of its layer, with which it shares a type and a
+        rank; None for a module that has a tensor of its own."""
+        placed = self.placed.get(name)
+        return placed.place.tensor if placed is not None and placed.place.expert is not None else None
+
     def _info(self, shape: ModuleShape) -> TensorInfo:
         return self.model.info(self._find(shape).place.tensor)
 
