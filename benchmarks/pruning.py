@@ -2,12 +2,12 @@
 
 Recovered share = (loss_pruned − loss_adapter) / (loss_pruned − loss_full), loss in nats per token on held-out text. The
 article prunes, and afterwards makes a 16-bit adapter of one rank for all modules. Against that, at no more bytes:
-4-bit factors whose ranks are chosen, made in the pruning loop and afterwards; and an SVD of ΔW in place of EoRA, made
-as the article makes its adapter. With `--parts peers` the pruned model alone is also held against what
-llm-compressor's modifiers make of the same model and data, in a virtual environment of its own. With `--parts joint`,
-weights are pruned and quantised to 4 bits at once, and the checkpoint is evaluated without its adapter and with it.
-With `--parts cost`, pruning alone is timed against pruning with compensation in the loop; that wants a quiet machine.
-Results are kept after every run, so that an interrupted benchmark goes on.
+4-bit factors whose ranks are chosen, made in the pruning loop (in one round and in several) and afterwards; and an SVD
+of ΔW in place of EoRA, made as the article makes its adapter. With `--parts peers` the pruned model alone is also held
+against what llm-compressor's modifiers make of the same model and data, in a virtual environment of its own. With
+`--parts joint`, weights are pruned and quantised to 4 bits at once, and the checkpoint is evaluated without its adapter
+and with it. With `--parts cost`, pruning alone is timed against pruning with compensation in the loop; that wants a
+quiet machine. Results are kept after every run, so that an interrupted benchmark goes on.
 
     python benchmarks/pruning.py --json
     python benchmarks/pruning.py --methods wanda --budgets 0.5bpw
@@ -39,6 +39,7 @@ from recovery import BUDGET_FACTOR_BITS, BUDGETS, GROUP_SIZE, module_shapes
 
 from gptqmodel_eora_ext.adapter.budget import budget_bytes, largest_uniform_rank
 from gptqmodel_eora_ext.adapter.folder import AdapterFolder
+from gptqmodel_eora_ext.adapter.presets import PRESETS
 from gptqmodel_eora_ext.formats.sizes import factor_bytes
 from gptqmodel_eora_ext.hosts.jobs import AdapterJob
 from gptqmodel_eora_ext.hosts.prune import prune
@@ -50,8 +51,10 @@ from gptqmodel_eora_ext.system.files import cache_folder
 SAMPLES, SEQLEN = 64, 256
 PATTERN = "2:4"
 METHODS = ("sparsegpt", "wanda")
-# None; ours in the loop; ours afterwards; the article's; the same by SVD.
-KINDS = ("none", "loop", "after", "article", "svd")
+# None; ours in the loop, once with as many rounds as the preset "best" has (W − BA is pruned again, which only the loop
+# can do); ours afterwards; the article's; the same by SVD.
+KINDS = ("none", "loop", "rounds", "after", "article", "svd")
+IN_LOOP = ("loop", "rounds")
 PARTS = ("adapters", "peers", "joint", "cost")
 # Of "joint" and "cost": what SparseGPT's joint form quantises to.
 JOINT_METHOD, JOINT_BITS = "sparsegpt", 4
@@ -80,8 +83,9 @@ def options_of(base: common.Subject, cell: Cell) -> dict[str, Any] | None:
     """What `EoRA` is given: the article's rank is the least that takes no fewer bytes than the budget."""
     if cell.budget is None:
         return None
-    if cell.kind in ("loop", "after"):
-        return {"budget": cell.budget, "factor_bits": BUDGET_FACTOR_BITS}
+    if cell.kind in (*IN_LOOP, "after"):
+        rounds = {"rounds": PRESETS["best"].rounds} if cell.kind == "rounds" else {}
+        return {"budget": cell.budget, "factor_bits": BUDGET_FACTOR_BITS, **rounds}
     shapes = module_shapes(base)
     rank = -(-budget_bytes(cell.budget, shapes) // sum(factor_bytes(1, shape, 16) for shape in shapes))
     return {"rank": rank, "objective": "svd" if cell.kind == "svd" else "eora"}
@@ -126,7 +130,7 @@ def measure(base: common.Subject, cell: Cell, pruned: Pruned, texts: dict[str, A
     with common.scratch() as scratch, quiet():
         start = time.perf_counter()
         adapter = None
-        if cell.kind == "loop":
+        if cell.kind in IN_LOOP:
             folder = prune(str(base.folder), scratch / "model", calibration(base), method=cell.method, pattern=PATTERN,
                            adapter=chosen, batch_size=common.BATCH_SIZE)  # fmt: skip
             adapter = folder / "eora"
@@ -163,6 +167,8 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float]) -> list[dict[str,
                     **share,
                     "loop / article": share["loop"] / share["article"],
                     "loop / after": share["loop"] / share["after"],
+                    "rounds / after": share["rounds"] / share["after"],
+                    "after / svd": share["after"] / share["svd"],
                     "article / svd": share["article"] / share["svd"],
                 }
             )  # fmt: skip
