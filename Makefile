@@ -49,7 +49,7 @@ test-formats: $(STAMP)
 # Commands killed at twenty random moments, and on disks that are full, and started again: some forty minutes on two
 # quiet cores. The disks are small tmpfs, which root alone may mount; skipped otherwise.
 test-resume: $(STAMP)
-	"$(BIN)/python" -m pytest -m resume tests/e2e/test_resume.py
+	"$(BIN)/python" -m pytest -m resume tests/e2e
 
 # llama.cpp's programs, built once into the user's cache from the sources that llama-cpp-python carries: some ten minutes on
 # two quiet cores. Needs a C++ compiler and cmake.

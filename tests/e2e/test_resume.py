@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from gptqmodel_eora_ext.cli import app
 from gptqmodel_eora_ext.system.kept import resume_folder
 
 pytestmark = pytest.mark.e2e
@@ -133,15 +135,22 @@ def quantising(model: Path, out: Path, text: str, *more: str) -> list[str]:
             "--samples", "8", "--seqlen", "64", *more]  # fmt: skip
 
 
-def test_killed_and_started_again(tiny: Path, text: str, tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    tiny: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in a process of its own; gone on with, and compared with a run never disturbed, in this one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ADAPTERS["rank"]
-    assert command(tmp_path / "a", *quantising(tiny, whole, text, *options)).status == 0
-    first = command(tmp_path / "b", *quantising(tiny, killed, text, *options), after_layers=2)
+    first = command(tmp_path / "home", *quantising(tiny, killed, text, *options), after_layers=2)
     assert first.status == -signal.SIGKILL and not killed.exists() and resume_folder(killed).is_dir()
-    second = command(tmp_path / "b", *quantising(tiny, killed, text, *options))
-    assert second.status == 0, second.stderr
-    assert second.layers[0] >= 1 and written(killed) == written(whole)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for out, begins_at in ((killed, 1), (whole, 0)):
+        capfd.readouterr()
+        result = CliRunner().invoke(app, [*quantising(tiny, out, text, *options), "--log-json"])
+        assert result.exit_code == 0, result.output
+        told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith('{"time"')]
+        assert next(one["done"] for one in told if one["what"] == QUANTISING) >= begins_at
+    assert written(killed) == written(whole)
     assert not resume_folder(killed).exists()
 
 
