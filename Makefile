@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test test-report test-tasks test-families test-formats test-llamacpp llamacpp asan lint bench clean
+.PHONY: setup demo test test-report test-tasks test-families test-formats test-resume test-llamacpp llamacpp asan lint bench clean
 
 setup: $(STAMP)
 
@@ -24,7 +24,7 @@ demo: $(STAMP)
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile \
-	    -m "not browser and not harness and not families and not llamacpp and not formats"
+	    -m "not browser and not harness and not families and not llamacpp and not formats and not resume"
 
 # Reports in a real browser: needs Chromium (Debian's package `chromium`), and tells so where there is none.
 test-report: $(STAMP)
@@ -45,6 +45,11 @@ test-families: $(STAMP)
 test-formats: $(STAMP)
 	"$(BIN)/python" -m pip install --quiet --no-deps --target "$(VENV)/formats" bitsandbytes compressed-tensors loguru
 	PYTHONPATH="$(VENV)/formats$${PYTHONPATH:+:$$PYTHONPATH}" "$(BIN)/python" -m pytest -m formats
+
+# Commands killed at twenty random moments, and on disks that are full, and started again: some forty minutes on two
+# quiet cores. The disks are small tmpfs, which root alone may mount; skipped otherwise.
+test-resume: $(STAMP)
+	"$(BIN)/python" -m pytest -m resume tests/e2e
 
 # llama.cpp's programs, built once into the user's cache from the sources that llama-cpp-python carries: some ten minutes on
 # two quiet cores. Needs a C++ compiler and cmake.

@@ -85,6 +85,8 @@ class Keeping:
         Raises:
             ResumeError: where the folder is of another run, of another version, or in use.
         """
+        if self._required and not self.exists:
+            raise ResumeError(f"EoRA: there is nothing to go on with in `{self.root}`, and resuming is required.")
         computed_on = {"threads": torch.get_num_threads(), "devices": _devices()}
         everything = {**asked, "versions": _versions(), **({"computed on": computed_on} if self._strict else {})}
         kept = kept_state(
@@ -98,8 +100,6 @@ class Keeping:
             soft={} if self._strict else computed_on,
         )
         self.kept = self._stack.enter_context(kept)
-        if self._required and not self.kept.goes_on:
-            raise ResumeError(f"EoRA: there is nothing to go on with in `{self.root}`, and resuming is required.")
         if self.kept.goes_on:
             log.info("EoRA: an interrupted run in `%s` is gone on with.", self.root)
         return self.kept

@@ -96,12 +96,13 @@ class Training:
                 break
             outcome.steps += 1
             left = outcome.planned - outcome.steps
-            if not left or (outcome.steps % every == 0 and left >= every):
+            looked = not left or (outcome.steps % every == 0 and left >= every)
+            if looked:
                 last = self._look()
                 if outcome.ended != COMPLETE:
                     break
             now = time.perf_counter()
-            if now >= next_write and left:
+            if looked or now >= next_write:
                 outcome.seconds = spent + now - begun
                 self._progress.write(outcome)
                 next_write = time.perf_counter() + SPACING * (time.perf_counter() - now)

@@ -22,6 +22,7 @@ from gptqmodel_eora_ext.refine.natural import STEPS
 from gptqmodel_eora_ext.refine.outcome import DIVERGENCE, NOT_FINITE
 from gptqmodel_eora_ext.refine.settings import NATURAL, parse_tokens
 from gptqmodel_eora_ext.system.files import unfinished_folder
+from gptqmodel_eora_ext.system.kept import ResumeError
 
 from .conftest import WINDOWS, linears, small_model
 
@@ -135,13 +136,19 @@ def test_interrupted_and_gone_on_with_ends_the_same(
     assert second.validations == whole.validations and written(output) == written(checkpoint / "whole")
 
 
-def test_a_killed_run_goes_on_from_its_last_validation(
-    trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
-) -> None:
+@pytest.mark.parametrize(("spacing", "first"), [(1e9, 7), (0, 8)])
+def test_a_killed_run_goes_on_from_the_last_step_that_was_kept(
+    spacing: float, first: int, trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each validation is kept, and steps as often as they cost little."""
+    monkeypatch.setattr(training_module, "SPACING", spacing)
+
     def die(done: int, total: int, note: str) -> None:
         if done == 7:
             raise MemoryError
 
+    refine_adapter(trainee, checkpoint, source, checkpoint / "whole", job)
     output = checkpoint / "parts"
     with pytest.raises(MemoryError):
         refine_adapter(trainee, checkpoint, source, output, dataclasses.replace(job, training=die))
@@ -149,16 +156,20 @@ def test_a_killed_run_goes_on_from_its_last_validation(
     steps: list[int] = []
     watched = dataclasses.replace(job, training=lambda done, total, note: steps.append(done))
     outcome = refine_adapter(trainee, checkpoint, source, output, watched)
-    assert steps[0] == 7 and [step for step, _ in outcome.validations] == [0, 3, 6, 9, 12, 16]
+    assert steps[0] == first and written(output) == written(checkpoint / "whole")
+    assert [step for step, _ in outcome.validations] == [0, 3, 6, 9, 12, 16]
 
 
-def test_what_another_run_has_left_is_not_gone_on_with(
+def test_what_another_run_has_left_is_refused(
     trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
 ) -> None:
     output = checkpoint / "parts"
     stop = dataclasses.replace(job, training=lambda *_: signal.raise_signal(signal.SIGINT))
     assert refine_adapter(trainee, checkpoint, source, output, stop).steps == 1
-    again = refine_adapter(trainee, checkpoint, source, output, with_rate(job, 0.01))
+    other = with_rate(job, 0.01)
+    with pytest.raises(ResumeError, match=r"learning_rate: [0-9.]+ then, 0\.01 now.*--restart"):
+        refine_adapter(trainee, checkpoint, source, output, other)
+    again = refine_adapter(trainee, checkpoint, source, output, dataclasses.replace(other, restart=True))
     assert again.ended == COMPLETE and len(again.validations) == 1 + 5
 
 

@@ -11,6 +11,8 @@ and, on the objects of one run, from its start to its end (`loop.py`):
 |---|---|
 | `AlgorithmComposer.compress_block` | tells a block's inputs, and when its outputs have been computed |
 | `BaseOrchestrator.save_quantized` | writes the adapter beside the checkpoint |
+| `CompressionOrchestrator._quantize_blocks` | keeps finished blocks, and begins after those of an interrupted run |
+| `ShardWriter.write`, `_flush_shard` | where blocks are kept: notes a block's tensors; shards stay as large as always |
 """
 
 from __future__ import annotations
@@ -96,6 +98,9 @@ def problems() -> list[str]:
     from auto_round.algorithms.quantization import config
     from auto_round.algorithms.transforms import base
     from auto_round.compressors import base as compressors
+    from auto_round.compressors import orchestrator, shard_writer
+    from auto_round.compressors import utils as compressors_utils
+    from auto_round.modeling.fused_moe import replace_modules
     from auto_round.utils import disk_stream_util
 
     expected: list[tuple[Any, str, tuple[str, ...]]] = [
@@ -112,6 +117,13 @@ def problems() -> list[str]:
         (composer.AlgorithmComposer, "compress_block",
          ("block", "fp_inputs", "input_others", "block_ctx", "q_inputs", "input_ids")),
         (compressors.BaseOrchestrator, "save_quantized", ("output_dir", "return_folders")),
+        (orchestrator.CompressionOrchestrator, "_quantize_blocks",
+         ("model", "inputs", "block_names", "q_input", "nblocks", "input_others_extra_blocks", "token_ids",
+          "resume_state", "resume_input_ids")),
+        (shard_writer.ShardWriter, "write", ("m", "is_finalize")),
+        (shard_writer.ShardWriter, "_flush_shard", ()),
+        (compressors_utils, "immediate_pack", ("name", "layer_config")),
+        (replace_modules, "materialize_model_", ("model",)),
         (disk_stream_util, "get_safetensors_index", ("checkpoint_dir",)),
         (disk_stream_util, "materialize_module", ("module", "module_name", "index", "device")),
         (disk_stream_util, "unfuse_meta_moe_", ("model",)),

@@ -31,6 +31,7 @@ and, on the objects of one run, from its start to its end:
 | `loop_processor._PROJECT_LOG_DIR` | `quantize.py` | logs go to a temporary folder, not to `./logs` |
 | `model.layer_callback` | `terminal.py` | a command's own progress bar hears of finished layers |
 | `logger._suppress_live_renderables` | `terminal.py` | no tables and bars of GPTQModel's beside that |
+| `ModuleLooper(extensions=…)` | `resume.py` | GPTQModel's own place for what keeps layers and puts them back |
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _without_lock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def relied_on_problems() -> list[str]:
     """What is wrong with the host where the plugin relies on it without replacing anything for good."""
-    from gptqmodel.looper import loop_processor, module_looper
+    from gptqmodel.looper import checkpoint_modules, extension, gptq_checkpoint, loop_processor, module_looper
     from gptqmodel.models.base import BaseQModel
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.utils import logger
@@ -187,6 +188,15 @@ def relied_on_problems() -> list[str]:
         (processor, "current_batch_index", ()),
         (module_looper.ModuleLooper, "_subset_event_dispatch", ("stage",)),
         (module_looper.ModuleLooper, "loop", ()),
+        (module_looper.ModuleLooper, "__init__", ("extensions",)),
+        (extension.LoopExtensions, "start", ("context",)),
+        (extension.LoopExtensions, "publish", ("step", "futures")),
+        (processor, "continuation_state_dict", ()),
+        (processor, "load_continuation_state_dict", ("state",)),
+        (checkpoint_modules, "is_packed_module", ("module",)),
+        (checkpoint_modules, "packed_module_spec", ("module", "config")),
+        (checkpoint_modules, "restore_packed_module", ("spec", "name", "config", "kernel", "lm_head_name")),
+        (gptq_checkpoint, "_checkpoint_quantization_identity", ("config",)),
         (GPTQ, "quantize", ()),
         (GPTQ, "clone_module", ()),
         (GPTQ, "materialize_global_hessian", ()),
