@@ -5,7 +5,7 @@ its inputs (row-parallel) keeps some columns of Ŵ and of A, and all of B. The s
 parts compute is what the whole computes.
 
 Codes and zeros lie in streams of bits (`packed_weights`), so that a cut need not fall between two words: 3-bit codes of
-100 inputs end within one. Such streams are unpacked and packed again; where the cut falls between words, words are copied.
+100 inputs end within one. Such streams are unpacked and packed again; where cuts fall between words, words are copied.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def take_outputs(weight: PackedWeight, ranges: Sequence[Range]) -> PackedWeight:
     if list(ranges) == [(0, weight.out_features)]:
         return weight
     whole_words = _between_words(weight.bits, ranges)
-    # A zero of version 1 may have borrowed from its neighbour in the word, so that only whole words are copied as they are.
+    # A zero of version 1 may have borrowed from its neighbour in the word, so that only whole words are copied.
     zeros = weight.qzeros.T if whole_words else weight.zeros().T
     return replace(
         weight,
@@ -82,8 +82,8 @@ def take_inputs(weight: PackedWeight, begin: int, end: int) -> PackedWeight:
 def take_factors(factors: Factors, *, outputs: Sequence[Range], inputs: Range) -> Factors:
     """A and B of a part: some outputs of B, some inputs of A.
 
-    Packed factors stay packed where a range begins at a scale's first value (every 64th feature); others become float32,
-    which holds their values exactly.
+    Packed factors stay packed where a range begins at a scale's first value (every 64th feature); others become
+    float32, which holds their values exactly.
 
     Args:
         factors: of the whole layer.

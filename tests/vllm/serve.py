@@ -2,8 +2,8 @@
 
     python serve.py tasks.json
 
-Each task is an object: `model`, `options` (of `vllm.LLM`), `prompts` (token ids), `tokens` (to generate), and `loras`, a
-folder or null for each prompt. The answer to each has `losses` (of each prompt's tokens but the first, in nats) and
+Each task is an object: `model`, `options` (of `vllm.LLM`), `prompts` (token ids), `tokens` (to generate), and `loras`,
+a folder or null for each prompt. The answer to each has `losses` (of each prompt's tokens but the first, in nats) and
 `generated` (token ids), or `error`.
 """
 
@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 # Options that make a tiny server.
-DEFAULTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "disable_log_stats": True}
+DEFAULTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
 
 
 def serve(task: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def needs_plugin(config: Mapping[str, Any]) -> bool:
         return own.get("bits") in STOCK_BITS and own.get("sym", True) is not False and ordered
 
     dynamic = config.get("dynamic") or {}
-    changes = [{**config, **own} for name, own in dynamic.items() if not name.startswith("-:") and isinstance(own, dict)]
+    positive = [own for name, own in dynamic.items() if not name.startswith("-:") and isinstance(own, dict)]
+    changes = [{**config, **own} for own in positive]
     mixed = any(own.get("bits") != config.get("bits") for own in changes)
     planned = (config.get("meta") or {}).get(PLAN_MARK) if isinstance(config.get("meta"), dict) else None
     return bool(planned) or mixed or not all(stock(own) for own in (config, *changes))
@@ -147,13 +148,12 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     experts = next((name for name in modules if EXPERT.search(name)), None)
     if experts is not None:
         raise CheckpointError(
-            f"EoRA: `{folder}` has quantised experts, {experts} for instance. vLLM joins a layer's experts to one, which "
-            f"this plugin cannot multiply yet. Load the checkpoint with GPTQModel; or, without an adapter and at 4 bits "
-            f"symmetric, let vLLM serve it alone: VLLM_PLUGINS= vllm serve …"
+            f"EoRA: `{folder}` has quantised experts, {experts} for instance. vLLM joins a layer's experts to one, "
+            f"which this plugin cannot multiply yet. Load the checkpoint with GPTQModel."
         )
     entry = read_entry(folder)
     adapter = None if entry is None else named_folder(folder, entry)
-    matched = {} if adapter is None else _check_adapter(AdapterFolder.open(adapter), modules)
+    matched = {} if adapter is None else check_adapter(AdapterFolder.open(adapter), modules)
     dense = frozenset(key.removesuffix(".weight") for key, shape in shapes.items()
                       if key.endswith(".weight") and len(shape) == 2)  # fmt: skip
     return Checkpoint(folder, modules, dense, _stores_zero_minus_one(folder, config), adapter, matched)
@@ -172,7 +172,9 @@ def _module(
     found = {part: shapes[f"{name}.{part}"] for part in PACKED if f"{name}.{part}" in shapes}
     missing = [part for part in PACKED[:3] if len(found.get(part, ())) != 2]
     if missing:
-        raise CheckpointError(f"EoRA: {name} in `{folder}` has no matrix {', '.join(missing)}. Copy the checkpoint again.")
+        raise CheckpointError(
+            f"EoRA: {name} in `{folder}` has no matrix {', '.join(missing)}. Copy the checkpoint again."
+        )
     rows, out_features = found["qweight"]
     groups, columns = found["qzeros"]
     asked = {**config, **_dynamic(config, name)}
@@ -223,7 +225,7 @@ def _dynamic(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _check_adapter(folder: AdapterFolder, modules: Mapping[str, ModuleHeader]) -> dict[str, str]:
+def check_adapter(folder: AdapterFolder, modules: Mapping[str, ModuleHeader]) -> dict[str, str]:
     """Compare an adapter's header with the checkpoint's: names, shapes, and so the length of the file.
 
     Returns:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from ...adapter.errors import AdapterError
 from ...formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZE_CONFIG
 from .checkpoint import Checkpoint, CheckpointError, is_gptq, names_adapter, needs_plugin, read_checkpoint
 
-log = logging.getLogger(__name__)
+# Below vLLM's own logger, so that its users see what is said.
+log = logging.getLogger("vllm.plugins.eora")
 
 NAME = "eora"
 # What users of vLLM say for a checkpoint in GPTQ's layout, whichever kernel multiplies it. `inc` is AutoRound's name.
@@ -23,13 +23,15 @@ SAME_FORMAT = (None, NAME, "gptq", "auto_gptq", "gptq_marlin", "marlin", "inc", 
 LEAST_CAPABILITY = 75
 # Files of a repository on the hub that tell of a checkpoint and its adapter; vLLM itself downloads the weights.
 HUB_FILES = ("*.json", f"*/{ADAPTER_CONFIG}", f"*/{ADAPTER_WEIGHTS}", "*.safetensors")
+# What is to be done before the first layer is made: `seams` enters what has to wait for vLLM's own imports.
+before_layers: list[Callable[[], None]] = []
 
 
 class EoRAQuantization(QuantizationConfig):
     """vLLM's configuration of a checkpoint that the plugin serves.
 
-    It is made in the process that the user starts, where the checkpoint is read and checked (`maybe_update_config`), and
-    sent to those that load the model.
+    It is made in the process that the user starts, where the checkpoint is read and checked (`maybe_update_config`),
+    and sent to those that load the model.
 
     Args:
         quantization: the `quantization_config` of the checkpoint's `config.json`.
@@ -43,7 +45,8 @@ class EoRAQuantization(QuantizationConfig):
         self._names: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        held = "not read yet" if self.checkpoint is None else f"{self.checkpoint.folder}, adapter {self.checkpoint.adapter}"
+        found = self.checkpoint
+        held = "not read yet" if found is None else f"{found.folder}, adapter {found.adapter}"
         return f"{type(self).__name__}({held})"
 
     @classmethod
@@ -90,8 +93,8 @@ class EoRAQuantization(QuantizationConfig):
         if user_quant not in SAME_FORMAT:
             if adapted:
                 raise CheckpointError(
-                    f"EoRA: `{folder}` names an adapter, which --quantization {user_quant} would leave out and not tell. "
-                    f"Leave --quantization out, or take \"adapter\" out of its {QUANTIZE_CONFIG}."
+                    f"EoRA: `{folder}` names an adapter, which --quantization {user_quant} would leave out and not "
+                    f"tell. Leave --quantization out, or take \"adapter\" out of its {QUANTIZE_CONFIG}."
                 )
             return None
         return NAME if adapted or user_quant == NAME or needs_plugin(hf_quant_cfg) else None
@@ -105,7 +108,9 @@ class EoRAQuantization(QuantizationConfig):
         """
         folder = _local_folder(model_name, revision)
         if folder is None:
-            raise CheckpointError(f"EoRA: `{model_name}` is no folder, and no repository of the hub that can be reached.")
+            raise CheckpointError(
+                f"EoRA: `{model_name}` is no folder, and no repository of the hub that can be reached."
+            )
         self.checkpoint = read_checkpoint(folder, self.quantization)
         self._names = {name: name for name in (*self.checkpoint.modules, *self.checkpoint.dense)}
         adapter = self.checkpoint.adapter_folder
@@ -144,7 +149,9 @@ class EoRAQuantization(QuantizationConfig):
         from .linear import EoRALinearMethod
 
         if self.checkpoint is None:
-            raise AdapterError(f"EoRA: {prefix} is asked for before the checkpoint was read. Is this vLLM a tested one?")
+            raise CheckpointError(f"EoRA: vLLM asks for {prefix} before it has named the checkpoint. Is it a new one?")
+        for prepare in before_layers:
+            prepare()
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return _unquantized_experts(layer)
         stored = self.stored_names(prefix)

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    register_weight_loader_v2_supported_method,
 )
 
 from ...system.memory import release_free_memory
@@ -25,13 +24,14 @@ from .parts import Part, Share, shares
 from .served import ServedLinear
 
 # Layers whose cut by tensor parallelism is known here. A class of its own for one model may cut in another way.
-KNOWN_LAYERS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
+KNOWN_LAYERS = (
+    ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear,
+)  # fmt: skip
 # dtypes of the tensors in files, which vLLM compares with the parameters' and warns about.
 DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32, "scales": torch.float16}
 QKV = {"q": 0, "k": 1, "v": 2}
 
 
-@register_weight_loader_v2_supported_method
 class EoRALinearMethod(LinearMethodBase):
     """The linear method of one layer.
 
@@ -87,10 +87,8 @@ class EoRALinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """y with the checkpoint's adapter, and the bias if vLLM hands it over."""
         served: ServedLinear = layer._eora_served  # type: ignore[assignment]
-        if torch.compiler.is_compiling():
-            y = served_linear(x, layer._eora_name, served.out_features)  # type: ignore[arg-type]
-        else:
-            y = served(x)
+        traced = torch.compiler.is_compiling()
+        y = served_linear(x, layer._eora_name, served.out_features) if traced else served(x)  # type: ignore[arg-type]
         return y if bias is None or served.adds_bias else y + bias
 
 
@@ -131,8 +129,8 @@ class _Loading:
         layer = self._layer()
         if self._processes > 1 and isinstance(layer, LinearBase) and type(layer) not in KNOWN_LAYERS:
             raise CheckpointError(
-                f"EoRA: {self._prefix} is a {type(layer).__name__}, and how tensor parallelism cuts it is not known here. "
-                f"Serve with --tensor-parallel-size 1."
+                f"EoRA: {self._prefix} is a {type(layer).__name__}, and how tensor parallelism cuts it is not known "
+                f"here. Serve with --tensor-parallel-size 1."
             )
 
     def take(self, kind: str, tensor: torch.Tensor, shard: Any) -> None:
@@ -155,8 +153,8 @@ class _Loading:
         if len(self._stored) == len(self._local) and len(kinds) == 1:
             return self._stored[kinds[0]]
         raise CheckpointError(
-            f"EoRA: vLLM reads outputs {kinds} of {self._prefix} from one tensor, and which of {self._stored} it belongs "
-            f"to is not known here. Load the checkpoint with GPTQModel."
+            f"EoRA: vLLM reads outputs {kinds} of {self._prefix} from one tensor, and which of {self._stored} it is of "
+            f"is not known here. Load the checkpoint with GPTQModel."
         )
 
     def _share(self, kinds: tuple[int, ...]) -> Share:
@@ -178,13 +176,11 @@ class _Loading:
         found = shares([disk[kind] for kind in kinds], [self._local[kind] for kind in kinds],
                        [ranks[kind] for kind in kinds], inputs)  # fmt: skip
         header = self._checkpoint.modules.get(self._name(kinds))
-        if header is not None and (header.in_features, header.out_features) != (
-            self._inputs, sum(disk[kind] for kind in kinds)
-        ):  # fmt: skip
+        expected = sum(disk[kind] for kind in kinds)
+        if header is not None and (header.in_features, header.out_features) != (self._inputs, expected):
             raise CheckpointError(
-                f"EoRA: {self._name(kinds)} is a weight of out × in = {header.out_features} × {header.in_features}; the "
-                f"model's {self._prefix} has {sum(disk[kind] for kind in kinds)} × {self._inputs}. config.json tells of "
-                f"another model."
+                f"EoRA: {self._name(kinds)} is a weight of out × in = {header.out_features} × {header.in_features}, "
+                f"where the model's {self._prefix} has {expected} × {self._inputs}. config.json tells of another model."
             )
         return found
 
@@ -209,4 +205,4 @@ class _Loading:
             isinstance(layer, RowParallelLinear) and self._rank > 0
         )
         release_free_memory()
-        return ServedLinear(parts, bias if handed_over else None, self._prefix)
+        return ServedLinear(self._checkpoint, parts, bias if handed_over else None)

@@ -8,8 +8,8 @@ import torch
 
 from .served import ServedLinear
 
-# Layers of this process by the names that traces hold. A trace that vLLM keeps on disk is used by a later process, so that
-# the names must be the same there.
+# Layers of this process by the names that traces hold. A trace that vLLM keeps on disk is used by a later process, in
+# which the names must be the same.
 _layers: weakref.WeakValueDictionary[str, ServedLinear] = weakref.WeakValueDictionary()
 
 

@@ -121,8 +121,8 @@ class Part:
         if self.weight is None:
             found = ", ".join(sorted(self._tensors)) or "none"
             raise CheckpointError(
-                f"EoRA: vLLM has not read all tensors of {self.name}; it has read {found}. Is the checkpoint complete, and "
-                f"--load-format left as it is by default?"
+                f"EoRA: vLLM has not read all tensors of {self.name}; it has read {found}. Is the checkpoint complete, "
+                f"and --load-format left as it is by default?"
             )
 
 

@@ -1,4 +1,4 @@
-"""A layer ready to be multiplied with: all its parts, their adapters and biases, in as few calls as their forms allow."""
+"""A layer ready to be multiplied with: its parts, their adapters and biases, in as few calls as their forms allow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from ...formats.packed_weights import LayoutError, PackedWeight
 from ...kernels.cpu.repack import RepackedWeight
 from ...kernels.dispatch import switched_off
 from ...kernels.fused import FusedLinear, JointLinears
+from .checkpoint import Checkpoint
 from .parts import Part
 
 # y of some parts, rows × out each, of x, rows × in.
 Multiply = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+# Places of parts that are multiplied in one call, and that call.
+Groups = list[tuple[list[int], Multiply]]
 
 
 class ServedLinear:
@@ -25,43 +28,44 @@ class ServedLinear:
     Parts that read x in the same order and groups share one call, and with it x in integers and x Aᵀ.
 
     Args:
+        checkpoint: that the parts are of.
         parts: of the layer, in the order of its outputs.
         bias: of the whole layer; None for none, or for one that vLLM adds.
-        name: the layer's, for messages.
         padding: outputs of zeros at the end, as vLLM pads vocabularies.
     """
 
-    def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None, name: str, padding: int = 0) -> None:
-        self.name, self.parts, self.padding = name, tuple(parts), padding
+    def __init__(
+        self, checkpoint: Checkpoint, parts: Sequence[Part], bias: torch.Tensor | None, padding: int = 0
+    ) -> None:
+        self.checkpoint, self.parts, self.padding = checkpoint, tuple(parts), padding
         self.in_features = parts[0].share.in_features
         self.part_widths = [part.share.out_features for part in parts]
         self.out_features = sum(self.part_widths) + padding
         self.device = parts[0].device
         self.adds_bias = bias is not None
-        self._biases = [None] * len(parts) if bias is None else list(bias.detach()[: sum(self.part_widths)].split(self.part_widths))
+        self._biases: list[torch.Tensor | None] = [None] * len(parts)
+        if bias is not None:
+            self._biases = list(bias.detach()[: sum(self.part_widths)].split(self.part_widths))
         self._groups = _grouped(self.parts, self._biases)
-        self._without_factors: list[tuple[list[int], Multiply]] | None = None
+        self._without_factors: Groups | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y, … × out in x's dtype, of x, … × in, with the checkpoint's own adapter."""
-        return self._multiply(x, self._groups)
+        return self.with_groups(x, self._groups)
 
     def bare(self, x: torch.Tensor) -> torch.Tensor:
         """y without the checkpoint's own adapter."""
         if self._without_factors is None:
-            self._without_factors = self.multipliers([None] * len(self.parts))
-        return self._multiply(x, self._without_factors)
+            self._without_factors = self.groups([None] * len(self.parts))
+        return self.with_groups(x, self._without_factors)
 
-    def multipliers(self, factors: Sequence[Any]) -> list[tuple[list[int], Multiply]]:
+    def groups(self, factors: Sequence[Any]) -> Groups:
         """What multiplies the same weights with other factors, one for each part or None; weights are not copied."""
         parts = [replace(part, factors=own) for part, own in zip(self.parts, factors, strict=True)]
         return _grouped(parts, self._biases)
 
-    def with_multipliers(self, x: torch.Tensor, groups: list[tuple[list[int], Multiply]]) -> torch.Tensor:
-        """y by what `multipliers` gave."""
-        return self._multiply(x, groups)
-
-    def _multiply(self, x: torch.Tensor, groups: list[tuple[list[int], Multiply]]) -> torch.Tensor:
+    def with_groups(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """y by what `groups` gave."""
         rows = x.reshape(-1, self.in_features)
         ys: list[torch.Tensor | None] = [None] * len(self.parts)
         for places, multiply in groups:
@@ -74,7 +78,7 @@ class ServedLinear:
         return joined.view(*x.shape[:-1], self.out_features)
 
 
-def _grouped(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) -> list[tuple[list[int], Multiply]]:
+def _grouped(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) -> Groups:
     """Parts that can be multiplied in one call, and that call."""
     groups: list[list[int]] = []
     for place, part in enumerate(parts):
