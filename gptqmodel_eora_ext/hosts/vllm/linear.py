@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ...system.memory import release_free_memory
 from .checkpoint import PACKED, Checkpoint, CheckpointError
@@ -158,31 +159,40 @@ class _Loading:
         )
 
     def _share(self, kinds: tuple[int, ...]) -> Share:
-        layer, begin = self._layer(), 0
-        if self._local_inputs != self._inputs:
-            begin = self._rank * self._local_inputs
+        layer = self._layer()
+        begin = self._rank * self._local_inputs if self._local_inputs != self._inputs else 0
         inputs = (begin, begin + self._local_inputs)
+        if isinstance(layer, ParallelLMHead):
+            vocabulary = layer.shard_indices
+            disk, found = layer.org_vocab_size, (vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index)
+            share = Share((found,), inputs)
+        else:
+            sizes, ranks = self._disk_sizes(layer)
+            disk = sum(sizes[kind] for kind in kinds)
+            share = shares([sizes[kind] for kind in kinds], [self._local[kind] for kind in kinds],
+                           [ranks[kind] for kind in kinds], inputs)  # fmt: skip
+        name = self._name(kinds)
+        header = self._checkpoint.modules.get(name)
+        if header is not None and (header.in_features, header.out_features) != (self._inputs, disk):
+            raise CheckpointError(
+                f"EoRA: {name} is a weight of out × in = {header.out_features} × {header.in_features}, where the model "
+                f"has a {self._prefix} of {disk} × {self._inputs}. config.json tells of another model."
+            )
+        return share
+
+    def _disk_sizes(self, layer: Any) -> tuple[list[int], list[int]]:
+        """Outputs of each kind in the file, and which share of them this process keeps."""
         if isinstance(layer, (RowParallelLinear, ReplicatedLinear)) or self._processes == 1:
-            ranks = [0] * len(self._local)
-            disk = self._local
-        elif isinstance(layer, QKVParallelLinear):
-            disk = [layer.total_num_heads * layer.head_size, layer.total_num_kv_heads * layer.head_size,
-                    layer.total_num_kv_heads * layer.v_head_size]  # fmt: skip
+            return self._local, [0] * len(self._local)
+        if isinstance(layer, QKVParallelLinear):
             # Where there are fewer heads of keys than processes, several keep the same.
             shared = self._rank // layer.num_kv_head_replicas
-            ranks = [self._rank, shared, shared]
-        else:
-            disk, ranks = [size * self._processes for size in self._local], [self._rank] * len(self._local)
-        found = shares([disk[kind] for kind in kinds], [self._local[kind] for kind in kinds],
-                       [ranks[kind] for kind in kinds], inputs)  # fmt: skip
-        header = self._checkpoint.modules.get(self._name(kinds))
-        expected = sum(disk[kind] for kind in kinds)
-        if header is not None and (header.in_features, header.out_features) != (self._inputs, expected):
-            raise CheckpointError(
-                f"EoRA: {self._name(kinds)} is a weight of out × in = {header.out_features} × {header.in_features}, "
-                f"where the model's {self._prefix} has {expected} × {self._inputs}. config.json tells of another model."
-            )
-        return found
+            return [
+                layer.total_num_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.v_head_size,
+            ], [self._rank, shared, shared]
+        return [size * self._processes for size in self._local], [self._rank] * len(self._local)
 
     def finish(self) -> ServedLinear:
         """The layer, ready.
@@ -205,4 +215,6 @@ class _Loading:
             isinstance(layer, RowParallelLinear) and self._rank > 0
         )
         release_free_memory()
-        return ServedLinear(self._checkpoint, parts, bias if handed_over else None)
+        # vLLM pads a vocabulary to a multiple of 64, and cuts the logits off again.
+        padding = sum(self._local) - sum(part.share.out_features for part in parts)
+        return ServedLinear(self._checkpoint, parts, bias if handed_over else None, padding)

@@ -4,20 +4,25 @@ An adapter that was made for the bare checkpoint (its folder holds `eora.json`) 
 for the requests that wear it: both mend the same error, and would mend it twice together. Any other LoRA is added to
 the model as it is served, as everywhere in vLLM.
 
-vLLM adds LoRAs to a layer's output by kernels of its own, row by row. Where all rows of a batch wear the same adapter
-of the first kind, on a CPU, the plugin's kernels multiply it together with the weight instead. Where rows differ, those
-that wear one are multiplied without the checkpoint's own adapter, and vLLM adds theirs.
+On a CPU the rows of a batch are multiplied adapter by adapter. One that takes the place of the checkpoint's own goes
+through the plugin's kernels together with the weight, as that does; another is added by torch. vLLM's own operators are
+not used: on a CPU they copy A and B for every row, and give rows without an adapter that of the last slot
+(https://github.com/vllm-project/vllm/pull/48421).
+
+On a GPU vLLM's kernels add the adapters of all rows at once, to a product without the checkpoint's own for those rows
+that wear one in its place. That part was written without a GPU and has not been run.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.lora.utils import get_adapter_absolute_path
 
 from ...adapter.errors import AdapterError
 from ...adapter.folder import AdapterFolder
@@ -32,6 +37,27 @@ from .served import Groups, ServedLinear
 _wrappers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
+# The adapter that this was made from; what multiplies a layer with it in place of its own; A and B of each part.
+Made = tuple[Any, Groups | None, list[Factors | None]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch that wear the same.
+
+    Attributes:
+        slot: where vLLM keeps A and B; −1 for no adapter beside the checkpoint's own.
+        adapter: vLLM's object of the adapter; None for none.
+        in_place: whether it takes the place of the checkpoint's own.
+        places: int64, which rows; None for all.
+    """
+
+    slot: int
+    adapter: Any
+    in_place: bool
+    places: torch.Tensor | None
+
+
 @dataclass
 class Worn:
     """What the rows of the batch under way wear; one for each of vLLM's LoRA managers.
@@ -39,17 +65,15 @@ class Worn:
     Attributes:
         flags: whether the adapter in each slot takes the place of the checkpoint's own; the last stands for none. On
             the device, and written in place, so that a captured graph reads what is true when it is replayed.
-        alone: slot and adapter that all rows wear, where it takes that place.
-        any: whether some row wears such an adapter.
+        rows: the batch's rows by what they wear.
+        count: how many there are.
+        factors: layer → slot → what was made of the adapter there when it was first worn.
     """
 
     flags: torch.Tensor
-    alone: tuple[int, Any] | None = None
-    any: bool = False
-    # Slot → the adapter that a layer's factors were taken from, and what multiplies them; by layer.
-    fused: weakref.WeakKeyDictionary[ServedLinear, dict[int, tuple[Any, Groups]]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
+    rows: list[Rows] = field(default_factory=list)
+    count: int = 0
+    factors: weakref.WeakKeyDictionary[ServedLinear, dict[int, Made]] = field(default_factory=weakref.WeakKeyDictionary)
 
 
 def load_adapter(original: Callable[..., Any], manager: Any, lora_request: Any) -> Any:
@@ -59,10 +83,9 @@ def load_adapter(original: Callable[..., Any], manager: Any, lora_request: Any) 
         AdapterError: for packed factors, an adapter of another model, or a broken one.
         NotImplementedError: where vLLM cuts LoRAs in a way that the plugin does not follow.
     """
-    place = _place(lora_request)
-    model = manager._adapter_manager.model
-    served = [one for module in model.modules() if (one := getattr(module, "_eora_served", None)) is not None]
-    if not served or not (place / ADAPTER_DETAILS).is_file():
+    place = Path(get_adapter_absolute_path(lora_request.lora_path))
+    layers = [module for module in manager._adapter_manager.model.modules() if hasattr(module, "_eora_served")]
+    if not layers or not (place / ADAPTER_DETAILS).is_file():
         return original(manager, lora_request)
     folder = AdapterFolder.open(place)
     if folder.is_packed:
@@ -70,48 +93,54 @@ def load_adapter(original: Callable[..., Any], manager: Any, lora_request: Any) 
             f"Adapter: `{place}` has factors in {folder.factor_bits} bits, which vLLM's LoRA requests cannot hold. "
             f"Make a plain copy: eora export {place} --peft FOLDER. A checkpoint's own adapter may be packed."
         )
-    check_adapter(folder, served[0].checkpoint.modules)
-    if manager.lora_config.fully_sharded_loras:
-        raise NotImplementedError(
-            f"EoRA: `{place}` takes the place of the checkpoint's own adapter, which --fully-sharded-loras does not "
-            f"allow. Serve without that option."
-        )
-    unknown = _unknown_layer(model)
-    if unknown is not None:
-        raise NotImplementedError(
-            f"EoRA: `{place}` takes the place of the checkpoint's own adapter, which is not known here of a {unknown}: "
-            f"that layer adds LoRAs in a way of its own. Name the adapter in the checkpoint's quantize_config.json."
-        )
+    check_adapter(folder, layers[0]._eora_served.checkpoint.modules)
+    _check_replaceable(place, layers, manager)
     loaded = original(manager, lora_request)
     loaded.takes_place_of_own = True
     return loaded
 
 
-def _place(lora_request: Any) -> Path:
-    from vllm.lora.utils import get_adapter_absolute_path
+def _check_replaceable(place: Path, layers: Sequence[Any], manager: Any) -> None:
+    """Refuse a server in which the checkpoint's own adapter cannot be left out for single rows.
 
-    return Path(get_adapter_absolute_path(lora_request.lora_path))
-
-
-def _unknown_layer(model: torch.nn.Module) -> str | None:
-    """The class of a layer whose way of adding LoRAs is its own, if there is one."""
-    layers = (type(module) for module in model.modules() if hasattr(module, "_eora_served"))
-    return next((layer.__name__ for layer in layers if layer not in KNOWN_LAYERS), None)
+    Raises:
+        NotImplementedError: naming the option or the layer.
+    """
+    what = f"EoRA: `{place}` takes the place of the checkpoint's own adapter, which"
+    if manager.lora_config.fully_sharded_loras:
+        raise NotImplementedError(f"{what} --fully-sharded-loras does not allow. Serve without that option.")
+    wrapped = {id(getattr(module, "base_layer", None)) for module in manager._adapter_manager.modules.values()}
+    for layer in layers:
+        if not any(part.factors is not None for part in layer._eora_served.parts):
+            continue
+        if id(layer) not in wrapped:
+            raise NotImplementedError(
+                f"{what} stays on {layer.prefix}, to which vLLM adds no LoRA here. Serve without "
+                f"--lora-target-modules, or name all of the checkpoint's modules there."
+            )
+        if type(layer) not in KNOWN_LAYERS:
+            raise NotImplementedError(
+                f"{what} cannot be left out of {layer.prefix}: a {type(layer).__name__} adds LoRAs in its own way. "
+                f"Name the adapter in the checkpoint's quantize_config.json instead."
+            )
 
 
 def set_adapter_mapping(original: Callable[..., Any], manager: Any, mapping: Any) -> Any:
     """Take note of what the rows of the next batch wear."""
     result = original(manager, mapping)
     worn = _worn(manager)
-    slots = manager.lora_index_to_id
-    adapters = [None if one is None else manager._registered_adapters.get(one) for one in slots]
-    replacing = [getattr(one, "takes_place_of_own", False) for one in adapters]
-    worn.flags.copy_(torch.tensor([*replacing, False]))
-    ids = set(mapping.index_mapping)
-    places = {slots.index(one) if one > 0 and one in slots else -1 for one in ids}
-    worn.any = any(place >= 0 and replacing[place] for place in places)
-    only = next(iter(places)) if len(places) == 1 else -1
-    worn.alone = (only, adapters[only]) if only >= 0 and replacing[only] else None
+    slots = {number: slot for slot, number in enumerate(manager.lora_index_to_id) if number is not None}
+    adapters = {slot: manager._registered_adapters.get(number) for number, slot in slots.items()}
+    in_place = {slot: bool(getattr(one, "takes_place_of_own", False)) for slot, one in adapters.items()}
+    worn.flags.copy_(torch.tensor([*(in_place.get(slot, False) for slot in range(len(worn.flags) - 1)), False]))
+    numbers = torch.tensor(mapping.index_mapping, dtype=torch.int64)
+    worn.count = len(numbers)
+    found = numbers.unique().tolist()
+    worn.rows = []
+    for number in found:
+        slot = slots.get(number, -1)
+        places = None if len(found) == 1 else (numbers == number).nonzero().flatten()
+        worn.rows.append(Rows(slot, adapters.get(slot), in_place.get(slot, False), places))
     return result
 
 
@@ -152,14 +181,52 @@ def multiply(wrapper: Any, x: torch.Tensor) -> torch.Tensor:
     served: ServedLinear = wrapper.base_layer._eora_served
     worn: Worn = wrapper._eora_worn
     if served.device.type == "cpu":
-        if not worn.any:
-            return wrapper._apply_lora_to_output(x, served(x))
-        if worn.alone is not None and wrapper.n_slices == len(served.parts):
-            return served.with_groups(x, _fused(worn, wrapper, served, *worn.alone))
+        return _by_adapter(wrapper, served, worn, x)
     # Which rows wear what is read on the device, so that a captured graph serves any batch.
     indices = wrapper.punica_wrapper._token_lora_indices[: x.numel() // x.shape[-1]]
-    replaced = worn.flags[indices].view(*x.shape[:-1], 1)
-    return wrapper._apply_lora_to_output(x, torch.where(replaced, served.bare(x), served(x)))
+    in_place = worn.flags[indices].view(*x.shape[:-1], 1)
+    return wrapper._apply_lora_to_output(x, torch.where(in_place, served.bare(x), served(x)))
+
+
+def _by_adapter(wrapper: Any, served: ServedLinear, worn: Worn, x: torch.Tensor) -> torch.Tensor:
+    """y, … × out, adapter by adapter."""
+    rows = x.reshape(-1, served.in_features)
+    if len(worn.rows) == 1 and worn.rows[0].places is None:
+        y = _wearing(wrapper, served, worn, worn.rows[0], rows)
+        return y.view(*x.shape[:-1], served.out_features)
+    if worn.count != len(rows):
+        raise RuntimeError(
+            f"EoRA: vLLM told the adapters of {worn.count} rows, and multiplies {len(rows)}. Is it a version that was "
+            f"not tested? One adapter for all requests is served by any."
+        )
+    y = rows.new_empty(len(rows), served.out_features)
+    for same in worn.rows:
+        y[same.places] = _wearing(wrapper, served, worn, same, rows[same.places])
+    return y.view(*x.shape[:-1], served.out_features)
+
+
+def _wearing(wrapper: Any, served: ServedLinear, worn: Worn, same: Rows, x: torch.Tensor) -> torch.Tensor:
+    """y of rows that wear the same."""
+    if same.slot < 0:
+        return served(x)
+    known = worn.factors.setdefault(served, {})
+    if same.slot not in known or known[same.slot][0] is not same.adapter:
+        pairs = [_factors(down[same.slot, 0], up[same.slot, 0])
+                 for down, up in zip(wrapper.lora_a_stacked, wrapper.lora_b_stacked, strict=True)]  # fmt: skip
+        # A part that vLLM sees as several has factors that its kernel cannot take.
+        fused = same.in_place and len(pairs) == len(served.parts)
+        repacked = [None if one is None else repack_factors(one) for one in pairs] if fused else []
+        known[same.slot] = (same.adapter, served.groups(repacked) if fused else None, [] if fused else pairs)
+    _, groups, pairs = known[same.slot]
+    if groups is not None:
+        return served.with_groups(x, groups)
+    y = served.bare(x) if same.in_place else served(x)
+    begin = 0
+    for pair, width in zip(pairs, wrapper.output_slices, strict=True):
+        if pair is not None:
+            y[:, begin : begin + width] += (x @ pair.down.to(x.dtype).T) @ pair.up.to(x.dtype)
+        begin += width
+    return y
 
 
 @torch.library.custom_op("gptqmodel_eora_ext::served_with_loras", mutates_args=())
@@ -171,16 +238,6 @@ def served_with_loras(x: torch.Tensor, name: str, out_features: int) -> torch.Te
 @served_with_loras.register_fake
 def _(x: torch.Tensor, name: str, out_features: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _fused(worn: Worn, wrapper: Any, served: ServedLinear, slot: int, adapter: Any) -> Groups:
-    """What multiplies the layer with the adapter in a slot; made when it is first worn."""
-    known = worn.fused.setdefault(served, {})
-    if slot not in known or known[slot][0] is not adapter:
-        pairs = [_factors(down[slot, 0], up[slot, 0])
-                 for down, up in zip(wrapper.lora_a_stacked, wrapper.lora_b_stacked, strict=True)]  # fmt: skip
-        known[slot] = (adapter, served.groups([None if one is None else repack_factors(one) for one in pairs]))
-    return known[slot][1]
 
 
 def _factors(down: torch.Tensor, up: torch.Tensor) -> Factors | None:
