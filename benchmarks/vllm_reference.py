@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from gptqmodel_eora_ext.hosts.vllm.checkpoint import read_checkpoint
 from gptqmodel_eora_ext.kernels.reference import dequantize
 
 
-def dense_model(folder: Path, adapter: Path | str | None = "own") -> Any:
+def dense_model(folder: Path, *adapters: Path | str) -> Any:
     """The model of a checkpoint in float32.
 
     Args:
         folder: of the checkpoint.
-        adapter: "own" for the checkpoint's, another folder, or None.
+        adapters: that are added to Ŵ, "own" for the checkpoint's.
     """
     config = AutoConfig.from_pretrained(folder)
     found = read_checkpoint(folder, config.quantization_config)
@@ -29,10 +28,6 @@ def dense_model(folder: Path, adapter: Path | str | None = "own") -> Any:
     tensors: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
-    opened = found.adapter_folder if adapter == "own" else None if adapter is None else AdapterFolder.open(adapter)
-    updates = {}
-    if opened is not None:
-        updates = {name: one.lora_B.float() @ one.lora_A.float() for name, one in opened.factors(list(opened.keys))}
     state = {name: one.float() for name, one in tensors.items() if name.rpartition(".")[0] not in found.modules}
     for name, header in found.modules.items():
         weight = PackedWeight(
@@ -40,9 +35,14 @@ def dense_model(folder: Path, adapter: Path | str | None = "own") -> Any:
             tensors.get(f"{name}.g_idx"), header.bits, header.group_size, header.in_features, header.out_features,
             found.stores_zero_minus_one, name,
         )  # fmt: skip
-        state[f"{name}.weight"] = dequantize(weight) + updates.get(name, 0)
+        state[f"{name}.weight"] = dequantize(weight)
         if f"{name}.bias" in tensors:
             state[f"{name}.bias"] = tensors[f"{name}.bias"].float()
+    for adapter in adapters:
+        opened = found.adapter_folder if adapter == "own" else AdapterFolder.open(adapter)
+        assert opened is not None
+        for name, factors in opened.factors(list(opened.keys)):
+            state[f"{name}.weight"] += factors.lora_B.float() @ factors.lora_A.float()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
@@ -55,7 +55,8 @@ def dense_model(folder: Path, adapter: Path | str | None = "own") -> Any:
 def losses(model: Any, ids: list[int]) -> list[float]:
     """Of each token but the first, in nats."""
     logits = model(torch.tensor([ids])).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
+    found: list[float] = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
+    return found
 
 
 @torch.inference_mode()
@@ -65,7 +66,3 @@ def greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
     for _ in range(tokens):
         found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
     return found[len(ids) :]
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
