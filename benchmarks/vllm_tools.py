@@ -24,6 +24,12 @@ def is_installed() -> bool:
     return (HOME / ".installed").is_file()
 
 
+def vllm_version() -> str:
+    """Of the vLLM in the environment."""
+    listed = next(HOME.glob("lib/python*/site-packages/vllm*.dist-info"))
+    return listed.name.removesuffix(".dist-info")
+
+
 class Server:
     """A process that serves checkpoints by vLLM, one at a time.
 

@@ -85,8 +85,9 @@ class Worker:
 
 def main() -> None:
     """Answer until the questions end."""
-    # vLLM prints to the standard output, which is for the answers.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # vLLM and the processes that it starts print to the standard output, which is for the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     worker = Worker()
     for line in sys.stdin:
         try:

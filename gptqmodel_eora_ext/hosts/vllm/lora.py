@@ -150,8 +150,8 @@ def _worn(manager: Any) -> Worn:
         device = next(iter(manager.punica_wrapper_mapping.values())).device
         manager._eora_worn = Worn(torch.zeros(manager.lora_slots + 1, dtype=torch.bool, device=device))
         for module in manager.modules.values():
-            base = getattr(module, "base_layer", None)
-            if hasattr(base, "_eora_served"):
+            base: Any = getattr(module, "base_layer", None)
+            if base is not None and hasattr(base, "_eora_served"):
                 module._eora_worn = manager._eora_worn
                 _wrappers[base._eora_name] = module
     worn: Worn = manager._eora_worn
@@ -224,7 +224,8 @@ def _wearing(wrapper: Any, served: ServedLinear, worn: Worn, same: Rows, x: torc
     begin = 0
     for pair, width in zip(pairs, wrapper.output_slices, strict=True):
         if pair is not None:
-            y[:, begin : begin + width] += (x @ pair.down.to(x.dtype).T) @ pair.up.to(x.dtype)
+            down, up = pair.dense(x.dtype)
+            y[:, begin : begin + width] += (x @ down.T) @ up
         begin += width
     return y
 
