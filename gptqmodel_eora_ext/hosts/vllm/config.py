@@ -35,7 +35,12 @@ class EoRAQuantization(QuantizationConfig):
 
     Args:
         quantization: the `quantization_config` of the checkpoint's `config.json`.
+
+    Attributes:
+        problem: why this vLLM cannot be served; None where it can.
     """
+
+    problem: str | None = None
 
     def __init__(self, quantization: Mapping[str, Any]) -> None:
         super().__init__()
@@ -79,7 +84,7 @@ class EoRAQuantization(QuantizationConfig):
 
         Raises:
             CheckpointError: where it is asked for another format than GPTQ's, or another method for a checkpoint with
-                an adapter, which that method would leave out.
+                an adapter, which that method would leave out; or where this vLLM cannot be served.
         """
         if not is_gptq(hf_quant_cfg):
             if user_quant == NAME:
@@ -97,7 +102,11 @@ class EoRAQuantization(QuantizationConfig):
                     f"tell. Leave --quantization out, or take \"adapter\" out of its {QUANTIZE_CONFIG}."
                 )
             return None
-        return NAME if adapted or user_quant == NAME or needs_plugin(hf_quant_cfg) else None
+        if not (adapted or user_quant == NAME or needs_plugin(hf_quant_cfg)):
+            return None
+        if cls.problem is not None:
+            raise CheckpointError(cls.problem)
+        return NAME
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read and check the checkpoint and its adapter.

@@ -17,6 +17,7 @@ own is loaded by that, with what vLLM calls the piece of a joined layer (`parts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +35,25 @@ _undo_loras: list[Undo] = []
 
 
 def install_or_log() -> None:
-    """Install, or log why this vLLM cannot be served; it then goes on without the plugin."""
+    """Install, or log why this vLLM cannot be served.
+
+    It then goes on without the plugin, but for one thing, if it can still be had: checkpoints that need the plugin are
+    refused, since stock vLLM would serve some of them without their adapter and not tell.
+    """
     try:
         install()
     except SeamError as error:
         log.warning("%s", error)
+        with contextlib.suppress(ImportError, AttributeError, TypeError):
+            _refuse_checkpoints(str(error))
+
+
+def _refuse_checkpoints(problem: str) -> None:
+    from .config import EoRAQuantization
+
+    EoRAQuantization.problem = problem
+    _undo.append(lambda: setattr(EoRAQuantization, "problem", None))
+    _register()
 
 
 def install() -> None:
@@ -52,13 +67,20 @@ def install() -> None:
     host = host_known()
     host.check()
     host.require(problems())
+    from .config import before_layers
+
+    _register()
+    before_layers.append(install_loras)
+    _undo.append(before_layers.clear)
+
+
+def _register() -> None:
     from vllm.model_executor.layers import quantization
 
-    from .config import NAME, EoRAQuantization, before_layers
+    from .config import NAME, EoRAQuantization
 
     quantization.register_quantization_config(NAME)(EoRAQuantization)
-    before_layers.append(install_loras)
-    _undo.extend((lambda: _unregister(NAME), before_layers.clear))
+    _undo.append(lambda: _unregister(NAME))
 
 
 def _unregister(name: str) -> None:
