@@ -31,6 +31,7 @@ from ...formats.names import ADAPTER_DETAILS
 from ...kernels.cpu.repack import repack_factors
 from .checkpoint import check_adapter
 from .linear import KNOWN_LAYERS
+from .ops import define
 from .served import Groups, ServedLinear
 
 # vLLM's layers with LoRAs over the plugin's, by the names that traces hold (`ops`).
@@ -230,15 +231,11 @@ def _wearing(wrapper: Any, served: ServedLinear, worn: Worn, same: Rows, x: torc
     return y
 
 
-@torch.library.custom_op("gptqmodel_eora_ext::served_with_loras", mutates_args=())
-def served_with_loras(x: torch.Tensor, name: str, out_features: int) -> torch.Tensor:
-    """y of a layer with LoRAs, … × out, of x, … × in."""
+def _served_with_loras(x: torch.Tensor, name: str, out_features: int) -> torch.Tensor:
     return multiply(_wrappers[name], x)
 
 
-@served_with_loras.register_fake
-def _(x: torch.Tensor, name: str, out_features: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+served_with_loras = define("served_with_loras", _served_with_loras)
 
 
 def _factors(down: torch.Tensor, up: torch.Tensor) -> Factors | None:
