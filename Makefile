@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test test-report test-tasks test-families test-formats test-resume test-llamacpp llamacpp asan lint bench clean
+.PHONY: setup demo test test-report test-tasks test-families test-formats test-resume test-llamacpp llamacpp test-vllm vllm \
+    asan lint bench clean
 
 setup: $(STAMP)
 
@@ -24,7 +25,7 @@ demo: $(STAMP)
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile \
-	    -m "not browser and not harness and not families and not llamacpp and not formats and not resume"
+	    -m "not browser and not harness and not families and not llamacpp and not formats and not resume and not vllm"
 
 # Reports in a real browser: needs Chromium (Debian's package `chromium`), and tells so where there is none.
 test-report: $(STAMP)
@@ -59,6 +60,15 @@ llamacpp: $(STAMP)
 # What is made for llama.cpp, in llama.cpp; skipped where `make llamacpp` has not run.
 test-llamacpp: $(STAMP)
 	"$(BIN)/python" -m pytest -m llamacpp
+
+# vLLM's CPU build and this package, in a virtual environment of its own in the user's cache (or EORA_VLLM): 2.4 GB.
+vllm: $(STAMP)
+	sh benchmarks/build_vllm.sh "$(PYTHON)" "$${EORA_VLLM:-$$("$(BIN)/python" -c \
+	    "from gptqmodel_eora_ext.system.files import cache_folder; print(cache_folder() / 'vllm')")}"
+
+# Checkpoints of every form served there, against torch; skipped where `make vllm` has not run. Some ten minutes.
+test-vllm: $(STAMP)
+	"$(BIN)/python" -m pytest -m vllm
 
 # The kernels' tests once more over a library that looks at every read and write. Linux with gcc, whose libasan has to be
 # loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python
