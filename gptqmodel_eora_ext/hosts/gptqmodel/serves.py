@@ -119,6 +119,8 @@ def _make_adapter(job: AdapterJob) -> Path:
         batch_size=job.batch_size,
         report=job.report,
         loading=job.loading,
+        over=job.over,
+        without_layers=job.without_layers,
     )
 
 

@@ -44,6 +44,7 @@ def generate_adapter(job: AdapterJob) -> Path:
         NotImplementedError: for an architecture that the layer loop does not know, or a budget for experts.
         ModuleError: when compensating a module fails.
     """
+    job.require_whole("a file of llama.cpp")
     gguf_package()
     options = _checked_options(job.adapter)
     output = job.output if job.output is not None else _beside(job.checkpoint)
