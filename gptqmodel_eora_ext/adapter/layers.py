@@ -10,7 +10,6 @@ import transformers
 
 from ..formats.sizes import ModuleShape
 
-
 # The list of layers in a module's name, and the layer's number: the first number that stands alone.
 NUMBERED = re.compile(r"(?P<list>.+?)\.(?P<number>\d+)\.")
 

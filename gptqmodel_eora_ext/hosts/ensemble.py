@@ -4,10 +4,10 @@ The first layers have no members (`EnsembleFolder.depth`), so what they compute 
 layer that follows looks at it, and the router chooses the weights of the layers from there on: no token is computed
 twice, and the first token that is generated is computed with the prompt's own weights already.
 
-The rule for caches of keys and values: they belong to the weights that they were computed with. A call that continues a
-cache continues its weights, whatever its text is about. A call without a cache, or with an empty one, is a prompt, and is
-routed. Whoever wants a conversation routed anew gives up its cache (`Conversation` does, where the weights would change
-by more than `MOST_CHANGE`).
+The rule for caches of keys and values: they belong to the weights that they were computed with. A call that continues
+a cache continues its weights, whatever its text is about. A call without a cache, or with an empty one, is a prompt,
+and is routed. Whoever wants a conversation routed anew gives up its cache (`Conversation` does, where the weights
+would change by more than `MOST_CHANGE`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..adapter.ensemble.folder import EnsembleFolder
 from ..adapter.ensemble.router import Router, Routing, pooled
 from ..adapter.ensemble.told import Told, told_weights
 from ..adapter.errors import AdapterError
+from ..formats.names import MODEL_CONFIG
 from ..kernels.row_weights import Mixture, RowWeights
 
 ATTRIBUTE = "eora_ensemble"
@@ -295,3 +297,23 @@ def change(before: torch.Tensor, after: torch.Tensor) -> float:
     """Half the sum of the changes of one row of weights, the shared adapter's own share among them: 0 to 1."""
     rest = float((1 - before.sum()) - (1 - after.sum()))
     return (float((before - after).abs().sum()) + abs(rest)) / 2
+
+
+def checkpoint_of(path: Path) -> tuple[Path, Path | None]:
+    """The checkpoint that a path is about, and the ensemble to load it with; None for the one that it names itself.
+
+    Args:
+        path: a checkpoint, or an ensemble's folder, which lies in its checkpoint or names where that is.
+
+    Raises:
+        AdapterError: for a path that is neither, or an ensemble whose checkpoint is not here.
+    """
+    if (path / MODEL_CONFIG).is_file():
+        return path, None
+    ensemble = EnsembleFolder.open(path)
+    named = ensemble.shared.settings.base_model
+    found = next((one for one in (path.resolve().parent, Path(named or "")) if (one / MODEL_CONFIG).is_file()), None)
+    if found is None:
+        raise AdapterError(f"Ensemble: the checkpoint that `{path}` is for is not here; its adapter_config.json names "
+                           f"`{named}`. Name the checkpoint, or put the ensemble into it.")  # fmt: skip
+    return found, path

@@ -91,8 +91,8 @@ class EnsembleJob:
 def make_ensemble(job: EnsembleJob) -> Path:
     """Make an ensemble and return its folder.
 
-    The shared adapter is made first. Interrupted after that, the folder is a plain adapter, which the ensemble of another
-    run takes the place of.
+    The shared adapter is made first. Interrupted after that, the folder is a plain adapter, which the ensemble of
+    another run takes the place of.
 
     Raises:
         AdapterError: for names that overlap or cannot be folders, texts too short, or a checkpoint without weights.
@@ -126,7 +126,8 @@ def make_ensemble(job: EnsembleJob) -> Path:
 def add_member(job: EnsembleJob, *, replace: bool = False) -> Path:
     """Add domains to an ensemble that exists, or make some anew; the other members stay as they are, byte for byte.
 
-    The router learns the new domains in the directions that it has, so that nothing of the others changes there, either.
+    The router learns the new domains in the directions that it has, so that nothing of the others changes there,
+    either.
 
     Args:
         job: its `output` is the ensemble, `domains` are the new ones, `budget` is for each of them, and `shared` is not
@@ -242,8 +243,8 @@ def _shapes(loaded: Loaded) -> list[ModuleShape]:
     return [
         ModuleShape(name, int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
         for name, module in loaded.model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, torch.nn.Linear)
-        and layer_number(f"{name}.") is not None
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+        and not isinstance(module, torch.nn.Linear) and layer_number(name) is not None
     ]  # fmt: skip
 
 

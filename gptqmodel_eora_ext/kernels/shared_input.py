@@ -64,7 +64,8 @@ class SharesInput:
         return None
 
     def state(self) -> tuple[Any, ...]:
-        """All that its y depends on beside x and `weighed_by`: it is computed anew when one of these is another object or number."""
+        """All that its y depends on beside x and `weighed_by`: it is computed anew when one of these is another object
+        or number."""
         raise NotImplementedError
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Weights of members, row by row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ, on every path of the CPU, against the oracle in float64."""
+"""Weights of members, row by row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ, on every path of the CPU, against the oracle."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_members_survive_repacking() -> None:
 def test_weights_of_another_shape_are_refused() -> None:
     layer = FusedLinear(repack_weight(WEIGHT), stacked(16), name="layers.0.q_proj")
     for weights in (torch.ones(2, 3), torch.ones(1, 4)):
-        with pytest.raises(LayoutError, match="layers.0.q_proj.*weights of members"):
+        with pytest.raises(LayoutError, match=r"layers\.0\.q_proj.*weights of members"):
             layer(random_input(2, 100), weights)
 
 

@@ -1,9 +1,15 @@
-"""How an ensemble's budget divides into the shared adapter's part and each member's: by forecasts on a sample of modules.
+"""How an ensemble's budget divides into the shared adapter's part and each member's: by forecasts on a sample of
+modules.
 
-For a part of the budget, the shared adapter is solved for the ranks that it buys, by the mean of all texts' moments; what
-is left of the error, weighed by each domain's own moment, has a spectrum that tells what each further rank of the domain's
-member will buy. The part with the least error left is taken, the mean over domains and modules of what is left of what was
-there, a domain like another.
+For a part of the budget, the shared adapter is solved for the ranks that it buys, by the mean of all texts' moments;
+what is left of the error, weighed by each domain's own moment, has a spectrum that tells what each further rank of
+the domain's member will buy. The part with the least error left is taken, the mean over domains and modules of what
+is left of what was there, a domain like another.
+
+EoRA's correction of rank r is a projection U Uᵀ ΔW of the error, and leaves no input with a larger error than before. So
+components made for one domain never harm another, and for the mean error of all domains no update of so many components
+is better than one adapter for all of them. Members pay where the bytes that serve a prompt count, not those that are
+stored, or where a domain comes later; forecasts for stored bytes alone choose the largest part that is compared.
 """
 
 from __future__ import annotations
@@ -101,7 +107,7 @@ def divide(samples: Iterable[Sample], total: int, weights: int, names: Sequence[
 
 
 def _left(sample: Sample, rank: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Of each domain, the share of its error that is left after the shared adapter and 0, 1, 2 … components of its own."""
+    """Of each domain, the share of its error left after the shared adapter and 0, 1, 2 … components of its own."""
     lora_A, lora_B = eora(sample.delta, sample.moments[SHARED], min(rank, *sample.delta.shape))
     rest = sample.delta - (lora_B @ lora_A).to(sample.delta.dtype)
     curves = {}

@@ -162,9 +162,9 @@ class EnsembleFolder:
             )
             if member.over != over:
                 raise AdapterError(
-                    f"Ensemble: member {name} of `{path}` corrects what another shared adapter leaves ({member.over[:12]}"
-                    f"…, where the one in the folder is {over[:12]}…): their sum would correct twice. Make the member "
-                    f"again: eora ensemble add --replace."
+                    f"Ensemble: member {name} of `{path}` corrects what another shared adapter leaves "
+                    f"({member.over[:12]}…; the one in the folder is {over[:12]}…): their sum would correct twice. "
+                    f"Make the member again: eora ensemble add --replace."
                 )
             if members and member.checkpoint != members[0].checkpoint:
                 raise AdapterError(

@@ -1,14 +1,15 @@
 """What chooses an ensemble's weights from a prompt: how near its early activations are to those of each domain's text.
 
-A prompt of n tokens becomes the mean m of its tokens' hidden states h, each divided by its root mean square. For n tokens
-of one kind of text, m is nearly Gaussian around the kind's own mean; its covariance Σ_n, which falls with n, is pooled
-over all kinds and shrunk towards its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ Σ_n⁻¹ (m − μ_k),
+A prompt of n tokens becomes the mean m of its tokens' hidden states h, each divided by its root mean square. For n
+tokens of one kind of text, m is nearly Gaussian around the kind's own mean; its covariance Σ_n, which falls with n,
+is pooled over all kinds and shrunk towards its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ
+Σ_n⁻¹ (m − μ_k),
 
     p_k = softmax_k(−d_k² / 2T)        the classes' shares (linear discriminant analysis with a temperature)
 
-Where the nearest class k is as far as hardly any of its own held-out text (`QUANTILE`), the prompt fits no domain; where
-no class has a share of `floor`, it fits none clearly. In both cases the shared adapter serves alone. One class may stand
-for the shared adapter's own text: its share is nobody's weight.
+Where the nearest class k is as far as hardly any of its own held-out text (`QUANTILE`), the prompt fits no domain;
+where no class has a share of `floor`, it fits none clearly. In both cases the shared adapter serves alone. One class
+may stand for the shared adapter's own text: its share is nobody's weight.
 
 Nothing is trained by gradients. Mean and covariance come from windows of the domains' calibration text, temperature,
 limits and the distances that `drift` compares with from windows that are held out from them.
@@ -129,7 +130,7 @@ class Router:
         """Learn the classes from their texts.
 
         Args:
-            windows: class → normal or packed hidden states of windows of its text: windows × tokens × hidden size, tokens
+            windows: class → hidden states of windows of its text: windows × tokens × hidden size, tokens
                 at least the longest of `LENGTHS` that is to be known.
             members: names of members; classes that are none of them stand for the shared adapter.
             floor: least share of the nearest class.
@@ -289,8 +290,8 @@ class Router:
                     "distances": (lengths, len(classes), DISTANCES)}  # fmt: skip
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32 or 0 in shape:
-                raise AdapterError(f"Ensemble: `{path}` holds {name} as {tensors[name].dtype} "
-                                   f"{list(tensors[name].shape)}; expected float32 {list(shape)}. {remedy}")  # fmt: skip
+                found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                raise AdapterError(f"Ensemble: `{path}` holds {name} as {found}; expected float32 {list(shape)}. {remedy}")
             if not bool(torch.isfinite(tensors[name]).all()):
                 raise AdapterError(f"Ensemble: `{path}` holds NaN or infinity in {name}. {remedy}")
         if not is_whole(lengths, 1) or lengths > len(LENGTHS):

@@ -1,4 +1,4 @@
-"""An ensemble on GPTQModel's kernels: the members' factors are stacked and attached, and the model routes its prompts."""
+"""An ensemble on GPTQModel's kernels: the members' factors are stacked and attached, and prompts are routed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def attach_ensemble(model: Any, folder: Path, kernels: Mapping[str, BaseQuantLin
     expert = next((name for name in kernels if EXPERTS in name), None)
     if expert is not None:
         raise NotImplementedError(
-            f"EoRA: an ensemble cannot serve {expert}: tokens of all prompts are routed to experts, which see no prompt's "
-            f"weights. Load one adapter: eora ensemble export."
+            f"EoRA: an ensemble cannot serve {expert}: tokens of all prompts are routed to experts, in no known order. "
+            f"Load one adapter: eora ensemble export."
         )
     place = Path(str(getattr(model.config, "_name_or_path", "")))
     if place.is_dir():
@@ -63,8 +63,8 @@ def attach_ensemble(model: Any, folder: Path, kernels: Mapping[str, BaseQuantLin
         router = Router.load(folder / ROUTER_FILE, ensemble.names[1:], ensemble.settings)
     layers = layers_of(model, kernels)
     if ensemble.depth >= len(layers):
-        raise AdapterError(f"Ensemble: `{folder}` has members from layer {ensemble.depth} on, the model has {len(layers)} "
-                           f"layers. Use it with its own checkpoint.")  # fmt: skip
+        raise AdapterError(f"Ensemble: `{folder}` has members from layer {ensemble.depth} on, the model has "
+                           f"{len(layers)} layers. Use it with its own checkpoint.")  # fmt: skip
     setattr(model, ATTRIBUTE, Ensemble(model, layers, mixture, ensemble, router))
     log.info(
         "EoRA: an ensemble of %d members attached to %d modules from `%s`.", len(ensemble.members), adapted, folder

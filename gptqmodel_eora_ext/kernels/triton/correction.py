@@ -49,8 +49,8 @@ def correction_kernel(
     for share in range(program, m_tiles * r_tiles * PARTS, PROGRAMS):
         tile = share % (m_tiles * r_tiles)
         shrink_tile(
-            x, down, None, weights, member_of, parts, tile // r_tiles, tile % r_tiles, share // (m_tiles * r_tiles), rows, rank,
-            in_features, inputs_per_split, 16, 1, BLOCK_M, BLOCK_R, BLOCK_K, MEMBERS,
+            x, down, None, weights, member_of, parts, tile // r_tiles, tile % r_tiles, share // (m_tiles * r_tiles),
+            rows, rank, in_features, inputs_per_split, 16, 1, BLOCK_M, BLOCK_R, BLOCK_K, MEMBERS,
         )  # fmt: skip
     # All threads of the program have stored before one of them counts and thereby publishes.
     tl.debug_barrier()
@@ -68,9 +68,8 @@ def correction_kernel(
         acc = tl.load(place, mask=live, other=0).to(tl.float32)
         for start in tl.range(0, rank, UP_RANKS, num_stages=1):
             r = start + ranks_of_step
-            if MEMBERS == 0:
-                if (tile != program) | (start > 0):
-                    b = _up(up, r, n, r < rank, columns)
+            if (MEMBERS == 0) & ((tile != program) | (start > 0)):
+                b = _up(up, r, n, r < rank, columns)
             # All parts are on their way at once: one after the other, they took longer than both products.
             if BLOCK_M == 1:
                 part = tl.arange(0, PARTS)

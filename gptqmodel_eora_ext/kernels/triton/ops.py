@@ -328,7 +328,7 @@ def _shrink(
     launch(
         fused.launches, _key(x, chosen, weighed=weights is not None), shrink_kernel,
         (-(-rank // chosen.block_r), -(-rows // chosen.block_m), chosen.splits),
-        (x, down, fused.down_scales, weights, None if weights is None else fused.member_of, parts, locks, rows, 
+        (x, down, fused.down_scales, weights, None if weights is None else fused.member_of, parts, locks, rows,
          rank, in_features, chosen.per_split, locks.numel()),
         constants, chosen.options(),
     )  # fmt: skip
@@ -419,7 +419,8 @@ def _correct(
     with on(x.device):
         launch(
             _corrections, key, correction_kernel, (programs, 1, 1),
-            (x, down, up, y, weights, member_of, parts, bank, slot % COUNTERS, rows, rank, in_features, columns, chosen.per_split),
+            (x, down, up, y, weights, member_of, parts, bank, slot % COUNTERS, rows, rank, in_features, columns,
+             chosen.per_split),
             constants, {**chosen.options(), "launch_cooperative_grid": True},
         )  # fmt: skip
 
