@@ -61,7 +61,7 @@ def ensemble_losses(
     if not 1 <= prompt < window:
         raise ValueError(f"the prompt has {prompt} tokens; expected 1 to {window - 1}, of a window of {window}.")
     ensemble = ensemble_of(loaded.model)
-    cut = {name: list(_windows(ids, window, max_windows)) for name, ids in texts.items()}
+    cut = {name: list(windows_of(ids, window, max_windows)) for name, ids in texts.items()}
     contenders: dict[str, Callable[[str, torch.Tensor], AbstractContextManager[Any]]] = {
         NONE: lambda domain, ids: nullcontext(),
         SHARED_ALONE: lambda domain, ids: ensemble.told({}),
@@ -80,9 +80,8 @@ def ensemble_losses(
                 nats = tokens = 0.0
                 for ids in some:
                     with weighed(domain, ids):
-                        logits, targets = next(predictions(loaded.model, ids, Windows(window)))
-                    nats += summed_nats(logits[prompt - 1 :], targets[prompt - 1 :])
-                    tokens += len(targets) - prompt + 1
+                        nats += continuation_nats(loaded.model, ids, prompt)
+                    tokens += len(ids) - prompt
                     done += 1
                     if report is not None:
                         report(done, total)
@@ -96,7 +95,20 @@ def ensemble_losses(
     return EnsembleLosses(losses, routed_to, fallen_back, {name: len(some) for name, some in cut.items()})
 
 
-def _windows(ids: torch.Tensor, size: int, most: int | None) -> Iterator[torch.Tensor]:
+def continuation_nats(model: Any, ids: torch.Tensor, prompt: int) -> float:
+    """−Σ log p of the tokens that follow a prompt, in nats.
+
+    Args:
+        model: a transformers causal language model.
+        ids: one window, 1-D.
+        prompt: how many of its tokens are the prompt.
+    """
+    logits, targets = next(predictions(model, ids, Windows(len(ids))))
+    return summed_nats(logits[prompt - 1 :], targets[prompt - 1 :])
+
+
+def windows_of(ids: torch.Tensor, size: int, most: int | None = None) -> Iterator[torch.Tensor]:
+    """A text's windows of so many tokens, without overlap."""
     for start in Windows(size, most=most).starts(len(ids)):
         yield ids[start : start + size]
 

@@ -105,7 +105,7 @@ def test_a_pair_opens_in_peft(tmp_path: Path) -> None:
         (lambda path: change(path, version=9), "expected at most 1"),
         (lambda path: change(path, depth=-1), "depth = -1; expected an integer of at least 0"),
         (lambda path: adapter(path, 6, 16, seed=77), "member math .* corrects what another shared adapter leaves"),
-        (lambda path: adapter(path / MEMBERS_FOLDER / "code", 3, 4, 1), "member code .* in 4 bits, the shared adapter in 16"),
+        (lambda path: adapter(path / MEMBERS_FOLDER / "code", 3, 4, 1), "member code .* in 4 bits, the shared"),
         (lambda path: (path / MEMBERS_FOLDER / "code" / "adapter_config.json").unlink(), "has no adapter_config.json"),
     ],
 )  # fmt: skip
@@ -119,7 +119,7 @@ def test_members_for_different_checkpoints(tmp_path: Path) -> None:
     content = json.loads((ensemble(tmp_path) / ENSEMBLE_FILE).read_text())["members"]
     content["code"]["checkpoint"] = "d" * 64
     change(tmp_path, members=content)
-    with pytest.raises(AdapterError, match="math and code .* made for different checkpoints"):
+    with pytest.raises(AdapterError, match=r"math and code .* made for different checkpoints"):
         EnsembleFolder.open(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_members_for_different_checkpoints(tmp_path: Path) -> None:
 def test_names_that_overlap_or_are_no_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
     over = fingerprint([AdapterFolder.open(ensemble(tmp_path)).weights])
     write_manifest(tmp_path, [Member(name, over, "c", 1) for name in names], 2, {})
-    with pytest.raises(AdapterError, match="cannot name a member|there is a member 'math' already"):
+    with pytest.raises(AdapterError, match=r"cannot name a member|there is a member 'math' already"):
         EnsembleFolder.open(tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_another_checkpoint(tmp_path: Path) -> None:
     opened = EnsembleFolder.open(ensemble(tmp_path / "ensemble", checkpoint=checkpoint_fingerprint(checkpoint)))
     opened.check_checkpoint(checkpoint)
     (checkpoint / "model.safetensors").write_bytes(bytes(199_999) + b"\x01")
-    with pytest.raises(AdapterError, match="member math .* was made for another checkpoint"):
+    with pytest.raises(AdapterError, match=r"member math .* was made for another checkpoint"):
         opened.check_checkpoint(checkpoint)
 
 

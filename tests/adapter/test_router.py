@@ -94,7 +94,7 @@ def test_on_disk(router: Router, tmp_path: Path) -> None:
 def test_damaged_files(router: Router, tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     router.save(path)
-    with pytest.raises(AdapterError, match="the router .* knows .*, the members are"):
+    with pytest.raises(AdapterError, match=r"the router .* knows .*, the members are"):
         Router.load(path, ("math",), router.settings)
     with pytest.raises(AdapterError, match="temperature 0"):
         Router.load(path, MEMBERS, {**router.settings, "temperature": 0})

@@ -24,8 +24,10 @@ def routing(*rows: tuple[list[float], float, bool]) -> Routing:
 
 @pytest.mark.parametrize("known", [None, PIECES, 256])
 def test_false_alarms_are_as_rare_as_stated(known: int | None) -> None:
-    """Within N prompts at most N / c, for tails that are uniform, or known by some held-out pieces alone. With c smaller
-    than the default, so that there are alarms enough to count."""
+    """Within N prompts at most N / c, for tails that are uniform, or known by some held-out pieces alone.
+
+    With c smaller than the default, so that there are alarms enough to count.
+    """
     rng = random.Random(0)
     threshold, prompts, runs, alarms = 2000.0, 200, 400, 0
     for _ in range(runs):

@@ -1,4 +1,4 @@
-"""An ensemble end to end on a tiny model: made, loaded, routed, told, extended, evaluated, and refused where it should."""
+"""An ensemble end to end on a tiny model: made, loaded, routed, told, extended, evaluated, and refused."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_adding_a_domain_leaves_the_others(made: tuple[Path, Path], tmp_path: Pa
 
 def test_the_ensemble_of_another_checkpoint(made: tuple[Path, Path], tmp_path: Path, tokenizer: Any) -> None:
     _, other = tiny_checkpoint(tmp_path, tokenizer, seed=1)
-    with quiet(), pytest.raises(AdapterError, match="member math .* was made for another checkpoint"):
+    with quiet(), pytest.raises(AdapterError, match=r"member math .* was made for another checkpoint"):
         GPTQModel.load(str(other), adapter=EoRA(path=made[1] / "eora"))
 
 
@@ -248,7 +248,8 @@ def test_texts_that_are_too_short(made: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_commands(made: tuple[Path, Path], tmp_path: Path) -> None:
     runner = CliRunner()
-    done = runner.invoke(cli.app, ["ensemble", "export", str(made[1] / "eora"), str(tmp_path / "p"), "--member", "math"])
+    ensemble = str(made[1] / "eora")
+    done = runner.invoke(cli.app, ["ensemble", "export", ensemble, str(tmp_path / "p"), "--member", "math"])
     assert done.exit_code == 0, done.output
     assert checkpoint_of(made[1] / "eora") == (made[1].resolve(), made[1] / "eora")
     refused = {

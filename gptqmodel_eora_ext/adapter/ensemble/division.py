@@ -6,10 +6,11 @@ what is left of the error, weighed by each domain's own moment, has a spectrum t
 the domain's member will buy. The part with the least error left is taken, the mean over domains and modules of what
 is left of what was there, a domain like another.
 
-EoRA's correction of rank r is a projection U Uᵀ ΔW of the error, and leaves no input with a larger error than before. So
-components made for one domain never harm another, and for the mean error of all domains no update of so many components
-is better than one adapter for all of them. Members pay where the bytes that serve a prompt count, not those that are
-stored, or where a domain comes later; forecasts for stored bytes alone choose the largest part that is compared.
+EoRA's correction of rank r is a projection U Uᵀ ΔW of the error, and leaves no input with a larger error than before.
+So components made for one domain never harm another, and for the mean error of all domains no update of so many
+components is better than one adapter for all of them. Members pay where the bytes that serve a prompt count, not
+those that are stored, or where a domain comes later; forecasts for stored bytes alone choose the largest part that is
+compared.
 """
 
 from __future__ import annotations

@@ -291,7 +291,8 @@ class Router:
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32 or 0 in shape:
                 found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
-                raise AdapterError(f"Ensemble: `{path}` holds {name} as {found}; expected float32 {list(shape)}. {remedy}")
+                raise AdapterError(f"Ensemble: `{path}` holds {name} as {found}; expected float32 {list(shape)}. "
+                                   f"{remedy}")  # fmt: skip
             if not bool(torch.isfinite(tensors[name]).all()):
                 raise AdapterError(f"Ensemble: `{path}` holds NaN or infinity in {name}. {remedy}")
         if not is_whole(lengths, 1) or lengths > len(LENGTHS):
