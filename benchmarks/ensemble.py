@@ -154,7 +154,7 @@ def routing(options: argparse.Namespace, base: common.Subject, folder: Path) -> 
 
 
 def cost(options: argparse.Namespace, base: common.Subject, folder: Path) -> dict[str, Any]:
-    """One row with weights and without, the router beside its prompt, and a row of a mixed batch beside the row alone."""
+    """One row with weights and without, the router beside its prompt, a row of a mixed batch beside the row alone."""
     from gptqmodel_eora_ext.formats.factors import Factors
     from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, pack_words
     from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
