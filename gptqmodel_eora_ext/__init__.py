@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .adapter.errors import AdapterError
     from .hosts.autoround.config import EoRAConfig
+    from .hosts.ensemble import ensemble_of
     from .hosts.gptqmodel.adapter import EoRA
     from .hosts.peft import load_peft
     from .hosts.prune import prune
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 __all__ = [
-    "AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "load_peft", "prepare_recipe", "prune",
+    "AdapterError", "EoRA", "EoRAConfig", "Plan", "__version__", "ensemble_of", "load_peft", "prepare_recipe", "prune",
     "refine_checkpoint", "run_recipe",
 ]  # fmt: skip
 
@@ -32,6 +33,7 @@ _HOMES = {
     "EoRA": "hosts.gptqmodel.adapter",
     "EoRAConfig": "hosts.autoround.config",
     "Plan": "plan",
+    "ensemble_of": "hosts.ensemble",
     "load_peft": "hosts.peft",
     "prepare_recipe": "hosts.recipes",
     "prune": "hosts.prune",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 import transformers
 
 from ..formats.sizes import ModuleShape
+
+# The list of layers in a module's name, and the layer's number: the first number that stands alone.
+NUMBERED = re.compile(r"(?P<list>.+?)\.(?P<number>\d+)\.")
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -20,6 +24,31 @@ def shape_of(name: str, module: torch.nn.Module) -> ModuleShape:
     if isinstance(module, transformers.Conv1D):
         return ModuleShape(name, int(module.nf), int(module.nx))
     return ModuleShape(name, int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a module is in, by its full name; None for one that is in none.
+
+    Example:
+        >>> layer_number("model.layers.3.mlp.experts.5.up_proj")
+        3
+    """
+    found = NUMBERED.match(name)
+    return int(found["number"]) if found else None
+
+
+def layers_of(model: torch.nn.Module, names: Iterable[str]) -> list[torch.nn.Module]:
+    """The model's layers, in their order, found by the names of modules in them.
+
+    Raises:
+        ValueError: where the modules are in no layers, or in several lists of layers.
+    """
+    lists = {found["list"] for name in names if (found := NUMBERED.match(name))}
+    if len(lists) != 1:
+        raise ValueError(
+            f"EoRA: the quantised modules are in {len(lists)} lists of layers ({sorted(lists)}); expected one."
+        )
+    return list(model.get_submodule(lists.pop()).children())
 
 
 def use_linear_layers(model: torch.nn.Module) -> Callable[[], None]:

@@ -109,11 +109,43 @@ def export_peft(source: AdapterFolder, folder: Path) -> None:
         task_type=source.settings.task_type,
         base_model=source.settings.base_model,
     )
+    details = None if source.details is None else {**source.details, "factor_bits": FACTOR_BITS[0]}
+    _write_plain(folder, tensors, config, details)
+
+
+def write_plain(
+    folder: Path,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    *,
+    target_modules: Collection[str],
+    task_type: str | None,
+    base_model: str | None,
+) -> None:
+    """Write factors as a plain PEFT adapter of scale 1.
+
+    Args:
+        folder: where to; an older one in its place stays whole until the new one is complete.
+        factors: full module name → A, rank × in, and B, out × rank, of at least rank 1.
+        target_modules: names of modules, or their ends.
+        task_type: PEFT's.
+        base_model: what `base_model_name_or_path` says.
+    """
+    tensors = {}
+    for name, (lora_A, lora_B) in factors.items():
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"], tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_A, lora_B
+    ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
+    config = _lora_config(ranks, target_modules=list(target_modules), task_type=task_type, base_model=base_model)
+    _write_plain(folder, tensors, config, None)
+
+
+def _write_plain(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Any, details: Mapping[str, Any] | None
+) -> None:
     with replaced_folder(folder) as fresh:
-        save_file(tensors, fresh / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(tensors), fresh / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(fresh))
-        if source.details is not None:
-            write_json(fresh / ADAPTER_DETAILS, {**source.details, "factor_bits": FACTOR_BITS[0]})
+        if details is not None:
+            write_json(fresh / ADAPTER_DETAILS, details)
 
 
 def require_another(source: AdapterFolder, folder: Path) -> None:

@@ -8,7 +8,9 @@ import typer
 
 from .._version import __version__
 from .card import card
+from .chat import chat
 from .demo import demo
+from .ensemble import ensemble
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
@@ -64,6 +66,8 @@ app.command(
     epilog=_example("eval out/qwen3-8b-2bit adapters/r64 --base Qwen/Qwen3-8B --text heldout.txt --task gsm8k"),
 )(evaluate)
 app.command(epilog=_example("report results/report.html"))(report)
+app.add_typer(ensemble, name="ensemble")
+app.command(epilog=_example("chat out/qwen3-8b-2bit"))(chat)
 app.command(epilog=_example("card out/qwen3-8b-2bit --base-model Qwen/Qwen3-8B --data results/report.json"))(card)
 app.command(epilog=_example("demo --out demo"))(demo)
 app.command(epilog=STUDY_EXAMPLE)(study)

@@ -176,14 +176,17 @@ class Factors:
     Attributes:
         down: A, rank × in: a floating tensor, or 8- or 4-bit integers.
         up: Bᵀ, rank × out, likewise.
+        members: ranks of the adapters that are stacked in it, in their order, each at least 0; empty for one adapter.
+            Kernels multiply the components of each by its weight (`kernels.reference.linear`).
 
     Raises:
-        LayoutError: from `__post_init__`, when the two ranks differ or are 0, or a factor is no matrix of floating
-            numbers.
+        LayoutError: from `__post_init__`, when the two ranks differ or are 0, a factor is no matrix of floating
+            numbers, or the members' ranks do not add up to the rank.
     """
 
     down: torch.Tensor | QuantizedFactor
     up: torch.Tensor | QuantizedFactor
+    members: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.down), ("Bᵀ", self.up)):
@@ -193,6 +196,10 @@ class Factors:
             raise LayoutError(
                 f"factors: A has rank {rows(self.down)} and Bᵀ rank {rows(self.up)}; both should be the same, at "
                 f"least 1. A is rank × in, Bᵀ rank × out."
+            )
+        if self.members and (min(self.members) < 0 or sum(self.members) != self.rank):
+            raise LayoutError(
+                f"factors: the members' ranks {list(self.members)} should add up to {self.rank}, the rank of A."
             )
 
     @property
@@ -206,7 +213,7 @@ class Factors:
 
     def to(self, device: torch.device | str) -> Factors:
         """The same on ``device``."""
-        return Factors(self.down.to(device), self.up.to(device))
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
 
     @property
     def in_features(self) -> int:

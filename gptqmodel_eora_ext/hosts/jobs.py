@@ -101,6 +101,9 @@ class AdapterJob:
         adapter: what `AdapterOptions.settle` takes.
         output: folder or file for the adapter; None for the checkpoint's own.
         ranks: in place of the rank in ``adapter``, for a file whose plan names them: full module name → rank.
+        over: folder of an adapter that stays on the checkpoint. The new one corrects what that leaves, with the inputs
+            that modules have under both.
+        without_layers: layers at the beginning of the model that get no factors.
         batch_size: windows per forward.
         loading: passed to the host's loader, for both models.
         report: called with (layers done, layers in all).
@@ -113,10 +116,27 @@ class AdapterJob:
     adapter: Mapping[str, Any]
     output: Path | None = None
     ranks: Mapping[str, int] | None = None
+    over: Path | None = None
+    without_layers: int = 0
     batch_size: int = 1
     loading: Mapping[str, Any] = field(default_factory=dict)
     report: Report | None = None
     keeping: Keeping | None = None
+
+    def require_whole(self, named: str) -> None:
+        """Refuse a member of an ensemble, for a host whose runtime has no weights for it.
+
+        Args:
+            named: what the host makes adapters for.
+
+        Raises:
+            NotImplementedError: naming it.
+        """
+        if self.over is not None or self.without_layers:
+            raise NotImplementedError(
+                f"EoRA: members of an ensemble are for checkpoints that GPTQModel loads; `{self.checkpoint}` is "
+                f"{named}, whose runtime has one adapter at a time. Make one adapter for it: eora generate."
+            )
 
 
 # W of a module, by its full name: out × in, on the CPU.

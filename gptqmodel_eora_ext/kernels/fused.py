@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from ..formats.factors import Factors
-from .cpu.linear import CpuLinear, CpuLinears
+from .cpu.linear import CpuLinear, CpuLinears, weighed
 from .cpu.repack import RepackedFactors, RepackedWeight, repack_factors, unpack_factors
 from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
 
 
 class FusedLinear:
-    """y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias on the CPU.
+    """y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias on the CPU.
 
     Differentiable by x; A, B and the bias are constants.
 
@@ -50,21 +50,27 @@ class FusedLinear:
             self._choices[key] = choose("cpu", dtype, self.cpu.weight.bits, rows, self._off)
         return self._choices[key]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y, rows × out in x's dtype, of x, rows × in.
+
+        Args:
+            x: rows × in.
+            weights: rows × members of the factors, float32, contiguous; None weighs all components by 1.
 
         Raises:
             ValueError: for an x of another width, another device, or a dtype that no kernel takes.
         """
         if x.requires_grad and torch.is_grad_enabled():
-            return _Differentiable.apply(x, self)
-        return self.multiply(x)
+            return _Differentiable.apply(x, self, weights)
+        return self.multiply(x, weights)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y without a gradient."""
-        return self.multiply_all(x, self._alone)[0]
+        return self.multiply_all(x, self._alone, weights)[0]
 
-    def multiply_all(self, x: torch.Tensor, layers: CpuLinears) -> list[torch.Tensor]:
+    def multiply_all(
+        self, x: torch.Tensor, layers: CpuLinears, weights: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """y of each of the layers that read what this one reads, by the kernel that serves this one."""
         if x.ndim != 2 or x.shape[1] != self.cpu.in_features or not x.is_cpu:
             raise ValueError(
@@ -75,8 +81,9 @@ class FusedLinear:
             raise ValueError(f"No kernel can be used: {choice.reason}.")
         x = x.contiguous()
         if choice.path == MATMUL:
-            return layers.matmul(x)
-        return layers.codes(x, choice.isa) if choice.path == CODES else layers.tiles(x, choice.isa)
+            return layers.matmul(x, weights)
+        product = layers.codes if choice.path == CODES else layers.tiles
+        return product(x, choice.isa, weights)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Ŵᵀ, in × out, rounded once to ``dtype``: for who multiplies many rows by it, there and back."""
@@ -85,8 +92,8 @@ class FusedLinear:
             weight[:, begin:end] = tile
         return weight
 
-    def transposed(self, grad: torch.Tensor) -> torch.Tensor:
-        """grad (Ŵ + B A): the gradient by x of a gradient by y, rows × in.
+    def transposed(self, grad: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """grad (Ŵ + B G A), G the weights of a row: the gradient by x of a gradient by y, rows × in.
 
         Ŵ is dequantised whole for it, to bfloat16 for a gradient in bfloat16, which takes a third to a half of the time
         of a product in float32. For other dtypes to float32: torch multiplies float16 on a CPU far more slowly.
@@ -95,7 +102,7 @@ class FusedLinear:
         result = (grad.to(dtype) @ self.dense(dtype).T).to(torch.float32)
         if self.cpu.factors is not None:
             down, up = unpack_factors(self.cpu.factors).dense()
-            result.addmm_(grad.to(torch.float32) @ up.T, down)
+            result.addmm_(weighed(grad.to(torch.float32) @ up.T, self.cpu.factors, weights), down)
         return result.to(grad.dtype)
 
 
@@ -113,21 +120,21 @@ class JointLinears:
         self._first = layers[0]
         self._joint = CpuLinears([layer.cpu for layer in layers])
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """y of each layer, rows × out in x's dtype, of x, rows × in.
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """y of each layer, rows × out in x's dtype, of x, rows × in, with weights as `FusedLinear` takes them.
 
         Raises:
             ValueError: as `FusedLinear`.
         """
-        return self._first.multiply_all(x, self._joint)
+        return self._first.multiply_all(x, self._joint, weights)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: FusedLinear) -> torch.Tensor:
-        ctx.layer = layer
-        return layer.multiply(x)
+    def forward(ctx: Any, x: torch.Tensor, layer: FusedLinear, weights: torch.Tensor | None) -> torch.Tensor:
+        ctx.layer, ctx.weights = layer, weights
+        return layer.multiply(x, weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.layer.transposed(grads[0]), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.layer.transposed(grads[0], ctx.weights), None, None

@@ -10,6 +10,7 @@ given out where all of this holds, and computed anew otherwise:
   bare pointer is not counted, there or by autograd.)
 - The module that asks is as it was: its weight, bias, adapter and factors are the same tensors, not written to
   (`SharesInput.state`). The others of the group need not be asked, since no result depends on them.
+- It asks under the same weights of an ensemble's members (`SharesInput.weighed_by`).
 - It asks from the same thread. Each thread keeps its own.
 
 While `torch.compile` traces, none of this can be asked, and each module goes alone, by a GPU's launches as they were
@@ -56,8 +57,15 @@ class SharesInput:
         """Whether it can be computed so where its weight lies now."""
         raise NotImplementedError
 
+    @property
+    def weighed_by(self) -> object:
+        """What the members of its adapter are weighed by now, another object whenever that changes; None for one
+        adapter."""
+        return None
+
     def state(self) -> tuple[Any, ...]:
-        """All that its y depends on beside x: it is computed anew when one of these is another object or number."""
+        """All that its y depends on beside x and `weighed_by`: it is computed anew when one of these is another object
+        or number."""
         raise NotImplementedError
 
     @classmethod
@@ -84,10 +92,12 @@ class _Prepared:
 class _Kept:
     """Results that wait for their modules, and what tells whether the input is still what it was."""
 
-    __slots__ = ("mark", "prepared", "x", "ys")
+    __slots__ = ("mark", "prepared", "weights", "x", "ys")
 
-    def __init__(self, x: torch.Tensor, mark: bytes | int, ys: dict[int, torch.Tensor], prepared: _Prepared) -> None:
-        self.x, self.mark, self.ys, self.prepared = x, mark, ys, prepared
+    def __init__(
+        self, x: torch.Tensor, mark: bytes | int, ys: dict[int, torch.Tensor], prepared: _Prepared, weights: object
+    ) -> None:
+        self.x, self.mark, self.ys, self.prepared, self.weights = x, mark, ys, prepared, weights
 
 
 class _OfThread(threading.local):
@@ -136,7 +146,7 @@ class SharedInput:
         mine = self._mine
         kept = mine.kept
         if kept is not None:
-            if kept.x is x and _mark(x) == kept.mark:
+            if kept.x is x and kept.weights is module.weighed_by and _mark(x) == kept.mark:
                 return self._kept(kept, module, x)
             mine.kept = None
             mine.rounds = min(2 * mine.rounds or 1, MOST_ROUNDS_ALONE)
@@ -148,9 +158,10 @@ class SharedInput:
         prepared = None if mark is None else self._ready(module)
         if mark is None or prepared is None or prepared.joint is None:
             return self._by_itself(module, x)
+        weights = module.weighed_by
         ys = dict(zip(prepared.states, prepared.joint(x), strict=True))
         y = ys.pop(id(module))
-        mine.kept = _Kept(x, mark, ys, prepared)
+        mine.kept = _Kept(x, mark, ys, prepared, weights)
         return y
 
     def _kept(self, kept: _Kept, module: SharesInput, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from gptqmodel_eora_ext.formats.factors import Factors
 from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
-from gptqmodel_eora_ext.kernels.reference import linear
+from gptqmodel_eora_ext.kernels.reference import linear, parts_of
 from gptqmodel_eora_ext.kernels.triton import ops, settings
 from gptqmodel_eora_ext.kernels.triton.correction import COUNTERS, _counters, counters
 from gptqmodel_eora_ext.kernels.triton.ops import StackedLinears, add_correction
@@ -273,3 +274,43 @@ def test_modules_that_cannot_share_a_launch() -> None:
         StackedLinears.prepare([two, two], [random_factors(two, 4), random_factors(two, 4, 8)], [None, None])
     with pytest.raises(LayoutError, match="made for another model"):
         StackedLinears.prepare([two], [random_factors(packed_weight(2, 9, 64, 32), 4)], [None])
+
+
+MEMBERS = (7, 0, 5, 9)
+
+
+def members_and_weights(rows: int, factor_bits: int = 16, absent: int = 2) -> tuple[PackedWeight, Factors, Any]:
+    """An ensemble's factors and weights of a batch; one member, all of whose numbers are NaN, has none in any row."""
+    weight = packed_weight(2, 70, 200, 32)
+    factors = random_factors(weight, sum(MEMBERS), factor_bits)
+    part = parts_of(MEMBERS)[absent]
+    for one in (factors.down, factors.up):
+        (one if isinstance(one, torch.Tensor) else one.scales)[part] = float("nan")
+    weights = random_input(rows, len(MEMBERS), torch.float32, seed=5).abs()
+    weights[:, 0], weights[:, absent] = 1.0, 0.0
+    return weight, replace(factors, members=MEMBERS), weights
+
+
+@pytest.mark.parametrize("factor_bits", [16, 4])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_of_members(rows: int, factor_bits: int) -> None:
+    """Of each row, in launches that modules share; a member without weight is not read."""
+    weight, factors, weights = members_and_weights(rows, factor_bits)
+    x = random_input(rows, 200)
+    ys = StackedLinears.prepare([weight, weight], [factors, None], [None, None])(x, weights)
+    for y, pair in zip(ys, (factors, None), strict=True):
+        expected = linear(x.double(), weight, pair, weights=weights, accumulate=torch.float64)
+        assert error(y, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_of_members_on_another_kernels_output(rows: int) -> None:
+    weight, factors, weights = members_and_weights(rows)
+    x, y = random_input(rows, 200), torch.zeros(rows, 70, device=DEVICE)
+    down, up = factors.dense()
+    owners = torch.arange(len(MEMBERS), device=DEVICE, dtype=torch.int32)
+    owners = owners.repeat_interleave(torch.tensor(MEMBERS, device=DEVICE))
+    add_correction(x, down.contiguous(), up.contiguous(), y, 0, weights, owners)
+    with_members = linear(x.double(), weight, factors, weights=weights, accumulate=torch.float64)
+    expected = with_members - linear(x.double(), weight, accumulate=torch.float64)
+    assert error(y, expected) < TOLERANCE[torch.float32]

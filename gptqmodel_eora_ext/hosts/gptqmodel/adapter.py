@@ -18,6 +18,8 @@ from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import AUTO
 from ...formats.factors import Factors
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
+from ...kernels.reference import parts_of
+from ...kernels.row_weights import Mixture, RowWeights
 from ...kernels.triton import runs_on
 from ...kernels.versions import unchanged
 from ...plan import Plan, plan_to_follow
@@ -110,6 +112,8 @@ class EoRA(KeepsFactors, Lora):
         KeepsFactors.__init__(self)
         self._off = switched_off()
         self._slot = next(_slots)
+        self.mixture: Mixture | None = None
+        self._owners: torch.Tensor | None = None
         Lora.__init__(self, rank=self.options.rank, path=path, lora_A=lora_A, lora_B=lora_B)  # type: ignore[arg-type]
 
     @property
@@ -187,14 +191,21 @@ class EoRA(KeepsFactors, Lora):
             **({"refine": asdict(self.refine)} if self.refine is not None else {}),
         }
 
+    def weights(self, rows: int) -> torch.Tensor | None:
+        """Weights of the members for so many rows on the CPU, as kernels take them; None for one adapter."""
+        return None if self.mixture is None else self.mixture.now.for_rows(rows)
+
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Add (x Aᵀ) Bᵀ to the kernel's output, … × out, in place, and return it; without factors nothing is added.
 
-        The product is computed in the dtype of x, … × in. The adapter's own factors stay in theirs.
+        Of an ensemble, ((x Aᵀ) ∘ g) Bᵀ is added, g the weights of the call under way; members without any are not
+        read. The product is computed in the dtype of x, … × in. The adapter's own factors stay in theirs.
         """
         if not self.has_factors:
             return out
         lora_A, lora_B = self._like(x)
+        if self.mixture is not None:
+            return self._apply_weighed(x, out, lora_A, lora_B, self.mixture.now)
         if self._in_one_launch(x, out, lora_A, lora_B):
             from ...kernels.triton.ops import add_correction
 
@@ -206,6 +217,32 @@ class EoRA(KeepsFactors, Lora):
             return out
         # Some kernels flatten x to rows and leave out in its shape, others do the reverse.
         return out.add_(((x @ lora_A) @ lora_B).reshape(out.shape))
+
+    def _apply_weighed(
+        self, x: torch.Tensor, out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weights: RowWeights
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        given = weights.for_rows(len(rows), x.device)
+        if self._in_one_launch(x, out, lora_A, lora_B):
+            from ...kernels.triton.ops import add_correction
+
+            add_correction(x, lora_A.T, lora_B, out, self._slot, given, self._member_of(x.device))
+            return out
+        y = out.view(-1, out.shape[-1])
+        for member, part in enumerate(parts_of(self._members)):
+            if member in weights.live and part.start < part.stop:
+                t = rows @ lora_A[:, part] * given[:, member : member + 1]
+                y.add_(t.to(y.dtype) @ lora_B[part])
+        return out
+
+    def _member_of(self, device: torch.device) -> torch.Tensor:
+        """The member that each component belongs to, int32."""
+        found = self._owners
+        if found is None or found.device != device:
+            counts = torch.tensor(self._members)
+            owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+            found = self._owners = owners.to(device)
+        return found
 
     def _like(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Aᵀ and Bᵀ in x's dtype and on its device: the factors, or copies that are kept until either side changes."""
@@ -238,6 +275,19 @@ class EoRA(KeepsFactors, Lora):
             and not self._off & {ALL, CORRECTION}
             and not (torch.is_grad_enabled() and (self.trained or x.requires_grad or out.requires_grad))
         )
+
+    def attach_members(self, factors: Factors | None, mixture: Mixture, device: torch.device) -> None:
+        """Take the factors of an ensemble's members for one module, stacked.
+
+        Args:
+            factors: with `members`; None where no member has any for the module.
+            mixture: the ensemble's, which tells the members' weights.
+            device: where 16-bit factors are kept.
+        """
+        self.mixture = mixture
+        if factors is not None:
+            self.rank = factors.rank
+            self._attach(factors, device)
 
     def attach(self, factors: ReadFactors, device: torch.device) -> None:
         """Take a module's factors, in the form that they are stored in; plain tensors are made where somebody asks."""

@@ -22,6 +22,7 @@ from ...kernels.cpu.build import library
 from ...kernels.cpu.repack import RepackedWeight, repack_weight, unpack_weight
 from ...kernels.dispatch import ALL, DTYPES, FEW_ROWS, SWITCH, TORCH, Choice, choose, switched_off
 from ...kernels.fused import FusedLinear, JointLinears
+from ...kernels.row_weights import Mixture
 from ...kernels.shared_input import Joint, SharedInput, SharesInput
 from ...kernels.versions import counting_writes
 from .adapter import EoRA
@@ -161,7 +162,10 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         """y of this module; an adapter that is ``trained`` is added by torch."""
         rows = x.reshape(-1, self.in_features)
         adapter = self.adapter
-        y = adapter.apply(x=rows, out=self._layer(None)(rows)) if trained else self._layer(adapter)(rows)
+        if trained:
+            y = adapter.apply(x=rows, out=self._layer(None)(rows))
+        else:
+            y = self._layer(adapter)(rows, None if adapter is None else adapter.weights(len(rows)))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _with_others(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,6 +176,12 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
     def joinable(self) -> bool:
         """As `SharesInput.joinable`."""
         return self._served_here
+
+    @property
+    def weighed_by(self) -> object:
+        """As `SharesInput.weighed_by`."""
+        mixture = None if self.adapter is None else self.adapter.mixture
+        return None if mixture is None else mixture.now
 
     @property
     def served_on_cpu(self) -> bool:
@@ -198,7 +208,15 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         """As `SharesInput.join`."""
         in_features = modules[0].in_features
         joint = JointLinears([module._layer(module.adapter) for module in modules])
-        return lambda x: joint(x.reshape(-1, in_features))
+        mixture = mixture_of(modules)
+        if mixture is None:
+            return lambda x: joint(x.reshape(-1, in_features))
+
+        def weighed(x: torch.Tensor) -> Sequence[torch.Tensor]:
+            rows = x.reshape(-1, in_features)
+            return joint(rows, mixture.now.for_rows(len(rows)))
+
+        return weighed
 
     def choice(self, x: torch.Tensor) -> Choice:
         """The kernel that x would be multiplied by."""
@@ -376,3 +394,9 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.shared = SharedInput([self])
+
+
+def mixture_of(modules: Sequence[EoRAFusedLinear]) -> Mixture | None:
+    """What the modules' adapters are weighed by; None where they are no ensemble's."""
+    adapters = (module.adapter for module in modules)
+    return next((one.mixture for one in adapters if one is not None and one.mixture is not None), None)

@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from gptqmodel.quantization.config import METHOD
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.torch import torch_empty_cache
 
+from ...adapter.folder import AdapterFolder
+from ...adapter.layers import layer_number
 from ...adapter.naming import DEFAULT_FOLDER
+from ...adapter.save import save_adapter
 from ...formats.autoround import read_config
 from ...loop.resume import Keeping
 from ...loop.run import write_adapter
@@ -87,6 +91,8 @@ def generate_adapter(
     calibration_concat_separator: str | None = None,
     tokenizer: Any = None,
     loading: Mapping[str, Any] | None = None,
+    over: Path | None = None,
+    without_layers: int = 0,
     report: Callable[[int, int], None] | None = None,
     keeping: Keeping | None = None,
 ) -> Path:
@@ -103,6 +109,8 @@ def generate_adapter(
         calibration_concat_separator: see above.
         tokenizer: for calibration in texts; the base model's by default.
         loading: passed to `GPTQModel.load` for both models.
+        over: as in `AdapterJob`, like the next.
+        without_layers: see above.
         report: called with (layers done, layers in all).
         keeping: where finished layers are kept, so that an interrupted call is gone on with; None for nowhere.
 
@@ -120,6 +128,8 @@ def generate_adapter(
     loading = loading or {}
     with logs_out_of_the_way():
         config, kernels, others = _load_kernels(checkpoint, loading)
+        known = known_kernels(kernels, None if over is None else AdapterFolder.open(over))
+        _leave_out(config, kernels, without_layers)
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), rounds=rounds)
         model = _load_base(base, checkpoint, config, kernels, others, loading)
         setattr(model, RUN_ATTRIBUTE, run)
@@ -128,7 +138,7 @@ def generate_adapter(
             watch_layers(model, report)
         with batches_required(model):
             processor = CheckpointProcessor(
-                known_kernels(kernels),
+                known,
                 tokenizer=tokenizer or model.tokenizer,
                 qcfg=config,
                 calibration=calibration,
@@ -141,7 +151,11 @@ def generate_adapter(
         with keeping or contextlib.nullcontext():
             CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
-    write_adapter(checkpoint, folder, run.factors, names, run.details())
+    if over is None:
+        write_adapter(checkpoint, folder, run.factors, names, run.details())
+    else:
+        # A member: the checkpoint names the adapter beneath it.
+        save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     if keeping is not None:
         keeping.finish()
@@ -150,6 +164,15 @@ def generate_adapter(
     del model, kernels, processor
     release_free_memory()
     return refine_written(checkpoint, base, folder, run.refine_windows, run.refine)
+
+
+def _leave_out(config: Any, kernels: Mapping[str, BaseQuantLinear], layers: int) -> None:
+    """Have the modules of the first layers get rank 0."""
+    names = [name for name in kernels if (found := layer_number(name)) is not None and found < layers]
+    if names:
+        # Ahead of the checkpoint's own entries, of which the first that fits a module counts.
+        pattern = f"^(?:{'|'.join(map(re.escape, names))})$"
+        config.dynamic = {pattern: {"adapter": {"rank": 0}}, **(config.dynamic or {})}
 
 
 def _folder_for(adapter: EoRA, checkpoint: Path) -> Path:

@@ -56,6 +56,8 @@ class KeepsFactors:
         # How often the plain tensors had been written to while they were what the form says; None without a form or
         # without plain tensors.
         self._same_at: tuple[int, int] | None = None
+        # As of `Factors.members`.
+        self._members: tuple[int, ...] = ()
         self._device = torch.device("cpu")
         # What was made of the factors for one device, and in one dtype; each beside the state that it was made in.
         self._factors: tuple[tuple[Any, ...], Factors] | None = None
@@ -141,11 +143,12 @@ class KeepsFactors:
 
     def _attach(self, factors: Factors, device: torch.device) -> None:
         """Take factors that nobody else writes to; 16-bit ones are moved to ``device``."""
-        self._device = device
+        self._device, self._members = device, factors.members
         self._floats, self._same_at = [None, None], None
         # Copies, since a tensor that was read from a file may keep all of the file in memory.
         down, up = map(_copied, (factors.down, factors.up))
-        self._keep(Factors(down, up) if factors.packed else Factors(down, up).to(device))
+        copied = replace(factors, down=down, up=up)
+        self._keep(copied if factors.packed else copied.to(device))
 
     def _move(self, device: torch.device) -> None:
         """Have plain tensors, and 16-bit factors that are kept as they were stored, lie on ``device``."""
@@ -201,7 +204,7 @@ class KeepsFactors:
             return _stored(form)
         lora_A, lora_B = self._floats
         assert lora_A is not None and lora_B is not None
-        return Factors(lora_A.detach().T, lora_B.detach())
+        return Factors(lora_A.detach().T, lora_B.detach(), self._members)
 
     def _forget_unseen(self) -> None:
         """Let go of plain tensors that somebody only looked at."""

@@ -16,6 +16,7 @@ from gptqmodel.looper.weight_only_processor import WeightOnlyProcessor
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import clone_weight_only_config_for_module
 
+from ...adapter.folder import AdapterFolder
 from ...adapter.layers import oriented
 from ...solve import Moment
 
@@ -94,13 +95,32 @@ class CheckpointProcessor(CalibratedProcessor):
         return "eora-checkpoint"
 
 
-def known_kernels(kernels: Mapping[str, BaseQuantLinear]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Quantised linears by full module name, as `CheckpointProcessor` takes them."""
+def known_kernels(
+    kernels: Mapping[str, BaseQuantLinear], over: AdapterFolder | None = None
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Quantised linears by full module name, as `CheckpointProcessor` takes them.
 
-    def weight_of(kernel: BaseQuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda weight: dequantize(kernel)
+    Args:
+        kernels: full module name → linear.
+        over: an adapter that counts as a part of the weights: Ŵ + B A, float32, in place of Ŵ.
 
-    return {name: weight_of(kernel) for name, kernel in kernels.items()}
+    Raises:
+        AdapterError: for an adapter of other modules.
+    """
+    stored = {} if over is None else over.match(kernels)
+
+    def weight_of(name: str, kernel: BaseQuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+        if over is None or name not in stored:
+            return lambda weight: dequantize(kernel)
+
+        def corrected(weight: torch.Tensor) -> torch.Tensor:
+            _, factors = next(over.factors([stored[name]]))
+            quantized = dequantize(kernel).to(torch.float32)
+            return torch.addmm(quantized, factors.lora_B.to(quantized), factors.lora_A.to(quantized))
+
+        return corrected
+
+    return {name: weight_of(name, kernel) for name, kernel in kernels.items()}
 
 
 def dequantize(kernel: BaseQuantLinear) -> torch.Tensor:

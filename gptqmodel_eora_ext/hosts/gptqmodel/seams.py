@@ -7,6 +7,7 @@
 | `BaseQModel.quantize` | takes an `EoRA` out of the host's sight and starts a run |
 | `BaseQModel._quantize_weight_only` | round-to-nearest with an `EoRA` runs in the calibrated loop |
 | `module_looper.ModuleLooper` | a subclass that equips the processor which quantises, and raises workers' errors |
+| `BaseQModel.generate` | weights of an ensemble's members may be told |
 | `BaseQModel.save_quantized` | writes the adapter and names it in the checkpoint |
 | `BaseQuantizeConfig.from_pretrained` | an adapter with `eora.json` loads as `EoRA`; AutoRound's configs are read |
 | `auto._is_supported_quantization_config` | AutoRound's packed checkpoints are quantised ones |
@@ -120,7 +121,7 @@ def list_seams() -> list[Seam]:
     from gptqmodel.quantization.config import BaseQuantizeConfig
     from gptqmodel.utils import model
 
-    from . import generate, quantize, triton
+    from . import ensemble, generate, quantize, triton
     from .checkpoint import load, save
 
     def method(function: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -149,6 +150,7 @@ def list_seams() -> list[Seam]:
              method(quantize.quantize)),
         Seam(BaseQModel, "_quantize_weight_only", loop_options, method(quantize.quantize_weight_only)),
         Seam(module_looper, "ModuleLooper", ("model", "processors"), lambda original: quantize.CompensatingLooper),
+        Seam(BaseQModel, "generate", ("inputs",), method(ensemble.generate)),
         Seam(BaseQModel, "save_quantized", ("save_dir", "eora_path"), method(save.save_quantized)),
         Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(load.config_from_pretrained)),
         Seam(auto, "_is_supported_quantization_config", ("config",), plain(load.is_supported)),

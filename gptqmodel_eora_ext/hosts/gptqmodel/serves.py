@@ -122,6 +122,8 @@ def _make_adapter(job: AdapterJob) -> Path:
         report=job.report,
         loading=job.loading,
         keeping=job.keeping,
+        over=job.over,
+        without_layers=job.without_layers,
     )
 
 

@@ -24,7 +24,7 @@ from ...kernels.shared_input import Joint
 from ...kernels.triton import available, runs_on
 from ...kernels.versions import version
 from .adapter import EoRA
-from .fused import EoRAFusedLinear
+from .fused import EoRAFusedLinear, mixture_of
 
 
 class EoRATritonLinear(EoRAFusedLinear):
@@ -110,9 +110,14 @@ class EoRATritonLinear(EoRAFusedLinear):
 
         device = modules[0].runtime_device()
         factors = [None if module.adapter is None else module.adapter.factors(device) for module in modules]
-        return StackedLinears.prepare(
+        launches = StackedLinears.prepare(
             [module.packed() for module in modules], factors, [module.bias for module in modules]
         )
+        mixture = mixture_of(modules)
+        if mixture is None:
+            return launches
+        in_features = modules[0].in_features
+        return lambda x: launches(x, mixture.now.for_rows(x.numel() // in_features, device))
 
 
 def candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

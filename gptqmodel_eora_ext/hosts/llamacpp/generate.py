@@ -45,6 +45,7 @@ def generate_adapter(job: AdapterJob) -> Path:
         NotImplementedError: for an architecture that the layer loop does not know.
         ModuleError: when compensating a module fails.
     """
+    job.require_whole("a file of llama.cpp")
     gguf_package()
     _check_rank(job.adapter)
     output = job.output if job.output is not None else _beside(job.checkpoint)

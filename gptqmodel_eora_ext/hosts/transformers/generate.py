@@ -41,6 +41,7 @@ def generate_adapter(job: AdapterJob) -> Path:
             f"EoRA: ranks by a plan are for files of the plan's host; `{job.checkpoint}` is opened by transformers. "
             f"Name a rank or a budget."
         )
+    job.require_whole("a checkpoint of transformers")
     AdapterOptions.settle(**job.adapter).for_making(**job.adapter)
     folder = job.output if job.output is not None else job.checkpoint / DEFAULT_FOLDER
     if job.output is None and not os.access(job.checkpoint, os.W_OK):

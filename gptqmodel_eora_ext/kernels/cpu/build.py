@@ -90,6 +90,7 @@ FAULTS = (
     "", "bits", "features, rank or units", "a dtype", "codes", "scales", "zeros", "starts of segments",
     "order of inputs", "A", "scales of A", "B", "scales of B", "bias", "x", "y", "x Aᵀ",
     "layers that do not read the same x", "an instruction set that the processor lacks", "threads", "places of inputs",
+    "members", "weights of members",
 )  # fmt: skip
 
 
@@ -125,9 +126,9 @@ def library() -> ctypes.CDLL | None:
     loaded.eora_check.argtypes = (pointer,)
     loaded.eora_repack.argtypes = (*memory, *memory, integer, integer, integer, integer, *memory, integer)
     loaded.eora_unpack.argtypes = loaded.eora_repack.argtypes
-    loaded.eora_linears.argtypes = (pointer, integer, *memory, integer, integer, *memory, integer, integer)
+    loaded.eora_linears.argtypes = (pointer, integer, *memory, integer, integer, *memory, *memory, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, *memory, long, integer, integer)
-    loaded.eora_matmul.argtypes = (pointer, *memory, *memory, integer, *memory, integer)
+    loaded.eora_matmul.argtypes = (pointer, *memory, *memory, integer, *memory, *memory, integer)
     loaded.eora_large_pages.argtypes = (pointer, long)
     loaded.eora_large_pages.restype = None
     return loaded

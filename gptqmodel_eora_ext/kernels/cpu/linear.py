@@ -1,8 +1,9 @@
-"""y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias on the CPU, straight from packed weights for few rows, by tiles of Ŵ for many."""
+"""y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias on the CPU, straight from packed weights for few rows, by tiles of Ŵ for many."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ...formats.factors import to_dense
 from ...formats.packed_weights import LayoutError
 from .build import library, require_fine
-from .repack import KINDS, LANES, RepackedFactors, RepackedWeight, unpack_down, unpack_factors
+from .repack import KINDS, LANES, RepackedFactors, RepackedWeight, selected, unpack_down, unpack_factors
 
 # Outputs of Ŵ that are dequantised at a time.
 TILE_OUTPUTS = 512
@@ -20,7 +21,7 @@ CODES_ROWS = 256
 MATMUL_ROWS = 1020
 
 
-_MEMORY = ("codes", "scales", "zeros", "starts", "order", "down", "down_scales", "up", "up_scales", "bias")
+_MEMORY = ("codes", "scales", "zeros", "starts", "order", "down", "down_scales", "up", "up_scales", "bias", "ends")
 
 
 class _Linear(ctypes.Structure):
@@ -28,7 +29,7 @@ class _Linear(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("bits", "in_features", "out_features", "rank", "segments", "units",
-                                              "strips", "zero", "scale_kind", "down_kind", "up_kind", "padding")),
+                                              "strips", "zero", "scale_kind", "down_kind", "up_kind", "members")),
         *((name, ctypes.c_void_p) for name in _MEMORY),
         *((f"{name}_bytes", ctypes.c_int64) for name in _MEMORY),
     ]  # fmt: skip
@@ -75,6 +76,10 @@ class CpuLinear:
         self._struct.scale_kind = KINDS[weight.scales.dtype]
         if factors is not None:
             self._set(factors, "rank", "down", "down_scales", "down_kind", "up", "up_scales", "up_kind")
+            if factors.members:
+                self.ends = torch.tensor(list(itertools.accumulate(factors.members)), dtype=torch.int32)
+                self._struct.members = len(factors.members)
+                self._set(self, "ends")
         self.address = ctypes.addressof(self._struct)
         require_fine(kernels.eora_check(self.address), name)
 
@@ -88,19 +93,33 @@ class CpuLinear:
                 setattr(self._struct, name, pointer)
                 setattr(self._struct, f"{name}_bytes", nbytes)
 
-    def tiles(self, x: torch.Tensor, isa: int) -> torch.Tensor:
+    def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
         wide = x.to(torch.float32)
-        if self.factors is not None:
-            down, up = unpack_factors(self.factors).dense()
-            wide = torch.cat([wide, wide @ down.T], dim=1)
+        factors, weights = self._read_of(weights)
+        if factors is not None:
+            down, up = unpack_factors(factors).dense()
+            wide = torch.cat([wide, weighed(wide @ down.T, factors, weights)], dim=1)
         y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
-            if self.factors is not None:
+            if factors is not None:
                 tile[self.in_features :] = up[:, begin:end]
             product = wide @ tile
             y[:, begin:end] = product if self.bias is None else product + self.bias[begin:end]
         return y
+
+    def _read_of(self, weights: torch.Tensor | None) -> tuple[RepackedFactors | None, torch.Tensor | None]:
+        """The factors that a call with these weights reads, and the weights of their members."""
+        factors = self.factors
+        if factors is None or weights is None or not factors.members:
+            return factors, None
+        live = (weights != 0).any(dim=0).tolist()
+        read = [member for member, rank in enumerate(factors.members) if rank and live[member]]
+        if not read:
+            return None, None
+        if len(read) < len(factors.members):
+            factors, weights = selected(factors, read), weights[:, read]
+        return factors, weights
 
     def dequantized(self, isa: int, extra_rows: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(begin, end, Ŵᵀ of these outputs) in float32, in + extra_rows × outputs; the next one overwrites it."""
@@ -114,6 +133,14 @@ class CpuLinear:
                 self.name,
             )  # fmt: skip
             yield begin, end, tile[:, : end - begin]
+
+
+def weighed(t: torch.Tensor, factors: RepackedFactors, weights: torch.Tensor | None) -> torch.Tensor:
+    """x Aᵀ, rows × rank, with each member's components multiplied by its weights, rows × members; None for none."""
+    if weights is None:
+        return t
+    each = weights.repeat_interleave(torch.tensor(factors.members), dim=1, output_size=factors.rank)
+    return (t * each).to(t.dtype)
 
 
 def _check_fit(weight: RepackedWeight, factors: RepackedFactors | None, bias: torch.Tensor | None, name: str) -> None:
@@ -148,12 +175,13 @@ class CpuLinears:
         self._widths = [layer.out_features for layer in layers]
         self._run = layers[0].kernels.eora_linears
 
-    def codes(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:
+    def codes(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
         """y of each layer, straight from the packed codes.
 
         Args:
             x: rows × in, contiguous, float32, float16 or bfloat16.
             isa: index into `build.ISAS`.
+            weights: rows × members of each layer's factors, float32, contiguous; None weighs all components by 1.
 
         Returns:
             rows × out each, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
@@ -162,39 +190,47 @@ class CpuLinears:
         ys = [torch.empty(rows, width, dtype=dtype) for width in self._widths]
         if rows <= CODES_ROWS:
             # The usual call, which waits for nothing that is not needed.
-            self._codes(x, ys, rows, KINDS[dtype], isa)
+            self._codes(x, ys, rows, KINDS[dtype], isa, weights)
             return ys
         for begin in range(0, rows, CODES_ROWS):
             part = x[begin : begin + CODES_ROWS]
-            self._codes(part, [y[begin : begin + CODES_ROWS] for y in ys], len(part), KINDS[dtype], isa)
+            own = None if weights is None else weights[begin : begin + CODES_ROWS]
+            self._codes(part, [y[begin : begin + CODES_ROWS] for y in ys], len(part), KINDS[dtype], isa, own)
         return ys
 
-    def _codes(self, x: torch.Tensor, ys: list[torch.Tensor], rows: int, kind: int, isa: int) -> None:
+    def _codes(
+        self, x: torch.Tensor, ys: list[torch.Tensor], rows: int, kind: int, isa: int, weights: torch.Tensor | None
+    ) -> None:
+        given = (None, 0) if weights is None else (weights.data_ptr(), weights.nbytes)
         fault = self._run(
-            self._addresses, len(ys), x.data_ptr(), x.nbytes, kind, rows, self._pointers(*[y.data_ptr() for y in ys]),
-            sum([y.nbytes for y in ys]), isa, torch.get_num_threads(),
+            self._addresses, len(ys), x.data_ptr(), x.nbytes, kind, rows, *given,
+            self._pointers(*[y.data_ptr() for y in ys]), sum([y.nbytes for y in ys]), isa, torch.get_num_threads(),
         )  # fmt: skip
         if fault:
             require_fine(fault, self._layers[0].name)
 
-    def matmul(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def matmul(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
         """y of each layer for many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and
         x Aᵀ are rounded to bfloat16, sums are float32."""
         ys = [torch.empty(x.shape[0], layer.out_features, dtype=x.dtype) for layer in self._layers]
-        ranks = [0 if layer.factors is None else layer.factors.rank for layer in self._layers]
-        downs = [to_dense(unpack_down(layer.factors), x.dtype) for layer in self._layers if layer.factors is not None]
+        read = [layer._read_of(weights) for layer in self._layers]
+        ranks = [0 if factors is None else factors.rank for factors, _ in read]
+        downs = [to_dense(unpack_down(factors), x.dtype) for factors, _ in read if factors is not None]
         down = torch.cat(downs) if downs else None
+        live_members = None if weights is None else (weights != 0).any(dim=0).to(torch.float32)
         for begin in range(0, x.shape[0], MATMUL_ROWS):
             rows = x[begin : begin + MATMUL_ROWS]
             ts = [None] * len(ys) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
-            for layer, t, y in zip(self._layers, ts, ys, strict=True):
-                own = t.contiguous() if t is not None else None
+            for layer, (factors, live), t, y in zip(self._layers, read, ts, ys, strict=True):
+                own = None
+                if t is not None and factors is not None:
+                    own = weighed(t, factors, None if live is None else live[begin : begin + MATMUL_ROWS]).contiguous()
                 fault = layer.kernels.eora_matmul(layer.address, *_memory(rows), *_memory(own), len(rows),
-                                                  *_memory(y[begin : begin + len(rows)]),
+                                                  *_memory(live_members), *_memory(y[begin : begin + len(rows)]),
                                                   torch.get_num_threads())  # fmt: skip
                 require_fine(fault, layer.name)
         return ys
 
-    def tiles(self, x: torch.Tensor, isa: int) -> list[torch.Tensor]:
+    def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
         """As `CpuLinear.tiles`, of each layer."""
-        return [layer.tiles(x, isa) for layer in self._layers]
+        return [layer.tiles(x, isa, weights) for layer in self._layers]

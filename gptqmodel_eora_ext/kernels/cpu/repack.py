@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,6 +119,7 @@ class RepackedFactors:
         in_features: inputs.
         out_features: outputs.
         complete: whether `unpack_factors` gives back what they were made from, to the last bit.
+        members: as of `Factors`.
     """
 
     down: torch.Tensor
@@ -129,6 +132,7 @@ class RepackedFactors:
     in_features: int
     out_features: int
     complete: bool
+    members: tuple[int, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -252,6 +256,7 @@ def repack_factors(factors: Factors) -> RepackedFactors:
         in_features=factors.in_features,
         out_features=factors.out_features,
         complete=_restorable(factors.down) and _restorable(factors.up),
+        members=factors.members,
     )
 
 
@@ -269,7 +274,29 @@ def unpack_factors(factors: RepackedFactors) -> Factors:
     Floating factors that are not `complete` were float64 and come back rounded to float32. A may share the memory of
     the repacked one; nobody may write to it.
     """
-    return Factors(unpack_down(factors), _unpack_up(factors))
+    return Factors(unpack_down(factors), _unpack_up(factors), factors.members)
+
+
+def selected(factors: RepackedFactors, members: Sequence[int]) -> RepackedFactors:
+    """The factors of some members alone, copied; nothing of the others is read.
+
+    Args:
+        factors: of several members.
+        members: which ones, ascending, at least one of them with components.
+    """
+    ends = list(itertools.accumulate(factors.members))
+    ranks = tuple(factors.members[one] for one in members)
+    kept = torch.cat([torch.arange(ends[one] - factors.members[one], ends[one]) for one in members])
+    up_scales = factors.up_scales
+    return replace(
+        factors,
+        down=factors.down[kept],
+        down_scales=None if factors.down_scales is None else factors.down_scales[kept],
+        up=factors.up[:, kept],
+        up_scales=None if up_scales is None else up_scales[:, kept],
+        rank=len(kept),
+        members=ranks,
+    )
 
 
 def unpack_down(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:

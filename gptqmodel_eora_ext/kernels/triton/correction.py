@@ -23,16 +23,16 @@ CAPTURED = -1
 
 
 @triton.jit
-def _up(up, r, n, rank, columns):
-    """Bᵀ at ``r`` × ``n``, as it is stored."""
-    return tl.load(up + r[:, None] * columns + n[None, :], mask=(r < rank)[:, None] & (n < columns)[None, :], other=0)
+def _up(up, r, n, live, columns):
+    """Bᵀ at ``r`` × ``n``, as it is stored; ``live`` tells which of ``r`` to read."""
+    return tl.load(up + r[:, None] * columns + n[None, :], mask=live[:, None] & (n < columns)[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=["rows", "slot"])
 def correction_kernel(
-    x, down, up, y, parts, counters, slot, rows, rank, in_features, columns, inputs_per_split,
+    x, down, up, y, weights, member_of, parts, counters, slot, rows, rank, in_features, columns, inputs_per_split,
     PROGRAMS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UP_RANKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UP_RANKS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Grid: PROGRAMS, a power of two. A counter only ever grows, by PROGRAMS in every launch."""
     program = tl.program_id(0)
@@ -43,12 +43,14 @@ def correction_kernel(
     r_tiles = tl.cdiv(rank, BLOCK_R)
     columns_of_tile = tl.arange(0, BLOCK_N)
     ranks_of_step = tl.arange(0, UP_RANKS)
-    b = _up(up, ranks_of_step, program // m_tiles * BLOCK_N + columns_of_tile, rank, columns)
+    # With weights, which components are read is known once t is.
+    ahead = rank if MEMBERS == 0 else 0
+    b = _up(up, ranks_of_step, program // m_tiles * BLOCK_N + columns_of_tile, ranks_of_step < ahead, columns)
     for share in range(program, m_tiles * r_tiles * PARTS, PROGRAMS):
         tile = share % (m_tiles * r_tiles)
         shrink_tile(
-            x, down, None, parts, tile // r_tiles, tile % r_tiles, share // (m_tiles * r_tiles), rows, rank,
-            in_features, inputs_per_split, 16, 1, BLOCK_M, BLOCK_R, BLOCK_K,
+            x, down, None, weights, member_of, parts, tile // r_tiles, tile % r_tiles, share // (m_tiles * r_tiles),
+            rows, rank, in_features, inputs_per_split, 16, 1, BLOCK_M, BLOCK_R, BLOCK_K, MEMBERS,
         )  # fmt: skip
     # All threads of the program have stored before one of them counts and thereby publishes.
     tl.debug_barrier()
@@ -66,20 +68,25 @@ def correction_kernel(
         acc = tl.load(place, mask=live, other=0).to(tl.float32)
         for start in tl.range(0, rank, UP_RANKS, num_stages=1):
             r = start + ranks_of_step
-            if (tile != program) | (start > 0):
-                b = _up(up, r, n, rank, columns)
+            if (MEMBERS == 0) & ((tile != program) | (start > 0)):
+                b = _up(up, r, n, r < rank, columns)
             # All parts are on their way at once: one after the other, they took longer than both products.
             if BLOCK_M == 1:
                 part = tl.arange(0, PARTS)
                 t = tl.load(parts + part[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0,
                             cache_modifier=".cg")  # fmt: skip
-                acc += tl.sum(tl.sum(t, 1)[:, None] * b.to(tl.float32), 0)[None, :]
+                t_sum = tl.sum(t, 1)
+                if MEMBERS > 0:
+                    b = _up(up, r, n, (r < rank) & (t_sum != 0), columns)
+                acc += tl.sum(t_sum[:, None] * b.to(tl.float32), 0)[None, :]
             else:
                 first = parts + m.to(tl.int64)[:, None] * rank + r[None, :]
                 known = in_m[:, None] & (r < rank)[None, :]
                 t = tl.load(first, mask=known, other=0.0, cache_modifier=".cg")
                 for part in tl.static_range(1, PARTS):
                     t += tl.load(first + part * (rows * rank), mask=known, other=0.0, cache_modifier=".cg")
+                if MEMBERS > 0:
+                    b = _up(up, r, n, (r < rank) & (tl.max(tl.abs(t), 0) != 0), columns)
                 acc = tl.dot(t.to(b.dtype), b, acc, input_precision="ieee")
         tl.store(place, acc.to(y.dtype.element_ty), mask=live)
 

@@ -51,6 +51,7 @@ def _gemm_tile(
     BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    WEIGHED: tl.constexpr,
 ):  # fmt: skip
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -71,6 +72,9 @@ def _gemm_tile(
             in_r = r < rank
             t = load_parts(parts, m[:, None], (first_rank + r)[None, :], in_m[:, None] & in_r[None, :],
                            part_count, rows, all_ranks, PARTS)  # fmt: skip
+            if WEIGHED:
+                # A component of t that is 0 in all rows belongs to a member without weight.
+                in_r = in_r & (tl.max(tl.abs(t), 0) != 0)
             b = load_factor(up, up_scales, r[:, None], n[None, :], in_r[:, None] & in_n[None, :], columns,
                             FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
             acc = tl.dot(t.to(x.dtype.element_ty), b.to(x.dtype.element_ty), acc, input_precision="ieee")
@@ -84,6 +88,7 @@ def gemm_kernel(
     MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_SIZE: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Grid: row tiles × tiles of outputs, module after module × splits."""
     m_tile = tl.program_id(0)
@@ -100,7 +105,7 @@ def gemm_kernel(
                 partials, locks, lock, m_tile, tile, tl.program_id(2),
                 rows, in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, part_count,
                 inputs_per_split, BITS, CODES, GROUP_SIZE, FACTOR_BITS, FACTOR_GROUP, PARTS, SPLITS,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, WEIGHED,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

@@ -77,7 +77,7 @@ def _gemv_tile(
     windows, one, units_per_split,
     BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < columns
@@ -92,7 +92,11 @@ def _gemv_tile(
         for start in range(split * BLOCK_R, rank, SPLITS * BLOCK_R):
             r = (start + tl.arange(0, BLOCK_R))[:, None]
             t = load_parts(parts, tl.zeros_like(r), first_rank + r, r < rank, part_count, 1, all_ranks, PARTS)
-            b = load_factor(up, up_scales, r, n[None, :], (r < rank) & in_n[None, :], columns,
+            live = r < rank
+            if WEIGHED:
+                # A component of t that is 0 belongs to a member without weight.
+                live = live & (t != 0)
+            b = load_factor(up, up_scales, r, n[None, :], live & in_n[None, :], columns,
                             FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
             corrections += t * b
         acc += tl.sum(corrections, 0)
@@ -107,6 +111,7 @@ def gemv_kernel(
     MODULES: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, GROUP_UNITS: tl.constexpr, EVEN: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+    WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of outputs, module after module × splits.
 
@@ -127,6 +132,7 @@ def gemv_kernel(
                 in_features, outs[j], first_column, all_columns, ranks[j], first_rank, all_ranks, part_count,
                 windows, one, units_per_split,
                 BITS, CODES, GROUP_UNITS, EVEN, FACTOR_BITS, FACTOR_GROUP, PARTS, SPLITS, BLOCK_N, BLOCK_U, BLOCK_R,
+                WEIGHED,
             )  # fmt: skip
         first_tile += tiles
         first_column += outs[j]

@@ -24,6 +24,12 @@ from .gemv import gemv_kernel
 from .launch import Known, aligned, launch, on
 from .shrink import shrink_kernel
 
+# Why weights are refused while a compiler traces.
+UNCOMPILED = (
+    "EoRA: an ensemble's weights change from call to call, so that it cannot be compiled. Load one adapter for that."
+)
+# Fields of `StackedLinears` that the traced operator does not take.
+UNTRACED = ("in_features", "members", "member_of", "launches")
 # A tile of locks that the shrink kernel zeroes at a time.
 LOCKS = 1024
 # 1.0 as float32 (`codes.mantissa`).
@@ -47,6 +53,8 @@ class StackedLinears:
         up_scales: scales of ``ups``, if packed.
         bits, group_size, factor_bits: of all modules alike; factor_bits 16 for floating factors.
         in_features: inputs.
+        members: how many an ensemble has; 0 for adapters of their own.
+        member_of: int32, the member that each component of ``down`` belongs to; None without members.
         launches: what was launched before.
     """
 
@@ -63,6 +71,8 @@ class StackedLinears:
     group_size: int
     factor_bits: int
     in_features: int
+    members: int = 0
+    member_of: torch.Tensor | None = None
     launches: Known = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -90,6 +100,10 @@ class StackedLinears:
             raise LayoutError(f"modules that are to share a launch differ in their factors: {factor_kinds}.")
         first = weights[0]
         indexed = not settings.tile_inputs(first.bits, first.row_group_size, first.in_features)
+        counts = {len(pair.members) for pair in adapted}
+        if len(counts) > 1:
+            raise LayoutError(f"modules that are to share a launch have adapters of {counts} members.")
+        members = counts.pop() if counts else 0
         downs = [_tensors(pair.down) for pair in adapted]
         ups = [(None, None) if pair is None else _tensors(pair.up) for pair in factors]
         return cls(
@@ -108,20 +122,35 @@ class StackedLinears:
             group_size=first.row_group_size,
             factor_bits=adapted[0].down.bits if adapted and isinstance(adapted[0].down, QuantizedFactor) else 16,
             in_features=first.in_features,
+            members=members,
+            member_of=_member_of(adapted).to(first.qweight.device) if members else None,
         )
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias of every module, in two launches (one without adapters).
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias of every module, in two launches (one without adapters).
 
         Args:
             x: … × in; float16, bfloat16 or float32.
+            weights: rows × members, float32, on x's device; None weighs all components by 1.
 
         Returns:
             … × out of each module, in x's dtype.
+
+        Raises:
+            LayoutError: for weights of another shape.
+            NotImplementedError: for weights while a compiler traces: they change from call to call.
         """
         rows = x.reshape(-1, self.in_features).contiguous()
+        if weights is not None and self.members:
+            if tuple(weights.shape) != (len(rows), self.members):
+                raise LayoutError(f"weights of members should be {[len(rows), self.members]}, found "
+                                  f"{list(weights.shape)}.")  # fmt: skip
+            if _traced(x):
+                raise NotImplementedError(UNCOMPILED)
+            ys = _linears(rows, self, weights)
+            return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         # The operator is for those who trace: to call it takes as long as a launch.
-        ys: list[torch.Tensor] = fused_linears(rows, *_fields(self)) if _traced(x) else _linears(rows, self)
+        ys = fused_linears(rows, *_fields(self)) if _traced(x) else _linears(rows, self)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
     def dense(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -160,19 +189,19 @@ def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.
     return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
 
 
-def _linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
+def _linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
     with on(x.device):
-        return _launched_linears(x, fused)
+        return _launched_linears(x, fused, weights)
 
 
-def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
+def _launched_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None) -> list[torch.Tensor]:
     rows, in_features = x.shape
     outs = tuple(qweight.shape[1] for qweight in fused.qweights)
     bits = fused.bits
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
     if rows > settings.MOST_FUSED_ROWS:
-        return _dense_linears(x, fused)
+        return _dense_linears(x, fused, weights)
     ys = [x.new_empty(rows, out) for out in outs]
     if rows == 0:
         return ys
@@ -185,14 +214,17 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tens
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
     partials, locks = _meeting_place(x, fused, chosen, sum(outs), m_tiles * tiles)
-    parts, part_count = (partials, 1) if fused.down is None else _shrink(x, fused, fused.down, locks, processors)
+    parts, part_count = (
+        (partials, 1) if fused.down is None else _shrink(x, fused, fused.down, locks, processors, weights)
+    )
     arguments = (
         x, parts, tuple(ys), tuple(fused.qweights), tuple(fused.qzeros), tuple(fused.scales), tuple(fused.g_idx),
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
     )  # fmt: skip
     sizes = (in_features, sum(outs), sum(ranks), part_count)
-    constants = _constants(fused, chosen, rows, in_features, part_count)
-    key = _key(x, chosen, part_count)
+    weighed = weights is not None
+    constants = {**_constants(fused, chosen, rows, in_features, part_count), "WEIGHED": weighed}
+    key = _key(x, chosen, part_count, weighed)
     if rows == 1:
         windows = settings.unit_codes(bits) // settings.window_codes(bits)
         launch(
@@ -241,12 +273,15 @@ def _constants(
     return {**first, **groups, **adapter, **tiles}
 
 
-def _dense_linears(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
+def _dense_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None) -> list[torch.Tensor]:
     """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
     in_features = x.shape[1]
     t, first = None, 0
     if fused.down is not None:
         t = x @ _dense_factor(fused.down, fused.down_scales, in_features, fused.factor_bits, x.dtype).T
+        if weights is not None:
+            assert fused.member_of is not None
+            t = (t * weights[:, fused.member_of]).to(x.dtype)
     ys = []
     for weight, bias, up, up_scales in zip(fused.dense(x.dtype), fused.biases, fused.ups, fused.up_scales, strict=True):
         out = weight.shape[1]
@@ -273,7 +308,12 @@ def _dense_factor(
 
 
 def _shrink(
-    x: torch.Tensor, fused: StackedLinears, down: torch.Tensor, locks: torch.Tensor, processors: int
+    x: torch.Tensor,
+    fused: StackedLinears,
+    down: torch.Tensor,
+    locks: torch.Tensor,
+    processors: int,
+    weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
     rows, in_features = x.shape
@@ -283,33 +323,54 @@ def _shrink(
     constants = {
         "FACTOR_BITS": fused.factor_bits, "FACTOR_GROUP": GROUP_SIZE, "BLOCK_M": chosen.block_m,
         "BLOCK_R": chosen.block_r, "BLOCK_K": chosen.block_k, "LOCKS": LOCKS,
+        "MEMBERS": 0 if weights is None else fused.members,
     }  # fmt: skip
     launch(
-        fused.launches, _key(x, chosen), shrink_kernel,
+        fused.launches, _key(x, chosen, weighed=weights is not None), shrink_kernel,
         (-(-rank // chosen.block_r), -(-rows // chosen.block_m), chosen.splits),
-        (x, down, fused.down_scales, parts, locks, rows, rank, in_features, chosen.per_split, locks.numel()),
+        (x, down, fused.down_scales, weights, None if weights is None else fused.member_of, parts, locks, rows,
+         rank, in_features, chosen.per_split, locks.numel()),
         constants, chosen.options(),
     )  # fmt: skip
     return parts, chosen.splits
 
 
-def _key(x: torch.Tensor, chosen: settings.Settings, part_count: int = 0) -> tuple[Any, ...] | None:
+def _key(
+    x: torch.Tensor, chosen: settings.Settings, part_count: int = 0, weighed: bool = False
+) -> tuple[Any, ...] | None:
     """What tells apart the launches of one `StackedLinears`, whose tensors are always the same."""
-    return (x.dtype, x.shape[0], chosen, part_count) if aligned(x) else None
+    return (x.dtype, x.shape[0], chosen, part_count, weighed) if aligned(x) else None
 
 
-def add_correction(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
-    """y += (x Aᵀ) Bᵀ in place: one launch, or for many rows two products.
+def add_correction(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    y: torch.Tensor,
+    slot: int,
+    weights: torch.Tensor | None = None,
+    member_of: torch.Tensor | None = None,
+) -> None:
+    """y += ((x Aᵀ) ∘ g) Bᵀ in place: one launch, or for many rows two products.
 
     Args:
         x: … × in, float16, bfloat16 or float32, as are all others.
         down, up: A, rank × in, and Bᵀ, rank × out, both contiguous.
         y: … × out, contiguous; of as many rows as x, in whatever shape.
         slot: graphs that were captured with the same one, modulo `correction.COUNTERS`, must not run at the same time.
+        weights: rows × members, float32, on x's device; None weighs all components by 1.
+        member_of: int32, the member of each component, with ``weights``.
+
+    Raises:
+        NotImplementedError: for weights while a compiler traces: they change from call to call.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    call = correct if _traced(x) else _correct
-    call(rows, down, up, y.view(-1, y.shape[-1]), slot)
+    if _traced(x):
+        if weights is not None:
+            raise NotImplementedError(UNCOMPILED)
+        correct(rows, down, up, y.view(-1, y.shape[-1]), slot)
+    else:
+        _correct(rows, down, up, y.view(-1, y.shape[-1]), slot, weights, member_of)
 
 
 _corrections: Known = {}
@@ -326,7 +387,15 @@ def _(*_: Any) -> None:
     return None
 
 
-def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
+def _correct(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    y: torch.Tensor,
+    slot: int,
+    weights: torch.Tensor | None = None,
+    member_of: torch.Tensor | None = None,
+) -> None:
     rows, in_features = x.shape
     rank, columns = up.shape
     if rows == 0:
@@ -334,7 +403,8 @@ def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Ten
     few = rows <= settings.MOST_CORRECTION_ROWS and rank <= settings.most_correction_rank(rows)
     bank = counters(x.device) if few else None
     if bank is None:
-        y.addmm_(x @ down.T, up)
+        t = x @ down.T
+        y.addmm_(t if weights is None else (t * weights[:, member_of]).to(x.dtype), up)
         return
     programs = settings.programs(_at_once(x.device))
     chosen = settings.correction(rows, rank, in_features, columns, x.dtype, programs)
@@ -342,19 +412,29 @@ def _correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Ten
     constants = {
         "PROGRAMS": programs, "PARTS": chosen.splits, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
         "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r, "UP_RANKS": settings.CORRECTION_RANKS,
+        "MEMBERS": 0 if weights is None else weights.shape[1],
     }  # fmt: skip
-    key = (x.device, x.dtype, chosen, rank, in_features, columns) if aligned(x, down, up, y) else None
+    kinds = (x.device, x.dtype, chosen, rank, in_features, columns, constants["MEMBERS"])
+    key = kinds if aligned(x, down, up, y) else None
     with on(x.device):
         launch(
             _corrections, key, correction_kernel, (programs, 1, 1),
-            (x, down, up, y, parts, bank, slot % COUNTERS, rows, rank, in_features, columns, chosen.per_split),
+            (x, down, up, y, weights, member_of, parts, bank, slot % COUNTERS, rows, rank, in_features, columns,
+             chosen.per_split),
             constants, {**chosen.options(), "launch_cooperative_grid": True},
         )  # fmt: skip
 
 
+def _member_of(factors: Sequence[Factors]) -> torch.Tensor:
+    """The member of each of the components of adapters, stacked: int32."""
+    counts = torch.tensor([rank for pair in factors for rank in pair.members])
+    owners = torch.arange(len(factors[0].members), dtype=torch.int32).repeat(len(factors))
+    return owners.repeat_interleave(counts)
+
+
 def _fields(fused: StackedLinears) -> tuple[Any, ...]:
     """What `fused_linears` takes after x."""
-    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in ("in_features", "launches"))
+    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in UNTRACED)
 
 
 def _traced(x: torch.Tensor) -> bool:

@@ -18,15 +18,25 @@ UNROLLED = tl.constexpr(512)
 
 @triton.jit
 def shrink_tile(
-    x, down, down_scales, parts, m_tile, r_tile, split, rows, rank, in_features, inputs_per_split,
+    x, down, down_scales, weights, member_of, parts, m_tile, r_tile, split, rows, rank, in_features, inputs_per_split,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one part: parts[split, m, r] = Σ_k x[m, k] A[r, k] over the split's inputs."""
+    """One tile of one part: parts[split, m, r] = g[m, r] Σ_k x[m, k] A[r, k] over the split's inputs.
+
+    g is 1 where MEMBERS is 0, else the row's weight of the member that the component belongs to. Components without any
+    weight in the tile are not read.
+    """
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     r = r_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     in_m = m < rows
     in_r = r < rank
+    read_r = in_r
+    if MEMBERS > 0:
+        member = tl.load(member_of + r, mask=in_r, other=0)
+        weight = tl.load(weights + m.to(tl.int64)[None, :] * MEMBERS + member[:, None],
+                         mask=in_m[None, :] & in_r[:, None], other=0.0)  # fmt: skip
+        read_r = in_r & (tl.max(tl.abs(weight), 1) > 0)
     first = split * inputs_per_split
     last = tl.minimum(first + inputs_per_split, in_features)
     # One row is multiplied without tensor cores, for which it would be padded to sixteen.
@@ -34,7 +44,7 @@ def shrink_tile(
     for start in range(first, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < last
-        a = load_factor(down, down_scales, r[:, None], k[None, :], in_r[:, None] & in_k[None, :], in_features,
+        a = load_factor(down, down_scales, r[:, None], k[None, :], read_r[:, None] & in_k[None, :], in_features,
                         FACTOR_BITS, FACTOR_GROUP)  # fmt: skip
         if BLOCK_M == 1:
             sums += tl.load(x + k[None, :], mask=in_k[None, :], other=0).to(tl.float32) * a
@@ -44,15 +54,18 @@ def shrink_tile(
             sums = tl.dot(a.to(xs.dtype), xs, sums, input_precision="ieee")
     if BLOCK_M == 1:
         sums = tl.sum(sums, 1)[:, None]
+    if MEMBERS > 0:
+        sums = sums * weight
     place = parts + (split * rows + m.to(tl.int64)[None, :]) * rank + r[:, None]
     tl.store(place, sums, mask=in_m[None, :] & in_r[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def shrink_kernel(
-    x, down, down_scales, parts, locks, rows, rank, in_features, inputs_per_split, lock_count,
+    x, down, down_scales, weights, member_of, parts, locks, rows, rank, in_features, inputs_per_split, lock_count,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, LOCKS: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Grid: rank tiles × row tiles × splits. Also zeroes the locks that the next launch counts with."""
     r_tile = tl.program_id(0)
@@ -63,8 +76,8 @@ def shrink_kernel(
             place = start + tl.arange(0, LOCKS)
             tl.store(locks + place, tl.zeros((LOCKS,), tl.int32), mask=place < lock_count)
     shrink_tile(
-        x, down, down_scales, parts, m_tile, r_tile, split, rows, rank, in_features, inputs_per_split,
-        FACTOR_BITS, FACTOR_GROUP, BLOCK_M, BLOCK_R, BLOCK_K,
+        x, down, down_scales, weights, member_of, parts, m_tile, r_tile, split, rows, rank, in_features,
+        inputs_per_split, FACTOR_BITS, FACTOR_GROUP, BLOCK_M, BLOCK_R, BLOCK_K, MEMBERS,
     )  # fmt: skip
 
 

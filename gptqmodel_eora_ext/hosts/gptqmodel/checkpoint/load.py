@@ -13,6 +13,7 @@ import torch
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
+from ....adapter.ensemble.folder import EnsembleFolder
 from ....adapter.errors import AdapterError, read_json
 from ....adapter.folder import AdapterFolder
 from ....adapter.naming import AdapterEntry, named_folder, read_entry
@@ -21,6 +22,7 @@ from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, PLAN_MARK, QUANTIZE
 from ....kernels.shared_input import share_inputs
 from ....system.memory import release_free_memory
 from ..adapter import EoRA
+from ..ensemble import attach_ensemble
 from .save import adapted_kernels
 
 log = logging.getLogger(__name__)
@@ -142,7 +144,10 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     if kernels:
         adapter = next(iter(kernels.values())).adapter
         if adapter.path and not adapter.kernels_alone:
-            _attach(AdapterFolder.open(adapter.path), kernels)
+            if EnsembleFolder.is_one(adapter.path):
+                attach_ensemble(model, Path(adapter.path), kernels)
+            else:
+                _attach(AdapterFolder.open(adapter.path), kernels)
     if _uncompiled.get():
         for module in model.modules():
             if isinstance(module, BaseQuantLinear):

@@ -121,6 +121,11 @@ def _to_save(model: Any) -> tuple[dict[str, ModuleFactors], Mapping[str, Any], s
     reports = details.pop("modules", {})
     factors = {}
     for name, kernel in adapted_kernels(model.model).items():
+        if kernel.adapter.mixture is not None:
+            raise NotImplementedError(
+                "EoRA: a model with an ensemble is not saved as one adapter. Copy its checkpoint's folder, or export a "
+                "member: eora ensemble export."
+            )
         if not kernel.adapter.has_factors:
             continue
         report = reports.get(name, {})

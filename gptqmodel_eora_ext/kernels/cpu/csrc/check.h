@@ -9,11 +9,14 @@ namespace {
 enum Fault : int {
   FINE = 0, BAD_BITS, BAD_SIZES, BAD_KINDS, BAD_CODES, BAD_SCALES, BAD_ZEROS, BAD_STARTS, BAD_ORDER, BAD_DOWN,
   BAD_DOWN_SCALES, BAD_UP, BAD_UP_SCALES, BAD_BIAS, BAD_INPUT, BAD_OUTPUT, BAD_COMPONENTS, BAD_LAYERS, BAD_ISA,
-  BAD_THREADS, BAD_PLACES
+  BAD_THREADS, BAD_PLACES, BAD_MEMBERS, BAD_WEIGHTS
 };
 
 // Features, and places of inputs, are counted in `int` and padded to 64: this many leave room for that.
 constexpr int64_t MOST_FEATURES = 1 << 30;
+
+// Members of an ensemble: more would want another way to choose among them.
+constexpr int MOST_MEMBERS = 1 << 10;
 
 inline bool readable_bits(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
 inline bool floating(int kind) { return kind == F32 || kind == F16 || kind == BF16; }
@@ -35,7 +38,9 @@ inline Fault check_factor(const void* values, int64_t bytes, const uint16_t* sca
 }
 
 inline Fault check_adapter(const Linear& l) {
-  if (l.rank == 0) return FINE;
+  if (l.members < 0 || l.members > MOST_MEMBERS) return BAD_MEMBERS;
+  if (l.members && !holds(l.ends, l.ends_bytes, int64_t(l.members) * 4)) return BAD_MEMBERS;
+  if (l.rank == 0) return l.members ? BAD_MEMBERS : FINE;
   if (!(floating(l.down_kind) || integer(l.down_kind)) || !(floating(l.up_kind) || integer(l.up_kind)))
     return BAD_KINDS;
   const int64_t inputs = padded_inputs(l.in_features), outputs = int64_t(l.strips) * LANES;
@@ -73,7 +78,17 @@ inline Fault check_indices(const Linear& l) {
   for (int64_t place = 0; l.order && place < int64_t(l.units) * LANES; ++place) {
     if (l.order[place] < -1 || l.order[place] >= l.in_features) return BAD_ORDER;
   }
+  for (int member = 0; member < l.members; ++member) {
+    if (l.ends[member] < (member ? l.ends[member - 1] : 0) || l.ends[member] > l.rank) return BAD_MEMBERS;
+  }
+  if (l.members && l.ends[l.members - 1] != l.rank) return BAD_MEMBERS;
   return FINE;
+}
+
+// Weights of a call, rows × members, null for none; a layer without an adapter has no members.
+inline Fault check_weights(const Linear& l, const float* weights, int64_t weights_bytes, int rows) {
+  if (!weights) return weights_bytes ? BAD_WEIGHTS : FINE;
+  return !l.members || weights_bytes == int64_t(rows) * l.members * 4 ? FINE : BAD_WEIGHTS;
 }
 
 // Layers that are to read one x have to read it alike.

@@ -31,6 +31,17 @@ T* scratch(int64_t count) {
   return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
 }
 
+// Pieces of work that the components of a member are.
+int pieces_of(const Range& range) { return (range.last - range.first + COMPONENTS - 1) / COMPONENTS; }
+
+// Components [first, last) of t times the rows' weights of their member.
+void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
+  for (int row = 0; row < rows; ++row) {
+    const float weight = weights[int64_t(row) * l.members];
+    for (int c = first; c < last; ++c) t[int64_t(row) * l.rank + c] *= weight;
+  }
+}
+
 // The inputs of a row at their places.
 const float* in_order(const Linear& l, const float* x, float* out) {
   for (int64_t place = 0; place < int64_t(l.units) * LANES; ++place) {
@@ -175,14 +186,19 @@ int eora_unpack(uint32_t* qweight, int64_t qweight_bytes, const int32_t* places,
 
 // y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
 // x becomes integers once, and the components of all their A are one row of work.
-// Each y is rows × its layer's out, `y_bytes` of them all together.
+// Each y is rows × its layer's out, `y_bytes` of them all together. With weights, rows × members, the components of each
+// member are multiplied by its weight of the row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias. A member whose weight is 0 in every
+// row is not read.
 int eora_linears(const Linear* const* linears, int count, const char* x, int64_t x_bytes, int kind, int rows,
-                 void* const* ys, int64_t y_bytes, int isa, int threads) {
+                 const float* weights, int64_t weights_bytes, void* const* ys, int64_t y_bytes, int isa, int threads) {
   if (const Fault fault = check_together(linears, count)) return fault;
   if (const Fault fault = check_run(isa, threads)) return fault;
   if (!floating(kind)) return BAD_KINDS;
   if (rows < 1 || x_bytes != int64_t(rows) * linears[0]->in_features * bytes_of(kind)) return BAD_INPUT;
-  for (int i = 0; i < count; ++i) y_bytes -= int64_t(rows) * linears[i]->out_features * bytes_of(kind);
+  for (int i = 0; i < count; ++i) {
+    if (const Fault fault = check_weights(*linears[i], weights, weights_bytes, rows)) return fault;
+    y_bytes -= int64_t(rows) * linears[i]->out_features * bytes_of(kind);
+  }
   if (y_bytes != 0) return BAD_OUTPUT;
   const Linear& l = *linears[0];
   const Kernels& k = kernels(isa);
@@ -193,16 +209,23 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
   int8_t* digits = scratch<int8_t, 1>(rows * places * slices);
   int32_t* sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
   float* steps = scratch<float, 3>(int64_t(rows) * l.segments);
-  int64_t strips = 0, rank = 0;
-  for (int i = 0; i < count; ++i) strips += linears[i]->strips, rank += linears[i]->rank;
+  int64_t strips = 0, rank = 0, members = 0;
+  for (int i = 0; i < count; ++i) {
+    strips += linears[i]->strips, rank += linears[i]->rank;
+    members += linears[i]->members > 0 ? linears[i]->members : 1;
+  }
+  Range* ranges = scratch<Range, 9>(members);
   float* all_t = scratch<float, 4>(rows * rank);
   const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
   // Pieces of work of each layer, and where its share of t begins.
-  struct Share { int downs, pieces; float* t; };
+  struct Share { Active active; int downs, pieces; float* t; };
   Share* shares = scratch<Share, 8>(count);
   int downs = 0, pieces = 0;
   for (int i = 0; i < count; ++i) {
-    shares[i] = {(linears[i]->rank + COMPONENTS - 1) / COMPONENTS, (linears[i]->strips + chunk - 1) / chunk, all_t};
+    const Active active = active_of(*linears[i], weights, rows, ranges);
+    ranges += active.count;
+    shares[i] = {active, 0, (linears[i]->strips + chunk - 1) / chunk, all_t};
+    for (int r = 0; r < active.count; ++r) shares[i].downs += pieces_of(active.ranges[r]);
     downs += shares[i].downs, pieces += shares[i].pieces, all_t += int64_t(rows) * linears[i]->rank;
   }
   for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
@@ -216,11 +239,14 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
         k.quantize(l, row, slices, digits + work * places * slices,
                    sums + int64_t(work) * l.segments * slices, steps + int64_t(work) * l.segments);
       } else {
-        int i = 0, first = work - rows;
-        for (; first >= shares[i].downs; ++i) first -= shares[i].downs;
-        first *= COMPONENTS;
-        const int end = first + COMPONENTS, most = linears[i]->rank;
-        k.down(*linears[i], wide, rows, first, end < most ? end : most, shares[i].t);
+        int i = 0, piece = work - rows;
+        for (; piece >= shares[i].downs; ++i) piece -= shares[i].downs;
+        const Range* range = shares[i].active.ranges;
+        for (; piece >= pieces_of(*range); ++range) piece -= pieces_of(*range);
+        const int first = range->first + piece * COMPONENTS, end = first + COMPONENTS;
+        const int last = end < range->last ? end : range->last;
+        k.down(*linears[i], wide, rows, first, last, shares[i].t);
+        if (range->member >= 0) weigh(*linears[i], weights + range->member, rows, first, last, shares[i].t);
       }
     }
 #pragma omp for schedule(dynamic, 1)
@@ -229,8 +255,8 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
       for (; first >= shares[i].pieces; ++i) first -= shares[i].pieces;
       first *= chunk;
       const int end = first + chunk, most = linears[i]->strips;
-      k.strips(*linears[i], slices, digits, sums, steps, shares[i].t, rows, first, end < most ? end : most, ys[i],
-               kind);
+      k.strips(*linears[i], slices, digits, sums, steps, shares[i].t, shares[i].active, rows, first,
+               end < most ? end : most, ys[i], kind);
     }
   }
   return FINE;
@@ -252,26 +278,30 @@ int eora_dequantize(const Linear* linear, int first, int last, float* out, int64
   return FINE;
 }
 
-// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank; on processors of AVX512_BF16 only.
+// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16; on processors of AVX512_BF16 only. t is rows × the components that
+// are active, weighed already. `read` holds a number for each member, 0 for those whose components are not among them;
+// null where all are.
 int eora_matmul(const Linear* linear, const uint16_t* x, int64_t x_bytes, const uint16_t* t, int64_t t_bytes, int rows,
-                uint16_t* y, int64_t y_bytes, int threads) {
+                const float* read, int64_t read_bytes, uint16_t* y, int64_t y_bytes, int threads) {
   const Linear& l = *linear;
   if (const Fault fault = check_sizes(l)) return fault;
   if (const Fault fault = check_run(AVX512_BF16, threads)) return fault;
   if (rows < 1 || x_bytes != int64_t(rows) * l.in_features * 2) return BAD_INPUT;
-  if (l.rank && !holds(t, t_bytes, int64_t(rows) * l.rank * 2)) return BAD_COMPONENTS;
+  if (const Fault fault = check_weights(l, read, read_bytes, 1)) return fault;
+  const Active active = active_of(l, read, 1, scratch<Range, 10>(l.members > 0 ? l.members : 1));
+  if (active.rank && !holds(t, t_bytes, int64_t(rows) * active.rank * 2)) return BAD_COMPONENTS;
   if (y_bytes != int64_t(rows) * l.out_features * 2) return BAD_OUTPUT;
   const Matmul& m = *bf16_matmul();
-  const int64_t block_size = input_pairs(l) * BLOCK_ROWS * 2;
+  const int64_t block_size = input_pairs(l, active) * BLOCK_ROWS * 2;
   const int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   uint16_t* panels = scratch<uint16_t, 5>(blocks * block_size);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
-    for (int block = 0; block < blocks; ++block) m.pack(l, x, t, rows, block, panels + block * block_size);
-    uint16_t* weights = scratch<uint16_t, 6>(input_pairs(l) * LANES * 4);
+    for (int block = 0; block < blocks; ++block) m.pack(l, active, x, t, rows, block, panels + block * block_size);
+    uint16_t* weights = scratch<uint16_t, 6>(input_pairs(l, active) * LANES * 4);
 #pragma omp for schedule(dynamic, 1)
-    for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, pair, panels, rows, weights, y);
+    for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, active, pair, panels, rows, weights, y);
   }
   return FINE;
 }

@@ -168,18 +168,26 @@ inline I together(I once, I shifted) {
 // Asks for a strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
 // each segment, all by the middle of the strip. All at once, they would keep the codes waiting.
 struct UpAhead {
-  const char *next, *end;
+  const char *strip_begin, *next, *end;
+  const Range *range, *last_range;
   int64_t step;
+  int kind;
 
-  UpAhead(const Linear& l, int strip) {
-    const int64_t bytes = factor_bytes(l.up_kind, int64_t(l.rank) * LANES);
-    next = (const char*)l.up + strip * bytes;
-    end = next + bytes;
-    step = (2 * bytes / l.segments + 63) / 64 * 64;
+  UpAhead(const Linear& l, const Active& active, int strip) : kind(l.up_kind) {
+    strip_begin = (const char*)l.up + strip * bytes(l.rank);
+    range = active.ranges, last_range = range + active.count;
+    next = end = nullptr;
+    if (range < last_range) enter();
+    step = (2 * bytes(active.rank) / l.segments + 63) / 64 * 64;
   }
+  int64_t bytes(int components) const { return factor_bytes(kind, int64_t(components) * LANES); }
+  void enter() { next = strip_begin + bytes(range->first), end = strip_begin + bytes(range->last); }
   void fetch() {
-    if (next >= end) return;
-    for (const char* last = next + step; next < last; next += 64) __builtin_prefetch(next);
+    for (int64_t left = step; left > 0 && next < end; left -= 64) {
+      __builtin_prefetch(next);
+      next += 64;
+      if (next >= end && ++range < last_range) enter();
+    }
   }
 };
 
@@ -198,13 +206,14 @@ struct Rows {
   const int32_t* sums;
   const float* steps;
   const float* t;
+  const Active& active;
 };
 
 template <int B, int S, int R>
 void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   const int64_t row_stride = int64_t(l.units) * LANES * S;
-  UpAhead up(l, strip);
+  UpAhead up(l, x.active, strip);
   for (int r = 0; r < R; ++r) y[r] = l.bias ? fload(l.bias + strip * LANES) : fzero();
   for (int segment = 0; segment < l.segments; ++segment) {
     up.fetch();
@@ -252,11 +261,14 @@ void add_up(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
     const float scale = KIND == I8 || KIND == I4 ? half_to_float(scales[c]) : 1.0f;
     for (int r = 0; r < R; ++r) to[r] = fma(column, fset(scale * x.t[r * l.rank + c]), to[r]);
   };
-  int c = 0;
-  for (; c + CHAINS <= l.rank; c += CHAINS) {
-    for (int chain = 0; chain < CHAINS; ++chain) add(c + chain, sums[chain]);
+  for (int i = 0; i < x.active.count; ++i) {
+    const int last = x.active.ranges[i].last;
+    int c = x.active.ranges[i].first;
+    for (; c + CHAINS <= last; c += CHAINS) {
+      for (int chain = 0; chain < CHAINS; ++chain) add(c + chain, sums[chain]);
+    }
+    for (; c < last; ++c) add(c, sums[0]);
   }
-  for (; c < l.rank; ++c) add(c, sums[0]);
   for (int chain = 0; chain < CHAINS; ++chain) {
     for (int r = 0; r < R; ++r) y[r] = fadd(y[r], sums[chain][r]);
   }
@@ -276,10 +288,10 @@ void add_adapter(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
 template <int B, int S, int R>
 void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int kind) {
   const Rows from = {x.digits + int64_t(row) * l.units * LANES * S, x.sums + int64_t(row) * l.segments * S,
-                     x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * l.rank};
+                     x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * l.rank, x.active};
   F out[R];
   strip_of_rows<B, S, R>(l, strip, from, out);
-  if (l.rank) add_adapter<R>(l, strip, from, out);
+  if (x.active.rank) add_adapter<R>(l, strip, from, out);
   for (int r = 0; r < R; ++r) {
     store_some(y, kind, int64_t(row + r) * l.out_features + strip * LANES, out[r], l.out_features - strip * LANES);
   }
@@ -295,8 +307,8 @@ void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, vo
 }
 
 void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* sums, const float* steps, const float* t,
-            int rows, int first, int last, void* y, int kind) {
-  const Rows x = {digits, sums, steps, t};
+            const Active& active, int rows, int first, int last, void* y, int kind) {
+  const Rows x = {digits, sums, steps, t, active};
   auto* run = l.bits == 2   ? (slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
               : l.bits == 3 ? (slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
               : l.bits == 4 ? (slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)

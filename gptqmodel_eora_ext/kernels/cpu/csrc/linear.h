@@ -33,7 +33,7 @@ constexpr int COMPONENTS = 4;
 struct Linear {
   int32_t bits, in_features, out_features, rank;
   int32_t segments, units, strips, zero;  // zero: the code of all zeros where `zeros` is null
-  int32_t scale_kind, down_kind, up_kind, padding;
+  int32_t scale_kind, down_kind, up_kind, members;  // members: 0 where the components belong to one adapter
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zeros;
@@ -44,10 +44,39 @@ struct Linear {
   const void* up;
   const uint16_t* up_scales;    // float16, ceil(out / 64) × rank, likewise
   const float* bias;           // strips · 16, or null
+  const int32_t* ends;         // members: the component after the last one of each member, ascending to `rank`
   // Bytes of each of these, which every call compares with what it will read.
   int64_t codes_bytes, scales_bytes, zeros_bytes, starts_bytes, order_bytes;
-  int64_t down_bytes, down_scales_bytes, up_bytes, up_scales_bytes, bias_bytes;
+  int64_t down_bytes, down_scales_bytes, up_bytes, up_scales_bytes, bias_bytes, ends_bytes;
 };
+
+// Components of one member that a call reads, and the column of the call's weights that they are multiplied by; a
+// negative member has none.
+struct Range { int first, last, member; };
+
+// What a call reads of a layer's components: whole members, and how many components these are.
+struct Active {
+  const Range* ranges;
+  int count, rank;
+};
+
+// The members that some row gives a weight to; without weights, all components. `ranges` has room for each member.
+inline Active active_of(const Linear& l, const float* weights, int rows, Range* ranges) {
+  if (!weights || !l.members) {
+    ranges[0] = {0, l.rank, -1};
+    return {ranges, l.rank > 0, l.rank};
+  }
+  Active active = {ranges, 0, 0};
+  for (int member = 0; member < l.members; ++member) {
+    const int first = member ? l.ends[member - 1] : 0, last = l.ends[member];
+    bool read = false;
+    for (int row = 0; row < rows && !read; ++row) read = weights[int64_t(row) * l.members + member] != 0.0f;
+    if (!read || first == last) continue;
+    ranges[active.count++] = {first, last, member};
+    active.rank += last - first;
+  }
+  return active;
+}
 
 constexpr int64_t strip_bytes(int bits, int units) {
   return bits == 3 ? (units + 1) / 2 * int64_t(192) : units * int64_t(32) * bits;
@@ -81,20 +110,24 @@ struct Kernels {
   void (*widen)(const void* x, int kind, int in_features, float* out);
   // y of the strips [first, last).
   void (*strips)(const Linear&, int slices, const int8_t* digits, const int32_t* sums, const float* steps,
-                 const float* t, int rows, int first, int last, void* y, int kind);
+                 const float* t, const Active& active, int rows, int first, int last, void* y, int kind);
   // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
   void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
 };
 
-// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × rank.
+// y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16, t rows × the components that are active.
 struct Matmul {
-  void (*pack)(const Linear&, const uint16_t* x, const uint16_t* t, int rows, int block, uint16_t* panel);
-  void (*outputs)(const Linear&, int pair, const uint16_t* panels, int rows, uint16_t* weights, uint16_t* y);
+  void (*pack)(const Linear&, const Active&, const uint16_t* x, const uint16_t* t, int rows, int block,
+               uint16_t* panel);
+  void (*outputs)(const Linear&, const Active&, int pair, const uint16_t* panels, int rows, uint16_t* weights,
+                  uint16_t* y);
 };
 // Rows of x that are multiplied at a time.
 constexpr int BLOCK_ROWS = 12;
-// Pairs of inputs, the components of the adapter among them.
-inline int64_t input_pairs(const Linear& l) { return int64_t(l.units) * (LANES / 2) + (l.rank + 1) / 2; }
+// Pairs of inputs, the active components of the adapter among them.
+inline int64_t input_pairs(const Linear& l, const Active& active) {
+  return int64_t(l.units) * (LANES / 2) + (active.rank + 1) / 2;
+}
 
 const Kernels* avx512_kernels();  // null where it was not compiled in
 const Kernels* avx2_kernels();

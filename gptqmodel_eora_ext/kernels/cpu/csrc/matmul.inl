@@ -7,8 +7,9 @@
 
 namespace {
 
-void pack(const Linear& l, const uint16_t* x, const uint16_t* t, int rows, int block, uint16_t* panel) {
-  const int64_t places = int64_t(l.units) * LANES, pairs = input_pairs(l);
+void pack(const Linear& l, const Active& active, const uint16_t* x, const uint16_t* t, int rows, int block,
+          uint16_t* panel) {
+  const int64_t places = int64_t(l.units) * LANES, pairs = input_pairs(l, active);
   if (rows - block * BLOCK_ROWS < BLOCK_ROWS) __builtin_memset(panel, 0, pairs * BLOCK_ROWS * 4);
   for (int r = 0; r < BLOCK_ROWS; ++r) {
     const int64_t row = int64_t(block) * BLOCK_ROWS + r;
@@ -22,8 +23,8 @@ void pack(const Linear& l, const uint16_t* x, const uint16_t* t, int rows, int b
         to[place / 2][r][place % 2] = l.order[place] < 0 ? 0 : from[l.order[place]];
       }
     }
-    for (int c = 0; c < l.rank + l.rank % 2; ++c) {
-      to[(places + c) / 2][r][c % 2] = c < l.rank ? t[row * l.rank + c] : 0;
+    for (int c = 0; c < active.rank + active.rank % 2; ++c) {
+      to[(places + c) / 2][r][c % 2] = c < active.rank ? t[row * active.rank + c] : 0;
     }
   }
 }
@@ -40,7 +41,7 @@ inline void store_pair(uint16_t* weights, int64_t pair, int half, F even, F odd)
 }
 
 template <int B>
-void dequantize_strip(const Linear& l, int strip, int half, uint16_t* weights) {
+void dequantize_strip(const Linear& l, const Active& active, int strip, int half, uint16_t* weights) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
   for (int segment = 0; segment < l.segments; ++segment) {
     const int64_t index = int64_t(strip) * l.segments + segment;
@@ -57,27 +58,33 @@ void dequantize_strip(const Linear& l, int strip, int half, uint16_t* weights) {
       }
     }
   }
-  for (int c = 0; c < l.rank; c += 2) {
-    auto column = [&](int component) {
-      if (component >= l.rank) return fzero();
-      F values = load16(l.up, l.up_kind, (int64_t(strip) * l.rank + component) * LANES);
-      if (l.up_kind != I8 && l.up_kind != I4) return values;
-      return fmul(values, fset(half_to_float(l.up_scales[int64_t(strip * LANES / FACTOR_GROUP) * l.rank + component])));
-    };
-    store_pair(weights, int64_t(l.units) * (LANES / 2) + c / 2, half, column(c), column(c + 1));
+  const Range* range = active.ranges;
+  int next = active.count ? range->first : 0;
+  // The next active component's column of Bᵀ, zero after the last.
+  auto column = [&]() {
+    if (range == active.ranges + active.count) return fzero();
+    const int component = next++;
+    if (next == range->last && ++range < active.ranges + active.count) next = range->first;
+    F values = load16(l.up, l.up_kind, (int64_t(strip) * l.rank + component) * LANES);
+    if (l.up_kind != I8 && l.up_kind != I4) return values;
+    return fmul(values, fset(half_to_float(l.up_scales[int64_t(strip * LANES / FACTOR_GROUP) * l.rank + component])));
+  };
+  for (int c = 0; c < active.rank; c += 2) {
+    const F even = column(), odd = column();
+    store_pair(weights, int64_t(l.units) * (LANES / 2) + c / 2, half, even, odd);
   }
 }
 
 template <int R>
-void block_of_rows(const Linear& l, int strip, const uint16_t* panel, int64_t row, int rows, const uint16_t* weights,
-                   uint16_t* y) {
+void block_of_rows(const Linear& l, const Active& active, int strip, const uint16_t* panel, int64_t row, int rows,
+                   const uint16_t* weights, uint16_t* y) {
   const bool second = strip + 1 < l.strips;
   F acc[R][2];
   for (int r = 0; r < R; ++r) {
     acc[r][0] = l.bias ? fload(l.bias + strip * LANES) : fzero();
     acc[r][1] = l.bias && second ? fload(l.bias + (strip + 1) * LANES) : fzero();
   }
-  const int64_t pairs = input_pairs(l);
+  const int64_t pairs = input_pairs(l, active);
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weights + pair * LANES * 4);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(weights + pair * LANES * 4 + LANES * 2);
@@ -97,16 +104,17 @@ void block_of_rows(const Linear& l, int strip, const uint16_t* panel, int64_t ro
   }
 }
 
-void outputs(const Linear& l, int pair, const uint16_t* panels, int rows, uint16_t* weights, uint16_t* y) {
+void outputs(const Linear& l, const Active& active, int pair, const uint16_t* panels, int rows, uint16_t* weights,
+             uint16_t* y) {
   const int strip = 2 * pair;
   auto* dequantize = l.bits == 2 ? dequantize_strip<2> : l.bits == 3 ? dequantize_strip<3>
                    : l.bits == 4 ? dequantize_strip<4> : dequantize_strip<8>;
-  for (int half = 0; half < 2 && strip + half < l.strips; ++half) dequantize(l, strip + half, half, weights);
-  const int64_t block_size = input_pairs(l) * BLOCK_ROWS * 2;
+  for (int half = 0; half < 2 && strip + half < l.strips; ++half) dequantize(l, active, strip + half, half, weights);
+  const int64_t block_size = input_pairs(l, active) * BLOCK_ROWS * 2;
   for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
     const int left = rows - row;
     auto* run = left > 8 ? block_of_rows<12> : left > 4 ? block_of_rows<8> : block_of_rows<4>;
-    run(l, strip, panels + row / BLOCK_ROWS * block_size, row, left, weights, y);
+    run(l, active, strip, panels + row / BLOCK_ROWS * block_size, row, left, weights, y);
   }
 }
 

@@ -1,0 +1,1 @@
+"""Several adapters over one base: their folder, what chooses among them, and what watches the choice."""

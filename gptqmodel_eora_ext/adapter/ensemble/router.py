@@ -1,0 +1,351 @@
+"""What chooses an ensemble's weights from a prompt: how near its early activations are to those of each domain's text.
+
+A prompt of n tokens becomes the mean m of its tokens' hidden states h, each divided by its root mean square. For n
+tokens of one kind of text, m is nearly Gaussian around the kind's own mean; its covariance Σ_n, which falls with n,
+is pooled over all kinds and shrunk towards its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ
+Σ_n⁻¹ (m − μ_k),
+
+    p_k = softmax_k(−d_k² / 2T)        the classes' shares (linear discriminant analysis with a temperature)
+
+Where the nearest class k is as far as hardly any of its own held-out text (`QUANTILE`), the prompt fits no domain;
+where no class has a share of `floor`, it fits none clearly. In both cases the shared adapter serves alone. One class
+may stand for the shared adapter's own text: its share is nobody's weight.
+
+Nothing is trained by gradients. Mean and covariance come from windows of the domains' calibration text, temperature,
+limits and the distances that `drift` compares with from windows that are held out from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...formats.numbers import is_whole
+from ..errors import AdapterError, is_number
+from .folder import SHARED
+
+# Lengths of prompts that a covariance is kept for: a prompt is judged by the longest that it has. Shorter prompts than
+# the first say too little, and fall back.
+LENGTHS = (16, 32, 64, 128, 256)
+# Directions that are kept, those of most variance between prompts. Of SmolLM2's 576, 256 tell domains apart as well as
+# all, and 64 take a hundredth fewer prompts to their domain.
+MOST_DIRECTIONS = 256
+# Share of the diagonal in the covariance: pieces of text are a few hundred, hardly more than directions.
+SHRINKAGE = 0.1
+# Windows held out from means and covariances: every fourth.
+HELD_OUT_EVERY = 4
+# A prompt farther from its class than this share of the class's held-out text fits no domain.
+QUANTILE = 0.98
+# Below this share of the nearest class the shared adapter serves alone.
+FLOOR = 0.5
+# Shares below this are no weight: a member is read for the whole batch if one row weighs it.
+LEAST_WEIGHT = 0.05
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# The first token of a prompt carries no text in many models, but a value thousands of times those of others.
+SKIPPED = 1
+# Windows of a domain at least: a quarter is held out, and a covariance of fewer pieces says nothing.
+LEAST_WINDOWS = 8
+# Held-out distances that are kept for each class and length.
+DISTANCES = 256
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What was chosen for the prompts of a batch.
+
+    Attributes:
+        weights: prompts × members, without the shared adapter's, which is 1.
+        nearest: the class that each prompt is nearest to; "" for one too short to tell.
+        shares: prompts × classes.
+        tails: of each prompt, the share of the nearest class's held-out text that is as far; 1 for one too short.
+        fallen_back: whether the shared adapter serves alone since the prompt fits no domain, or none clearly.
+        seconds: that the choice took, hidden states not counted.
+    """
+
+    weights: torch.Tensor
+    nearest: tuple[str, ...]
+    shares: torch.Tensor
+    tails: tuple[float, ...]
+    fallen_back: tuple[bool, ...]
+    seconds: float = 0.0
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each prompt's tokens, the first left out, and how many tokens each has.
+
+    Args:
+        hidden: prompts × tokens × hidden size, any floating dtype.
+        mask: prompts × tokens, non-zero for real tokens, wherever padding stands; None for all.
+
+    Returns:
+        prompts × hidden size, float32; and counts of all real tokens, int64.
+    """
+    counted = (
+        torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else (mask != 0).to(hidden.device).float()
+    )
+    tokens = counted.sum(dim=1).long()
+    counted = counted * (counted.cumsum(dim=1) > SKIPPED)
+    wide = hidden.float()
+    wide = wide * wide.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    means = torch.einsum("pt,pth->ph", counted, wide) / counted.sum(dim=1, keepdim=True).clamp_min(1)
+    return means, tokens
+
+
+@dataclass(frozen=True)
+class Router:
+    """Statistics of classes, and the choice by them.
+
+    Attributes:
+        classes: names of members, and perhaps the shared adapter's.
+        members: names of members, in the order of their weights.
+        mean: hidden size; taken off every prompt's mean.
+        basis: hidden size × directions.
+        centres: classes × directions: μ.
+        roots: lengths × directions × directions: R with Σ_n⁻¹ = R Rᵀ.
+        distances: lengths × classes × `DISTANCES`, ascending: d² of held-out text to its own class.
+        temperature: T.
+        floor: least share of the nearest class.
+
+    Memory: 4 bytes times hidden size × directions + lengths × directions².
+    """
+
+    classes: tuple[str, ...]
+    members: tuple[str, ...]
+    mean: torch.Tensor
+    basis: torch.Tensor
+    centres: torch.Tensor
+    roots: torch.Tensor
+    distances: torch.Tensor
+    temperature: float = 1.0
+    floor: float = FLOOR
+
+    @classmethod
+    def fit(cls, windows: Mapping[str, torch.Tensor], members: Sequence[str], *, floor: float = FLOOR) -> Router:
+        """Learn the classes from their texts.
+
+        Args:
+            windows: class → hidden states of windows of its text: windows × tokens × hidden size, tokens
+                at least the longest of `LENGTHS` that is to be known.
+            members: names of members; classes that are none of them stand for the shared adapter.
+            floor: least share of the nearest class.
+
+        Raises:
+            AdapterError: for a class of fewer than `LEAST_WINDOWS` windows, windows shorter than the first of
+                `LENGTHS`, or hidden states that are not finite.
+        """
+        for name, states in windows.items():
+            _check_states(name, states)
+        shortest = min(states.shape[1] for states in windows.values())
+        lengths = [one for one in LENGTHS if one <= shortest]
+        if not lengths:
+            raise AdapterError(f"Ensemble: windows have {shortest} tokens; a router needs at least {LENGTHS[0]}.")
+        pieces = {
+            length: {name: _pieces(states, length) for name, states in windows.items()} for length in lengths
+        }  # fmt: skip
+        seen = torch.cat([fitted for fitted, _ in pieces[lengths[0]].values()])
+        mean = seen.mean(dim=0)
+        covariance = (seen - mean).T @ (seen - mean) / len(seen)
+        directions = min(MOST_DIRECTIONS, covariance.shape[0])
+        values, vectors = torch.linalg.eigh(covariance.double())
+        values, vectors = values[-directions:], vectors[:, -directions:]
+        basis = (vectors * values.clamp_min(values[-1] * torch.finfo(torch.float32).eps).rsqrt()).float()
+        centres = torch.stack([((fitted - mean) @ basis).mean(dim=0) for fitted, _ in pieces[lengths[0]].values()])
+        roots = torch.stack([_root(found, mean, basis) for found in pieces.values()])
+        made = cls(tuple(windows), tuple(members), mean, basis, centres, roots, torch.zeros(0), 1.0, floor)
+        squares = [
+            [made._squares(held, index) for _, held in found.values()] for index, found in enumerate(pieces.values())
+        ]
+        levels = torch.linspace(0, 1, DISTANCES)
+        distances = torch.stack(
+            [torch.stack([torch.quantile(of[:, own], levels) for own, of in enumerate(row)]) for row in squares]
+        )
+        return cls(*(getattr(made, name) for name in ("classes", "members", "mean", "basis", "centres", "roots")),
+                   distances, _temperature(squares), floor)  # fmt: skip
+
+    def with_class(self, name: str, states: torch.Tensor) -> Router:
+        """A router that knows one member more, or one anew; nothing that it knows of the others changes.
+
+        The class is learnt in the directions and with the covariance that are there.
+
+        Args:
+            name: the member.
+            states: as `fit` takes them.
+
+        Raises:
+            AdapterError: as `fit`.
+        """
+        _check_states(name, states)
+        known = LENGTHS[: len(self.roots)]
+        if states.shape[1] < known[-1]:
+            raise AdapterError(f"Ensemble: windows of {name} have {states.shape[1]} tokens; this router needs "
+                               f"{known[-1]}.")  # fmt: skip
+        levels = torch.linspace(0, 1, DISTANCES)
+        fitted = [_pieces(states, length) for length in known]
+        centre = ((fitted[0][0] - self.mean) @ self.basis).mean(dim=0)
+        fresh = replace(self, centres=centre[None])
+        found = torch.stack(
+            [torch.quantile(fresh._squares(held, index)[:, 0], levels) for index, (_, held) in enumerate(fitted)]
+        )
+        kept = [index for index, one in enumerate(self.classes) if one != name]
+        return replace(
+            self,
+            classes=(*(self.classes[index] for index in kept), name),
+            members=(*(one for one in self.members if one != name), name),
+            centres=torch.cat([self.centres[kept], centre[None]]),
+            distances=torch.cat([self.distances[:, kept], found[:, None]], dim=1),
+        )
+
+    def choose(self, means: torch.Tensor, tokens: torch.Tensor) -> Routing:
+        """Choose weights.
+
+        Args:
+            means: of `pooled`, prompts × hidden size.
+            tokens: of each prompt.
+        """
+        means = means.to(self.mean.device)
+        shares = torch.zeros(len(means), len(self.classes))
+        weights = torch.zeros(len(means), len(self.members))
+        nearest, tails, back = [""] * len(means), [1.0] * len(means), [True] * len(means)
+        known = LENGTHS[: len(self.roots)]
+        for index, length in enumerate(known):
+            longest = index == len(known) - 1
+            rows = [row for row, count in enumerate(tokens.tolist())
+                    if count >= length and (longest or count < known[index + 1])]  # fmt: skip
+            if not rows:
+                continue
+            squares = self._squares(means[rows], index)
+            found = torch.softmax(-squares / (2 * self.temperature), dim=1)
+            shares[rows] = found
+            for row, square, share in zip(rows, squares, found, strict=True):
+                best = int(share.argmax())
+                nearest[row] = self.classes[best]
+                tails[row] = self._tail(index, best, float(square[best]))
+                back[row] = tails[row] < 1 - QUANTILE or float(share[best]) < self.floor
+                if not back[row]:
+                    weights[row] = self._weights(share)
+        return Routing(weights, tuple(nearest), shares, tuple(tails), tuple(back))
+
+    def _squares(self, means: torch.Tensor, index: int) -> torch.Tensor:
+        """d² of prompts to all classes, prompts × classes, for the index of a length."""
+        places = (means - self.mean) @ self.basis
+        return torch.stack(
+            [((places - centre) @ self.roots[index]).square().sum(dim=1) for centre in self.centres], dim=1
+        )
+
+    def _tail(self, index: int, own: int, square: float) -> float:
+        """Share of a class's held-out text that is at least as far."""
+        known = self.distances[index, own]
+        return float((known >= square).sum()) / len(known)
+
+    def _weights(self, share: torch.Tensor) -> torch.Tensor:
+        chosen = torch.tensor([float(share[self.classes.index(one)]) for one in self.members])
+        return torch.where(chosen < LEAST_WEIGHT, 0.0, chosen)
+
+    # On disk -------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `ensemble.json` says of the router."""
+        return {"classes": list(self.classes), "temperature": self.temperature, "floor": self.floor}
+
+    def save(self, path: Path) -> None:
+        """Write the statistics to a safetensors file."""
+        names = ("mean", "basis", "centres", "roots", "distances")
+        save_file({name: getattr(self, name).contiguous() for name in names}, path)
+
+    @classmethod
+    def load(cls, path: Path, members: Sequence[str], settings: Mapping[str, Any]) -> Router:
+        """Read a router, checked.
+
+        Args:
+            path: its safetensors file.
+            members: names of the ensemble's members.
+            settings: of `settings`.
+
+        Raises:
+            AdapterError: for a file that is missing or damaged, or of other members.
+        """
+        remedy = "Make the router again: eora ensemble add, or eora ensemble make."
+        try:
+            tensors = load_file(path)
+            mean, basis, centres, roots, distances = (
+                tensors[name] for name in ("mean", "basis", "centres", "roots", "distances")
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise AdapterError(f"Ensemble: `{path}` cannot be read ({error}). {remedy}") from error
+        classes = settings.get("classes")
+        if not isinstance(classes, list) or {*classes, SHARED} != {*members, SHARED}:
+            raise AdapterError(f"Ensemble: the router of `{path}` knows {classes}, the members are {list(members)}. "
+                               f"{remedy}")  # fmt: skip
+        width, directions = basis.shape if basis.ndim == 2 else (0, 0)
+        lengths = len(roots) if roots.ndim == 3 else 0
+        expected = {"mean": (width,), "basis": (width, directions), "centres": (len(classes), directions),
+                    "roots": (lengths, directions, directions),
+                    "distances": (lengths, len(classes), DISTANCES)}  # fmt: skip
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32 or 0 in shape:
+                found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                raise AdapterError(f"Ensemble: `{path}` holds {name} as {found}; expected float32 {list(shape)}. "
+                                   f"{remedy}")  # fmt: skip
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise AdapterError(f"Ensemble: `{path}` holds NaN or infinity in {name}. {remedy}")
+        if not is_whole(lengths, 1) or lengths > len(LENGTHS):
+            raise AdapterError(f"Ensemble: `{path}` knows {lengths} lengths; expected 1 to {len(LENGTHS)}. {remedy}")
+        temperature, floor = settings.get("temperature"), settings.get("floor")
+        if not is_number(temperature) or temperature <= 0 or not is_number(floor) or not 0 <= floor <= 1:
+            raise AdapterError(f"Ensemble: the router of `{path}` has temperature {temperature!r} and floor {floor!r}; "
+                               f"expected a positive number and one from 0 to 1. {remedy}")  # fmt: skip
+        return cls(
+            tuple(classes), tuple(members), mean, basis, centres, roots, distances, float(temperature), float(floor)
+        )
+
+
+def _check_states(name: str, states: torch.Tensor) -> None:
+    if len(states) < LEAST_WINDOWS:
+        raise AdapterError(f"Ensemble: the text of {name} fills {len(states)} windows; at least {LEAST_WINDOWS} are "
+                           f"needed to know it by. Give more text.")  # fmt: skip
+    if not bool(torch.isfinite(states).all()):
+        raise AdapterError(f"Ensemble: hidden states of {name} hold NaN or infinity; no router can be made.")
+
+
+def _pieces(states: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of pieces of so many tokens: of the windows that are fitted, and of those that are held out."""
+    count = states.shape[1] // length
+    cut = states[:, : count * length].unflatten(1, (count, length))
+    means = torch.stack([pooled(one)[0] for one in cut])
+    held = torch.arange(len(means)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return means[~held].flatten(0, 1), means[held].flatten(0, 1)
+
+
+def _root(
+    pieces: Mapping[str, tuple[torch.Tensor, torch.Tensor]], mean: torch.Tensor, basis: torch.Tensor
+) -> torch.Tensor:
+    """R of the pooled, shrunk covariance within classes: Σ⁻¹ = R Rᵀ."""
+    inside, count = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64), 0
+    for fitted, _ in pieces.values():
+        places = ((fitted - mean) @ basis).double()
+        places = places - places.mean(dim=0)
+        inside, count = inside + places.T @ places, count + len(places)
+    inside /= count
+    # Towards the diagonal, of which a part is the same in all directions: one without variance has an inverse then.
+    shrunk = (1 - SHRINKAGE) * inside + SHRINKAGE * torch.eye(len(inside)) * inside.diagonal().mean()
+    return torch.linalg.cholesky(torch.linalg.inv(shrunk)).float()
+
+
+def _temperature(squares: Sequence[Sequence[torch.Tensor]]) -> float:
+    """The temperature under which held-out text's own classes are likeliest, all lengths and classes alike."""
+
+    def loss(temperature: float) -> float:
+        return sum(
+            float(torch.nn.functional.cross_entropy(-of / (2 * temperature), torch.full((len(of),), own)))
+            for row in squares
+            for own, of in enumerate(row)
+        )
+
+    return min(TEMPERATURES, key=loss)
