@@ -12,6 +12,7 @@ from ..adapter.summary import summarize
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan.types import TypePlan
+from ..system.distributed import is_first
 from .options import (
     BatchSize,
     Budget,
@@ -116,7 +117,8 @@ def generate(
                 checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
                 trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
-    print_summary(summarize(folder), time.perf_counter() - start)
+    if is_first():
+        print_summary(summarize(folder), time.perf_counter() - start)
 
 
 def _planned(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

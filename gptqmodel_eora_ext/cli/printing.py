@@ -17,6 +17,8 @@ from rich.text import Text
 
 from ..adapter.errors import AdapterError
 from ..loop.run import ModuleError
+from ..system.distributed import current
+from ..system.peers import FAILED as PEER_FAILED
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
 out = Console(markup=False, emoji=False)
@@ -40,7 +42,9 @@ def note(message: str) -> None:
 
 
 def fail(message: str, status: int = WRONG_REQUEST) -> NoReturn:
-    """Tell a mistake and leave."""
+    """Tell a mistake and leave; among several processes, tell the others."""
+    if (group := current()) is not None:
+        group.peers.end(PEER_FAILED, message)
     err.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False, soft_wrap=True)
     raise typer.Exit(status)
 

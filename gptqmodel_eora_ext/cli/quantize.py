@@ -13,6 +13,7 @@ from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan import QUANTIZERS
+from ..system.distributed import is_first
 from .options import (
     DEFAULT_GROUP_SIZE,
     FORMATS,
@@ -152,7 +153,7 @@ def quantize(
                 output, model, read_calibration(calibration), tokens=refine, trust_remote_code=trust_remote_code,
                 teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
-    if planned is None or planned.largest_rank:
+    if is_first() and (planned is None or planned.largest_rank):
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')
 

@@ -19,6 +19,7 @@ from gptqmodel.utils.torch import torch_empty_cache
 from ...adapter.naming import DEFAULT_FOLDER
 from ...formats.autoround import read_config
 from ...loop.run import write_adapter
+from ...loop.shared import fingerprint
 from ...loop.weights import check_weight_files
 from ...system.memory import release_free_memory
 from ..base_check import check_embeddings, scales_were_moved
@@ -119,6 +120,8 @@ def generate_adapter(
         run = CompensationRun(adapter, config.dynamic, method=str(config.method.value), rounds=rounds)
         model = _load_base(base, checkpoint, config, kernels, others, loading)
         setattr(model, RUN_ATTRIBUTE, run)
+        if run.group is not None:
+            run.group.agree({"the checkpoint": fingerprint(str(checkpoint))})
         if report is not None:
             watch_layers(model, report)
         with batches_required(model):
@@ -134,9 +137,12 @@ def generate_adapter(
                 batch_size=batch_size,
             )
         CompensatingLooper(model, processors=[processor]).loop()
-    names = [name for name, _ in model.model.named_modules()]
-    write_adapter(checkpoint, folder, run.factors, names, run.details())
-    log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
+    if run.group is None or run.group.is_first:
+        names = [name for name, _ in model.model.named_modules()]
+        write_adapter(checkpoint, folder, run.factors, names, run.details())
+        log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
+    if run.group is not None:
+        run.group.barrier("waiting for rank 0 to write the adapter")
     if run.refine is None:
         return folder
     del model, kernels, processor
