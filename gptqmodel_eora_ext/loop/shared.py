@@ -14,15 +14,6 @@ from ..system.distributed import Group
 from .run import LIBRARIES
 
 
-def solving_cost(out_features: int, in_features: int) -> float:
-    """About how many multiplications quantising and compensating a module takes.
-
-    GPTQ spreads the error of each column over all later ones (out · in² / 2) and inverts the Hessian (in³). The solver
-    multiplies ΔW and C some times by a few hundred columns, which has the same shape; only how modules compare counts.
-    """
-    return out_features * in_features**2 / 2 + in_features**3
-
-
 def check_enough(windows: int, processes: int, what: str) -> None:
     """Refuse fewer windows than processes.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..system.distributed import current, share
 from ..system.memory import release_free_memory
 from ..system.spill import Spill
 from .layered import LayeredModel, Window
@@ -39,7 +40,8 @@ def measure_gradients(
     Args:
         model: run layer by layer.
         modules: full names of linear layers.
-        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward.
+        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward. Several processes
+            share them out, and all of them hear of all gradients.
         found: called for each layer, from the last to the first, with its index and the gradients of its modules:
             tokens × out each, in the dtype that they were computed in. Modules that no token reached are left out.
         spill: keeps the inputs of layers.
@@ -50,7 +52,13 @@ def measure_gradients(
     Raises:
         NotImplementedError: for a model that cannot be run layer by layer.
     """
-    windows = model.begin(batches)
+    group = current()
+    mine = range(len(batches)) if group is None else share(len(batches), group.size, group.rank)
+    windows = model.begin(batches[mine.start : mine.stop])
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches[: mine.start]:
+        # What other processes draw for their windows is passed over, so that labels are those of one process.
+        torch.rand(batch["input_ids"].shape, generator=generator)
     count = len(model)
     inputs = [[spill.keep(window.hidden)] for window in windows]
     gradients: list[torch.Tensor] = []
@@ -65,7 +73,7 @@ def measure_gradients(
                             kept.append(spill.keep(window.hidden))
             else:
                 if not gradients:
-                    gradients = _gradients_of_outputs(model, windows, kind, seed)
+                    gradients = _gradients_of_outputs(model, windows, kind, generator)
                 of_layer = _of(modules, model.layers[index])
                 linears: Mapping[str, Any] = {name: model.model.get_submodule(name) for name in of_layer}
                 with OutputGradients(model.layers[index], layer, linears) as watch:
@@ -79,7 +87,8 @@ def measure_gradients(
                         assert hidden.grad is not None
                         gradients[position] = hidden.grad
                         spill.drop(given)
-                found(index, {name: torch.cat(rows) for name, rows in watch.gradients.items()})
+                gradients_of = {name: torch.cat(rows) for name, rows in watch.gradients.items()}
+                found(index, gradients_of if group is None else group.joined_rows(gradients_of))
         release_free_memory()
 
 
@@ -87,10 +96,11 @@ def _of(modules: Sequence[str], layer: str) -> list[str]:
     return [name for name in modules if name.startswith(f"{layer}.")]
 
 
-def _gradients_of_outputs(model: LayeredModel, windows: Sequence[Window], kind: str, seed: int) -> list[torch.Tensor]:
+def _gradients_of_outputs(
+    model: LayeredModel, windows: Sequence[Window], kind: str, generator: torch.Generator
+) -> list[torch.Tensor]:
     """Gradients of the cross entropy at the output of the last layer, windows × tokens × width for each of
     ``windows``; labels are sampled ("fisher") or the text's own."""
-    generator = torch.Generator().manual_seed(seed)
     found = []
     with model.head() as head:
         for window in windows:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..solve import Moment, RowMoment
+from ..system.distributed import current, deal
 from ..system.files import write_json
 from .layered import LayeredModel
 from .rows import moment_of
@@ -114,16 +115,37 @@ class SensitivityWriter:
         """
         tensors: dict[str, torch.Tensor] = {}
         file = f"layer-{index}.safetensors"
-        for name, rows in gradients.items():
-            moment = moment_of(rows, name, self.tokens)
-            if isinstance(moment, RowMoment) or rows.nbytes < moment.nbytes:
-                tensors[f"g.{name}"] = rows.contiguous().cpu()
-            else:
-                tensors[f"G.{name}"] = moment.cpu()
-            tensors[f"s.{name}"] = rows.to(torch.float32).square().sum(1).cpu()
+        for name, found in self._found(gradients):
+            tensors |= found
             self.files[name] = file
         if tensors:
             save_file(tensors, self.folder / file)
+
+    def _found(self, gradients: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """What is kept of each module; several processes, which all have the gradients, share the work."""
+        group = current()
+        if group is None:
+            yield from ((name, self._kept(name, rows)) for name, rows in gradients.items())
+            return
+        costs = [float(len(rows) * rows.shape[1] ** 2) for rows in gradients.values()]
+        owners = dict(zip(gradients, deal(costs, [0.0] * group.size), strict=True))
+        made: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {}
+        for name, owner in owners.items():
+            if owner == group.rank:
+                kept = self._kept(name, gradients[name])
+                # Rows are in every process already.
+                made[name] = (None, {key: one for key, one in kept.items() if not key.startswith("g.")})
+        for name, _, tensors in group.spread(owners, made):
+            rows = {} if f"G.{name}" in tensors else {f"g.{name}": gradients[name].contiguous().cpu()}
+            yield name, rows | tensors
+
+    def _kept(self, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of one module: the gradients or their second moment, whichever is smaller, and their squares."""
+        moment = moment_of(rows, name, self.tokens)
+        kept = {f"s.{name}": rows.to(torch.float32).square().sum(1).cpu()}
+        if isinstance(moment, RowMoment) or rows.nbytes < moment.nbytes:
+            return kept | {f"g.{name}": rows.contiguous().cpu()}
+        return kept | {f"G.{name}": moment.cpu()}
 
     def finish(self, kind: str, fingerprint: str) -> None:
         """Write which file holds what. Without that a folder is not taken for finished."""

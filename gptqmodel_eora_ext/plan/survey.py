@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ import torch
 from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import SENSITIVITIES
+from ..system.distributed import current
 from ..system.files import cache_folder, replaced_folder
 from ..system.spill import spilling
 from .gradients import Progress, measure_gradients
@@ -146,12 +150,18 @@ def cached_sensitivity(
     limit = memory_limit()
     named = fingerprint(model, modules, some, kind)
     folder = cache_folder() / "sensitivity" / named
-    if (folder / CONTENTS).is_file():
+    group = current()
+    if group is not None:
+        group.agree({"the model and data of the survey": named})
+        group.at("measuring sensitivities")
+    # Hosts may have caches of their own, so that some of several processes may find it and others not.
+    found = (folder / CONTENTS).is_file()
+    if found if group is None else all(group.gather(found)):
         log.info("EoRA: sensitivities from `%s`.", folder)
         return Sensitivity.load(folder)
     log.info("EoRA: measuring gradients (%s) of %d modules on %d tokens, layer by layer.", kind, len(modules),
              _count(some))  # fmt: skip
-    with replaced_folder(folder) as fresh, spilling(limit, fresh) as spill:
+    with _cached(folder) as fresh, spilling(limit, fresh) as spill:
         writer = SensitivityWriter(fresh, _count(some))
         progress = bar("EoRA: measuring sensitivities")
         measure_gradients(model, modules, some, writer.add, spill=spill, kind=kind, progress=progress)
@@ -161,6 +171,22 @@ def cached_sensitivity(
     size = sum(file.stat().st_size for file in folder.iterdir())
     log.info("EoRA: sensitivities kept in `%s`, %.1f MB.", folder, size / 1e6)
     return Sensitivity.load(folder)
+
+
+@contextmanager
+def _cached(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes ``folder``. Of several processes the first on each host puts it there."""
+    group = current()
+    if group is None:
+        with replaced_folder(folder) as fresh:
+            yield fresh
+        return
+    with ExitStack() as stack:
+        first = group.local_rank == 0
+        place: Any = replaced_folder(folder) if first else tempfile.TemporaryDirectory()
+        yield Path(stack.enter_context(place))
+        # One after another, since hosts may share a file system.
+        group.in_turn(stack.close)
 
 
 def memory_limit() -> int:

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -116,6 +116,55 @@ class Group:
         self.sent += longest
         return [json.loads(bytes(one[: int(length)].numpy())) for one, length in zip(found, lengths, strict=True)]
 
+    def spread(
+        self, owners: Mapping[str, int], made: Mapping[str, tuple[Any, Mapping[str, torch.Tensor]]]
+    ) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
+        """Yield what the owner of each item has made of it, in every process; one item is in memory at a time.
+
+        Args:
+            owners: item → rank, the same in all processes.
+            made: this process's items → what can be told in JSON, and tensors by name.
+
+        Yields:
+            Item, what is told of it, and its tensors on the CPU; in the order of ``owners``.
+        """
+        told: dict[str, Any] = {}
+        shapes = {name: {key: _layout(one) for key, one in tensors.items()} for name, (_, tensors) in made.items()}
+        for one in self.gather({name: [header, shapes[name]] for name, (header, _) in made.items()}):
+            told |= one
+        for name, owner in owners.items():
+            header, layouts = told[name]
+            got = {}
+            for key, (shape, dtype) in layouts.items():
+                tensor = made[name][1][key].cpu().contiguous() if name in made else _empty(shape, dtype)
+                got[key] = self.broadcast(tensor, owner) if tensor.numel() else tensor
+            yield name, header, got
+
+    def joined_rows(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The rows that all processes have under each name, those of rank 0 first; on the group's device.
+
+        Args:
+            rows: by name, n × features; a process may lack a name that others have.
+        """
+        told = self.gather({name: _layout(one) for name, one in rows.items()})
+        found: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(name for one in told for name in one):
+            parts = []
+            for rank, one in enumerate(told):
+                if name in one:
+                    mine = rows[name].to(self.device).contiguous() if rank == self.rank else None
+                    part = mine if mine is not None else _empty(*one[name]).to(self.device)
+                    parts.append(self.broadcast(part, rank))
+            found[name] = torch.cat(parts)
+        return found
+
+    def in_turn(self, do: Callable[[], None]) -> None:
+        """Have each process do something while the others wait, in the order of ranks."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                do()
+            self.barrier(f"rank {rank} at its turn")
+
     def barrier(self, what: str) -> None:
         """Wait until every process has come here."""
         with self._exchange(what):
@@ -165,6 +214,14 @@ class Group:
             return f"{named} did not come within {time.monotonic() - start:.0f} s while the others waited ({what})"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"an exchange failed in rank {self.rank} while {what} ({reason})"
+
+
+def _layout(tensor: torch.Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+
+def _empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
 _current: Group | None = None

@@ -22,9 +22,9 @@ from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.gptq import GPTQ
 
 from ...adapter.carried import carried, received
-from ...adapter.layers import is_linear
+from ...adapter.layers import is_linear, solving_cost
 from ...capture import OrderedMoment, OrderedOutputError, OutputErrorMoment, chained, panels_of
-from ...loop.shared import check_enough, check_same, solving_cost
+from ...loop.shared import check_enough, check_same
 from ...system.distributed import Group, deal, share
 from .compensation import QUANTIZED_WEIGHT, Compensation
 from .known_weights import CheckpointProcessor, RTNProcessor, let_go
@@ -221,12 +221,9 @@ class SharedCompensation(Compensation):
         known = [name for name in names if name in self._owners and is_linear(self._modules[name].module)]
         self._group.at(f"exchanging {len(known)} modules")
         made = {name: self._made(self._modules[name]) for name in known if self._is_mine(name)}
-        headers: dict[str, Any] = {}
-        for told in self._group.gather({name: header for name, (header, _) in made.items()}):
-            headers |= told
-        for name in known:
-            tensors = made[name][1] if name in made else {}
-            self._send_around(name, headers[name], tensors)
+        for name, header, tensors in self._group.spread({name: self._owners[name] for name in known}, made):
+            if not self._is_mine(name):
+                self._take(self._modules[name], header, tensors)
 
     def _made(self, module: NamedModule) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Header, ready for JSON, and tensors of a module that this process has made."""
@@ -237,7 +234,6 @@ class SharedCompensation(Compensation):
         allocation = self.run.allocation
         header = {
             "figures": figures,
-            "tensors": {key: [list(one.shape), str(one.dtype).removeprefix("torch.")] for key, one in tensors.items()},
             "chosen": allocation.chosen(module.full_name) if allocation is not None else None,
             "log": self._log_of(module),
         }
@@ -249,25 +245,18 @@ class SharedCompensation(Compensation):
             rows = [row for row in self.log if row.get("module") == module.name]
         return {key: str(value) for key, value in rows[-1].items()} if rows else None
 
-    def _send_around(self, name: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        owner = self._owners[name]
-        got = {}
-        for key, (shape, dtype) in header["tensors"].items():
-            tensor = tensors[key].contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
-            got[key] = self._group.broadcast(tensor, owner) if tensor.numel() else tensor
-        if owner == self._group.rank:
-            return
-        module = self._modules[name]
+    def _take(self, module: NamedModule, header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Have a module hold what another process has made of it."""
         linear = module.module
-        linear.weight.data = got.pop("weight").to(linear.weight.device)
-        module.state.update({key: got.pop(key) for key in PACKED_STATE if key in got})
+        linear.weight.data = tensors.pop("weight").to(linear.weight.device)
+        module.state.update({key: tensors.pop(key) for key in PACKED_STATE if key in tensors})
         if header["chosen"] is not None:
             assert self.run.allocation is not None
             self.run.allocation.take(module.full_name, tuple(header["chosen"]))
         if header["log"] is not None:
             with self.lock:
                 self.log.append(header["log"])
-        self._apply(module, received(header["figures"], got).to(linear.weight.device))
+        self._apply(module, received(header["figures"], tensors).to(linear.weight.device))
 
     def submodule_finalize(self, module: NamedModule, *args: Any, **kwargs: Any) -> None:
         """Rank 0 packs; the others only let go of the weight."""
