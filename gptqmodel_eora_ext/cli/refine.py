@@ -11,6 +11,7 @@ import typer
 from ..adapter.options import as_flag
 from ..adapter.summary import find_adapter, summarize
 from ..refine import DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, INTERRUPTED, LOSSES, RefineSettings
+from ..system.distributed import is_first
 from .options import Calibration, TrustRemoteCode, check_apart, check_model, read_calibration
 from .printing import FAILED, errors, fail, progress_bars, say
 from .show import print_summary
@@ -75,7 +76,8 @@ def refine(
             teaching=bar("full precision"),
             training=bar("refining"),
         )
-    print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
+    if is_first():
+        print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
     if outcome.ended == INTERRUPTED:
         say("Interrupted; the best so far is written. The same command goes on.")
         raise typer.Exit(FAILED)

@@ -6,16 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..system.distributed import by_first, current
 from .adam import Adam, cosine_rate
 from .factors import TrainedFactors
 from .losses import window_loss
 from .outcome import COMPLETE, DIVERGENCE, INTERRUPTED, NOT_FINITE, RESUMABLE, STALE, Outcome
 from .progress import Progress
-from .settings import RefineSettings, validated
+from .settings import RefineSettings
+from .shared import averaged, dealt
 from .student import Student
 from .teacher import Teacher
 
@@ -39,7 +42,7 @@ class Training:
 
     Args:
         student: the quantised model.
-        teacher: the full-precision model's outputs of the same windows.
+        teacher: the full-precision model's outputs of the windows that this process works on (`shared.Dealt.taught`).
         ids: windows × tokens.
         settings: what was asked.
         state: file of the state that an interrupted run goes on from; None keeps none.
@@ -62,11 +65,11 @@ class Training:
         self._settings, self._interrupted, self._report = settings, interrupted, report
         self._factors: TrainedFactors = student.factors
         self._adam = Adam(self._factors)
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        held = validated(len(ids))
-        self._validating, self._training = sorted(order[:held]), order[held:]
+        self._group = current()
+        self._dealt = dealt(len(ids), settings.seed)
+        self._places = {window: place for place, window in enumerate(self._dealt.taught)}
         self._progress = Progress(state, self._factors, self._adam)
-        self.outcome = Outcome(planned=len(self._training))
+        self.outcome = Outcome(planned=len(self._dealt.training))
 
     def run(self) -> Outcome:
         """Train until all windows were used once, or something ends it."""
@@ -84,7 +87,7 @@ class Training:
         last = outcome.after
         every = max(1, outcome.planned // VALIDATIONS)
         while outcome.steps < outcome.planned:
-            if self._interrupted():
+            if self._stops():
                 outcome.ended = INTERRUPTED
                 break
             value = self._step(outcome.steps)
@@ -98,13 +101,18 @@ class Training:
                 if outcome.ended != COMPLETE:
                     break
                 outcome.seconds = spent + time.perf_counter() - begun
-                self._progress.write(outcome)
+                by_first(partial(self._progress.write, outcome))
             note = f"loss {value:.3f}, validation {last:.3f}, {outcome.before:.3f} at the start"
             self._report(outcome.steps, outcome.planned, note)
         outcome.seconds = spent + time.perf_counter() - begun
         if outcome.ended in RESUMABLE:
-            self._progress.write(outcome)
+            by_first(partial(self._progress.write, outcome))
         return outcome
+
+    def _stops(self) -> bool:
+        """Whether the run is asked to end, here or in another of several processes."""
+        stops = self._interrupted()
+        return stops if self._group is None else any(self._group.gather(stops))
 
     def _look(self) -> float:
         """Validate, keep the state if it is the best, and tell by `Outcome.ended` whether to end."""
@@ -124,19 +132,29 @@ class Training:
         return found
 
     def _step(self, step: int) -> float:
-        """One window forward and back, and one step of Adam. Returns the window's loss."""
+        """A window in each process forward and back, and one step of Adam. Returns the mean loss of the windows."""
         if step % SCALES_EVERY == 0:
             self._factors.choose_scales()
         # From the first step on: rounding at the end alone gives 40 % of what was won back (SmolLM2, 4-bit factors).
         self._factors.use_rounded()
-        window = self._training[step]
+        window = self._dealt.training[step]
+        found = None if window is None else self._window(window)
+        value = found if found is not None else 0.0
+        if self._group is not None:
+            self._group.at(f"refining, step {step + 1} of {self.outcome.planned}")
+            value = averaged(self._group, self._factors.gradient, found)
+        if math.isfinite(value):
+            self._adam.step(cosine_rate(self._settings.learning_rate, step, self.outcome.planned))
+        return value
+
+    def _window(self, window: int) -> float:
+        """A window forward and back, unless its loss is not finite. Returns the loss."""
         ids = self._ids[window].to(self._student.device)
         with torch.enable_grad():
             hidden = self._student.hidden(ids)
         value, gradient = self._loss(window, ids, hidden, with_gradient=True)
         if math.isfinite(value):
             hidden.backward(gradient)
-            self._adam.step(cosine_rate(self._settings.learning_rate, step, self.outcome.planned))
         return value
 
     def _validate(self) -> float:
@@ -144,10 +162,12 @@ class Training:
         self._factors.use_rounded()
         total = 0.0
         with torch.no_grad():
-            for window in self._validating:
+            for window in self._dealt.validating:
                 ids = self._ids[window].to(self._student.device)
                 total += self._loss(window, ids, self._student.hidden(ids), with_gradient=False)[0]
-        return total / len(self._validating)
+        if self._group is not None:
+            total = sum(self._group.gather(total))
+        return total / self._dealt.held
 
     def _loss(
         self, window: int, ids: torch.Tensor, hidden: torch.Tensor, *, with_gradient: bool
@@ -157,7 +177,7 @@ class Training:
                 self._settings.loss,
                 head,
                 hidden.detach(),
-                self._teacher.hidden(window).to(hidden.device),
+                self._teacher.hidden(self._places[window]).to(hidden.device),
                 ids,
                 self._student.vocabulary,
                 with_gradient=with_gradient,

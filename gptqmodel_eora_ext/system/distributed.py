@@ -237,6 +237,30 @@ def is_first() -> bool:
     return _current is None or _current.is_first
 
 
+def refuse_shared(what: str, instead: str) -> None:
+    """Refuse to do in several processes what one of them does alone.
+
+    Args:
+        what: begins the sentence.
+        instead: what to do, without a full stop.
+
+    Raises:
+        NotImplementedError: in one of several processes.
+    """
+    if _current is not None:
+        raise NotImplementedError(
+            f"EoRA: {what} cannot be shared out between processes, and {_current.size} were started. {instead}."
+        )
+
+
+def by_first(write: Callable[[], object]) -> None:
+    """Have rank 0 write something, and the others wait until it has; a process by itself writes it."""
+    if is_first():
+        write()
+    if _current is not None:
+        _current.barrier("waiting for rank 0 to write")
+
+
 def launched() -> int:
     """How many processes this one was started among; 1 for one by itself."""
     try:

@@ -21,6 +21,7 @@ from ...formats.autoround import read_config
 from ...loop.run import write_adapter
 from ...loop.shared import fingerprint
 from ...loop.weights import check_weight_files
+from ...system.distributed import by_first
 from ...system.memory import release_free_memory
 from ..base_check import check_embeddings, scales_were_moved
 from ..terminal import watch_layers
@@ -137,12 +138,9 @@ def generate_adapter(
                 batch_size=batch_size,
             )
         CompensatingLooper(model, processors=[processor]).loop()
-    if run.group is None or run.group.is_first:
-        names = [name for name, _ in model.model.named_modules()]
-        write_adapter(checkpoint, folder, run.factors, names, run.details())
-        log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
-    if run.group is not None:
-        run.group.barrier("waiting for rank 0 to write the adapter")
+    names = [name for name, _ in model.model.named_modules()]
+    by_first(lambda: write_adapter(checkpoint, folder, run.factors, names, run.details()))
+    log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     if run.refine is None:
         return folder
     del model, kernels, processor

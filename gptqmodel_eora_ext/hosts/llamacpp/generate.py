@@ -19,6 +19,7 @@ from ...formats.gguf.blocks import GGUF_LAYOUT
 from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel
 from ...formats.sizes import ModuleShape
+from ...system.distributed import by_first
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .weights import GGUFWeights, Placed
@@ -76,12 +77,14 @@ def generate_adapter(job: AdapterJob) -> Path:
         )
     )
     details = {**made.details, "modules": {name: one.report() for name, one in made.factors.items()}}
-    write_lora(
-        output,
-        model.architecture,
-        lora_pairs(made.factors, weights.placed),
-        name=f"EoRA for {job.checkpoint.name}",
-        details=details,
+    by_first(
+        lambda: write_lora(
+            output,
+            model.architecture,
+            lora_pairs(made.factors, weights.placed),
+            name=f"EoRA for {job.checkpoint.name}",
+            details=details,
+        )
     )
     log.info("EoRA: %d adapters written to `%s`.", len(made.factors), output)
     return output

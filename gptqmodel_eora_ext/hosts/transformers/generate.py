@@ -13,6 +13,7 @@ from ...adapter.options import AdapterOptions
 from ...adapter.save import save_adapter
 from ...formats.factors import PACKED_LAYOUT
 from ...formats.sizes import ModuleShape
+from ...system.distributed import by_first
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .reader import PLAIN, LayerReader
@@ -66,7 +67,11 @@ def generate_adapter(job: AdapterJob) -> Path:
         )
     )
     names = [name for name, _ in reader.model.named_modules()]
-    save_adapter(folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details)
+    by_first(
+        lambda: save_adapter(
+            folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details
+        )
+    )
     return folder
 
 
