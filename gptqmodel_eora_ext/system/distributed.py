@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .peers import DONE, FAILED, LOST, SILENT_SECONDS, PeerLost, Peers, ended_by
+from .peers import DONE, FAILED, LOST, SILENT_SECONDS, PeerLost, Peers
 
 WAIT_VARIABLE = "EORA_DISTRIBUTED_TIMEOUT"
 # Seconds that an exchange waits for the slowest process. One process solves while the others wait for its result, and
@@ -195,13 +195,13 @@ class Group:
     def _exchange(self, what: str) -> Iterator[None]:
         """Within the block this process waits for others; their loss is told by name."""
         if (lost := self.peers.lost()) is not None:
-            raise PeerLost(ended_by(lost))
+            raise PeerLost(lost)
         start = time.monotonic()
         self.peers.waits(True)
         try:
             yield
         except RuntimeError as error:
-            raise PeerLost(ended_by(self._who(what, start, error))) from error
+            raise PeerLost(self._who(what, start, error)) from error
         finally:
             self.peers.waits(False)
 
@@ -317,7 +317,7 @@ def joined() -> Iterator[Group | None]:
         with _ending_well(group):
             yield group
     except PeerLost as error:
-        peers.end(LOST, peers.lost() or str(error))
+        peers.end(LOST, error.lost)
         raise
     except BaseException as error:
         if not (isinstance(error, SystemExit) and error.code in (0, None)):

@@ -47,7 +47,14 @@ class PeerLost(Exception):
     """Another process of the run failed, was killed, or does not answer. The message names it.
 
     No `OSError`, which libraries catch where they look for files.
+
+    Attributes:
+        lost: who was lost, and how that is known.
     """
+
+    def __init__(self, lost: str) -> None:
+        super().__init__(ended_by(lost))
+        self.lost = lost
 
 
 @dataclass(frozen=True)
