@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMP := $(subst $(EMPTY) $(EMPTY),\ ,$(VENV)/.installed)
 
-.PHONY: setup demo test test-report test-tasks test-families test-formats test-resume test-llamacpp llamacpp test-vllm vllm \
-    asan lint bench clean
+.PHONY: setup demo test test-report test-tasks test-families test-formats test-resume test-distributed test-llamacpp \
+    llamacpp test-vllm vllm asan lint bench clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,12 @@ demo: $(STAMP)
 # Two files of tests at a time, whose OpenMP threads yield the processors to each other instead of spinning.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile \
-	    -m "not browser and not harness and not families and not llamacpp and not formats and not resume and not vllm"
+	    -m "not browser and not harness and not families and not llamacpp and not formats and not resume and not vllm and \
+	        not distributed"
+
+# Two to four processes on real models, one thread each, and processes that hang: some ten minutes on two quiet cores.
+test-distributed: $(STAMP)
+	OMP_WAIT_POLICY=passive "$(BIN)/python" -m pytest -m distributed
 
 # Reports in a real browser: needs Chromium (Debian's package `chromium`), and tells so where there is none.
 test-report: $(STAMP)

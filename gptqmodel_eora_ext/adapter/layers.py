@@ -87,3 +87,12 @@ def _as_linear(conv1d: torch.nn.Module) -> torch.nn.Linear:
 def oriented(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A linear layer's weight as out × in, from how the layer holds it; and back."""
     return weight.T if isinstance(module, transformers.Conv1D) else weight
+
+
+def solving_cost(out_features: int, in_features: int) -> float:
+    """About how many multiplications quantising and compensating a module takes.
+
+    GPTQ spreads the error of each column over all later ones (out · in² / 2) and inverts the Hessian (in³). The solver
+    multiplies ΔW and C some times by a few hundred columns, which has the same shape; only how modules compare counts.
+    """
+    return out_features * in_features**2 / 2 + in_features**3

@@ -16,8 +16,8 @@ import torch
 TRIANGLE_BLOCKS = 8
 
 
-def kept_rows(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, name: str) -> torch.Tensor:
-    """The rows of real tokens, tokens × features, float32.
+def kept_inputs(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, name: str) -> torch.Tensor:
+    """The rows of real tokens, tokens × features, in the dtype of ``inputs``.
 
     Args:
         inputs: (…, features), any floating dtype.
@@ -32,7 +32,12 @@ def kept_rows(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, na
         if keep.shape != inputs.shape[:-1]:
             raise ValueError(f"{name}: attention mask {tuple(keep.shape)} does not fit input {tuple(inputs.shape)}.")
         inputs = inputs[keep.to(device=inputs.device, dtype=torch.bool)]
-    return inputs.detach().reshape(-1, features).to(torch.float32)
+    return inputs.detach().reshape(-1, features)
+
+
+def kept_rows(inputs: torch.Tensor, keep: torch.Tensor | None, features: int, name: str) -> torch.Tensor:
+    """As `kept_inputs`, in float32."""
+    return kept_inputs(inputs, keep, features, name).to(torch.float32)
 
 
 def merged(
@@ -49,7 +54,8 @@ def merged(
     return total
 
 
-def _block_columns(features: int) -> Iterator[slice]:
+def block_columns(features: int) -> Iterator[slice]:
+    """The block columns of a sum, each of which is summed from the diagonal down."""
     width = -(-features // TRIANGLE_BLOCKS)
     for start in range(0, features, width):
         yield slice(start, min(start + width, features))
@@ -57,13 +63,13 @@ def _block_columns(features: int) -> Iterator[slice]:
 
 def _add_lower_triangle(total: torch.Tensor, rows: torch.Tensor) -> None:
     """total += rowsᵀ rows, the diagonal and what is below it."""
-    for columns in _block_columns(len(total)):
+    for columns in block_columns(len(total)):
         total[columns.start :, columns].addmm_(rows[:, columns.start :].T, rows[:, columns])
 
 
 def _mirror_lower_triangle(total: torch.Tensor) -> torch.Tensor:
     """Copy what is below the diagonal above it, block column by block column: a fraction of a `tril` of the whole."""
-    for columns in _block_columns(len(total)):
+    for columns in block_columns(len(total)):
         corner = total[columns, columns]
         corner.copy_(corner.tril() + corner.tril(-1).T)
         total[columns, columns.stop :] = total[columns.stop :, columns].T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from .export import export
 from .generate import generate
 from .imatrix import imatrix
 from .inspect import inspect
+from .launch import several
 from .plan import plan
 from .printing import out
 from .prune import prune
@@ -25,7 +26,16 @@ from .report import report
 from .study import EXAMPLE as STUDY_EXAMPLE
 from .study import study
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    """The command; started by `torchrun`, it works together with the others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with several():
+            return super().__call__(*args, **kwargs)
+
+
+app = _App(
     name="eora",
     help="Training-free low-rank adapters that win back what quantisation loses, for GPTQModel.",
     no_args_is_help=True,

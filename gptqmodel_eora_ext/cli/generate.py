@@ -13,6 +13,7 @@ from ..adapter.summary import summarize
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan.types import TypePlan
+from ..system.distributed import is_first
 from .options import (
     BatchSize,
     Budget,
@@ -136,7 +137,8 @@ def generate(
             check_complete(outcome)
         if keeping is not None:
             keeping.remove()
-    print_summary(summarize(folder), time.perf_counter() - start)
+    if is_first():
+        print_summary(summarize(folder), time.perf_counter() - start)
 
 
 def _planned(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -40,6 +40,7 @@ from ..plan import (
 from ..plan.scaling import TRIAL_ITERS
 from ..plan.survey import Bar
 from ..solve import Grid
+from ..system.distributed import by_first, current, is_first
 from ..system.progress import counted
 from .options import (
     DEFAULT_GROUP_SIZE,
@@ -146,8 +147,12 @@ def plan(
         data = tokenized(texts, model, samples, seqlen, trust_remote_code)
         settings = {"bits": bits, "group_size": group_size, "sym": sym, **tuning}
         opened = planner(quantizer)(model, settings, trust_remote_code)
+        if (group := current()) is not None:
+            group.agree({f"option {name}": str(one) for name, one in vars(asked).items()})
         points, chosen = asked.answer(model, opened, data, lambda title: counted(bar(title)))
-        asked.write(points, chosen, model)
+        by_first(lambda: asked.write(points, chosen, model))
+    if not is_first():
+        return
     if as_json:
         out.print_json(json.dumps([point.as_json() for point in points]))
     else:

@@ -17,6 +17,7 @@ from ..calibration import tokenized
 from ..evaluate.size import readable
 from ..hosts.jobs import TypePlanJob, TypePlanned
 from ..hosts.registry import base_folder, type_planner
+from ..system.distributed import refuse_shared
 from ..system.progress import counted
 from .options import check_model, read_calibration
 from .printing import errors, fail, out, progress_bars, say
@@ -45,6 +46,7 @@ def plan_types(
     _check(context, host, files, total, plan_file, factor_bits)
     assert host is not None and total is not None
     with errors():
+        refuse_shared("a plan of types (--host)", "Start it without torchrun")
         validate_choice(sensitivity, SENSITIVITIES, what="--sensitivity")
         parse_budget(total, what="--total")
         planner = type_planner(host)

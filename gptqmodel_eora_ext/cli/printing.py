@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 
 from ..adapter.errors import AdapterError
 from ..loop.run import ModuleError
+from ..system.distributed import current
 from ..system.kept import Stopped, no_room
+from ..system.peers import FAILED as PEER_FAILED
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
 out = Console(markup=False, emoji=False)
@@ -52,7 +54,9 @@ def note(message: str) -> None:
 
 
 def fail(message: str, status: int = WRONG_REQUEST) -> NoReturn:
-    """Tell a mistake and leave."""
+    """Tell a mistake and leave; among several processes, tell the others."""
+    if (group := current()) is not None:
+        group.peers.end(PEER_FAILED, message)
     if events.wanted:
         events.tell("error", text=message, status=status, resume=status == RESUME)
         raise typer.Exit(status)

@@ -13,6 +13,7 @@ from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import OBJECTIVES
 from ..calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, tokenized
 from ..plan import QUANTIZERS
+from ..system.distributed import is_first
 from .options import (
     DEFAULT_GROUP_SIZE,
     FORMATS,
@@ -170,7 +171,7 @@ def quantize(
             check_complete(outcome)
         if keeping is not None:
             keeping.remove()
-    if planned is None or planned.largest_rank:
+    if is_first() and (planned is None or planned.largest_rank):
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')
 

@@ -13,6 +13,7 @@ from ..adapter.validate import validate_choice
 from ..formats.names import PLAN_FILE, RECIPE_FILE
 from ..loop.resume import Keeping
 from ..plan import EFFORTS, PLANNED_BITS
+from ..system.distributed import refuse_shared
 from .options import check_format, check_model, check_out, given, read_calibration
 from .printing import err, errors, fail, out, progress_bars, say
 from .show import check_complete, listing, print_summary
@@ -56,6 +57,7 @@ def quantize_by_recipe(
 ) -> None:
     """Say what is picked and why, and run it; the arguments are the options of `eora quantize`."""
     with errors():
+        refuse_shared("a recipe (--total)", "Start it without torchrun, or plan, quantise and refine one by one")
         validate_choice(effort, EFFORTS, what="--effort")
         parse_budget(total, what="--total")
     if form is not None:

@@ -11,6 +11,7 @@ import typer
 from ..adapter.options import as_flag
 from ..adapter.summary import find_adapter, summarize
 from ..refine import CHOICES, DEFAULT_LOSS, DEFAULT_TOKENS, DEFAULT_WINDOW, NATURAL_TOKENS, RefineSettings
+from ..system.distributed import is_first
 from .options import Calibration, LogJson, Restart, TrustRemoteCode, check_apart, check_model, read_calibration
 from .printing import errors, fail, progress_bars
 from .show import check_complete, print_summary
@@ -82,5 +83,6 @@ def refine(
             teaching=bar("full precision"),
             training=bar("refining"),
         )
-    print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
+    if is_first():
+        print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
     check_complete(outcome)

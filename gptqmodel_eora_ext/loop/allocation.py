@@ -67,6 +67,7 @@ class RankAllocation:
         self._shared: dict[str, int] = {}
         # Loss without an adapter, by module, as it was found.
         self._found: dict[str, float] = {}
+        self._bytes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -161,6 +162,7 @@ class RankAllocation:
                 self._spent += curve.nbytes[index]
             self.ranks[name] = ranks[index]
             self.losses[name] = curve.losses[index]
+            self._bytes[name] = 0 if name in self._together else curve.nbytes[index]
             self._found[name] = total
         return order[: ranks[index]].sort().values
 
@@ -176,6 +178,19 @@ class RankAllocation:
         gains = component_gains(lora_A, lora_B, second_moment, self.output_moments[name].to(delta.device))
         gains, _ = self._corrected[name](gains, 0.0)
         return gains.argsort(descending=True)[: self.ranks[name]].sort().values
+
+    def chosen(self, name: str) -> tuple[int, float, int, float] | None:
+        """What a module chose: its rank, predicted loss, bytes, and loss without an adapter; None if it has not."""
+        with self._lock:
+            if name not in self._found:
+                return None
+            return self.ranks[name], self.losses[name], self._bytes[name], self._found[name]
+
+    def take(self, name: str, chosen: tuple[int, float, int, float]) -> None:
+        """Note what a module chose in another process, as `chosen` tells it there."""
+        with self._lock:
+            self.ranks[name], self.losses[name], self._bytes[name], self._found[name] = chosen
+            self._spent += chosen[2]
 
     def report(self) -> dict[str, Any]:
         """Budget and spending, ready for JSON."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..system.distributed import current, share
 from ..system.memory import release_free_memory
 from ..system.spill import Spill
 from .layered import LayeredModel, Window
@@ -60,7 +61,8 @@ def measure_gradients(
     Args:
         model: run layer by layer.
         modules: full names of linear layers.
-        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward.
+        batches: `input_ids` (and `attention_mask`), windows × tokens each; each is one forward. Several processes
+            share them out, and all of them hear of all gradients.
         found: called for each layer, from the last to the first, with its index and the gradients of its modules:
             tokens × out each, in the dtype that they were computed in. Modules that no token reached are left out.
         spill: keeps the inputs of layers.
@@ -72,7 +74,13 @@ def measure_gradients(
     Raises:
         NotImplementedError: for a model that cannot be run layer by layer.
     """
-    windows = model.begin(batches)
+    group = current()
+    mine = range(len(batches)) if group is None else share(len(batches), group.size, group.rank)
+    windows = model.begin(batches[mine.start : mine.stop])
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches[: mine.start]:
+        # What other processes draw for their windows is passed over, so that labels are those of one process.
+        torch.rand(batch["input_ids"].shape, generator=generator)
     count = len(model)
     inputs = [[spill.keep(window.hidden)] for window in windows]
     gradients: list[torch.Tensor] = []
@@ -99,7 +107,7 @@ def measure_gradients(
                     keeper.forward(index, [window.hidden for window in windows])
             else:
                 if not gradients:
-                    gradients = gradients_of_outputs(model, windows, kind, seed)
+                    gradients = gradients_of_outputs(model, windows, kind, generator)
                 of_layer = _of(modules, model.layers[index])
                 linears: Mapping[str, Any] = {name: model.model.get_submodule(name) for name in of_layer}
                 with OutputGradients(model.layers[index], layer, linears) as watch:
@@ -113,7 +121,8 @@ def measure_gradients(
                         assert hidden.grad is not None
                         gradients[position] = hidden.grad
                         spill.drop(given)
-                found(index, {name: torch.cat(rows) for name, rows in watch.gradients.items()})
+                gradients_of = {name: torch.cat(rows) for name, rows in watch.gradients.items()}
+                found(index, gradients_of if group is None else group.joined_rows(gradients_of))
                 if keeper is not None:
                     keeper.backward(index, gradients, count)
         release_free_memory()
@@ -123,10 +132,11 @@ def _of(modules: Sequence[str], layer: str) -> list[str]:
     return [name for name in modules if name.startswith(f"{layer}.")]
 
 
-def gradients_of_outputs(model: LayeredModel, windows: Sequence[Window], kind: str, seed: int) -> list[torch.Tensor]:
+def gradients_of_outputs(
+    model: LayeredModel, windows: Sequence[Window], kind: str, generator: torch.Generator
+) -> list[torch.Tensor]:
     """Gradients of the cross entropy at the output of the last layer, windows × tokens × width for each of
     ``windows``, whose `hidden` is that output, and is let go of; labels are sampled ("fisher") or the text's own."""
-    generator = torch.Generator().manual_seed(seed)
     found = []
     with model.head() as head:
         for window in windows:

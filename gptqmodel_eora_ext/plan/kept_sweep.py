@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..system.distributed import current
 from ..system.files import cache_folder
 from ..system.kept import InUse, Kept, kept_state
 from .forecast import Forecast
@@ -44,7 +45,8 @@ def kept_sweep(
     kind: str,
     question: Question,
 ) -> Iterator[LayersKept | None]:
-    """Open what is kept of a sweep; None where it cannot be recognised, or where another process is at it.
+    """Open what is kept of a sweep; None where it cannot be recognised, where another process is at it, or where
+    several processes share it.
 
     Args:
         model: run layer by layer.
@@ -54,7 +56,7 @@ def kept_sweep(
         question: what to forecast.
     """
     known = question.rounds or bool(question.source)
-    if not known:
+    if not known or current() is not None:
         yield None
         return
     digest = hashlib.sha256(fingerprint(model, modules, batches, kind).encode())

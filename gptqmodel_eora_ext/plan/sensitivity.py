@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 
 from ..solve import Moment, RowMoment
+from ..system.distributed import current, deal
 from ..system.files import replaced_file, write_json
 from ..system.tensor_file import write_tensors
 from .layered import LayeredModel
@@ -114,17 +115,38 @@ class SensitivityWriter:
         """
         tensors: dict[str, torch.Tensor] = {}
         file = f"layer-{index}.safetensors"
-        for name, rows in gradients.items():
-            moment = moment_of(rows, name, self.tokens)
-            if isinstance(moment, RowMoment) or rows.nbytes < moment.nbytes:
-                tensors[f"g.{name}"] = rows.contiguous().cpu()
-            else:
-                tensors[f"G.{name}"] = moment.cpu()
-            tensors[f"s.{name}"] = rows.to(torch.float32).square().sum(1).cpu()
+        for name, found in self._found(gradients):
+            tensors |= found
             self.files[name] = file
         if tensors:
             with replaced_file(self.folder / file) as unfinished:
                 write_tensors(unfinished, tensors, {})
+
+    def _found(self, gradients: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """What is kept of each module; several processes, which all have the gradients, share the work."""
+        group = current()
+        if group is None:
+            yield from ((name, self._kept(name, rows)) for name, rows in gradients.items())
+            return
+        costs = [float(len(rows) * rows.shape[1] ** 2) for rows in gradients.values()]
+        owners = dict(zip(gradients, deal(costs, [0.0] * group.size), strict=True))
+        made: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {}
+        for name, owner in owners.items():
+            if owner == group.rank:
+                kept = self._kept(name, gradients[name])
+                # Rows are in every process already.
+                made[name] = (None, {key: one for key, one in kept.items() if not key.startswith("g.")})
+        for name, _, tensors in group.spread(owners, made):
+            rows = {} if f"G.{name}" in tensors else {f"g.{name}": gradients[name].contiguous().cpu()}
+            yield name, rows | tensors
+
+    def _kept(self, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of one module: the gradients or their second moment, whichever is smaller, and their squares."""
+        moment = moment_of(rows, name, self.tokens)
+        kept = {f"s.{name}": rows.to(torch.float32).square().sum(1).cpu()}
+        if isinstance(moment, RowMoment) or rows.nbytes < moment.nbytes:
+            return kept | {f"g.{name}": rows.contiguous().cpu()}
+        return kept | {f"G.{name}": moment.cpu()}
 
     def finish(self, kind: str, fingerprint: str) -> None:
         """Write which file holds what. Without that a folder is not taken for finished."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +17,9 @@ from .._version import __version__
 from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import SENSITIVITIES
+from ..system.distributed import Group, current
 from ..system.files import cache_folder, replaced_folder, unfinished_folder
-from ..system.kept import InUse, kept_state
+from ..system.kept import InUse, Kept, kept_state
 from ..system.spill import spilling
 from .gradients import Progress, measure_gradients
 from .kept_gradients import StepsKept
@@ -159,19 +163,20 @@ def cached_sensitivity(
     limit = memory_limit()
     named = fingerprint(model, modules, some, kind)
     folder = cache_folder() / "sensitivity" / named
-    if (folder / CONTENTS).is_file():
+    group = current()
+    if group is not None:
+        group.agree({"the model and data of the survey": named})
+        group.at("measuring sensitivities")
+    # Hosts may have caches of their own, so that some of several processes may find it and others not.
+    found = (folder / CONTENTS).is_file()
+    if found if group is None else all(group.gather(found)):
         log.info("EoRA: sensitivities from `%s`.", folder)
         return Sensitivity.load(folder)
     log.info("EoRA: measuring gradients (%s) of %d modules on %d tokens, layer by layer.", kind, len(modules),
              _count(some))  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        kept = None
-        # Another process may be at it; then this one measures by itself.
-        with contextlib.suppress(InUse):
-            asked = {"version": __version__, "torch": torch.__version__}
-            kept = stack.enter_context(kept_state(unfinished_folder(folder), asked, supersede=True))
-        made = None if kept is None else kept.root / "made"
-        with replaced_folder(folder, unfinished=made) as fresh, spilling(limit, fresh) as spill:
+
+    def measure(fresh: Path, kept: Kept | None) -> None:
+        with spilling(limit, fresh) as spill:
             writer = SensitivityWriter(fresh, _count(some))
             measure_gradients(
                 model, modules, some, writer.add, spill=spill, kind=kind, progress=bar("EoRA: measuring sensitivities"),
@@ -181,11 +186,36 @@ def cached_sensitivity(
                 log.info("EoRA: %.1f MB of layer inputs were on disk (%s=%d).", spill.on_disk / 1e6, MEMORY_VARIABLE,
                          limit)  # fmt: skip
             writer.finish(kind, named)
-        if kept is not None:
-            kept.finish()
+
+    if group is not None:
+        with _by_several(group, folder) as fresh:
+            measure(fresh, None)
+    else:
+        with ExitStack() as stack:
+            kept = None
+            # Another process may be at it; then this one measures by itself.
+            with contextlib.suppress(InUse):
+                asked = {"version": __version__, "torch": torch.__version__}
+                kept = stack.enter_context(kept_state(unfinished_folder(folder), asked, supersede=True))
+            with replaced_folder(folder, unfinished=None if kept is None else kept.root / "made") as fresh:
+                measure(fresh, kept)
+            if kept is not None:
+                kept.finish()
     size = sum(file.stat().st_size for file in folder.iterdir())
     log.info("EoRA: sensitivities kept in `%s`, %.1f MB.", folder, size / 1e6)
     return Sensitivity.load(folder)
+
+
+@contextmanager
+def _by_several(group: Group, folder: Path) -> Iterator[Path]:
+    """Yield a new folder, which the first process on each host makes ``folder``. It is not gone on with after an
+    interruption."""
+    with ExitStack() as stack:
+        first = group.local_rank == 0
+        place: Any = replaced_folder(folder) if first else tempfile.TemporaryDirectory()
+        yield Path(stack.enter_context(place))
+        # One after another, since hosts may share a file system.
+        group.in_turn(stack.close)
 
 
 def memory_limit() -> int:

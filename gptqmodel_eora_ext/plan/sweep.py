@@ -21,13 +21,15 @@ from typing import Any, Protocol
 
 import torch
 
+from ..adapter.layers import solving_cost
 from ..solve import ColumnOrder, Grid, Moment, column_order, error_loss, gptq
+from ..system.distributed import current, deal, share
 from ..system.memory import release_free_memory
 from ..system.side_by_side import side_by_side
 from .forecast import Forecast, ModuleMoments, unreached, with_components
 from .gradients import HEAD_TOKENS, Progress
 from .layered import LayeredModel, Window
-from .ranks import kind_of
+from .ranks import TokenCorrection, kind_of
 from .rows import InputRows, moment_of
 from .sensitivity import Sensitivity
 
@@ -178,7 +180,11 @@ def layer_inputs(
                     watch.begin(window.keep)
                     window.hidden = model.run(layer, index, window.hidden, window)
             rows = {leader: watch.rows(leader) for leader in set(watch.leaders.values())}
-            yield LayerInputs(index, linears, watch.leaders, rows)
+            leaders = watch.leaders
+            if (group := current()) is not None:
+                leaders = {name: leader for told in group.gather(leaders) for name, leader in told.items()}
+                rows = group.joined_rows(rows)
+            yield LayerInputs(index, linears, leaders, rows)
             del rows, watch
         release_free_memory()
 
@@ -213,11 +219,17 @@ def sweep(
         ValueError: for NaN or infinity in inputs.
         NotImplementedError: for a model that cannot be run layer by layer.
     """
-    windows = model.begin(batches)
+    group = current()
+    mine = range(len(batches)) if group is None else share(len(batches), group.size, group.rank)
+    windows = model.begin(batches[mine.start : mine.stop])
+    loads = [0.0] * (1 if group is None else group.size)
     kinds = Kinds(model, modules, kind_batches) if kind_batches else None
     forecasts: dict[str, dict[int, Forecast]] = {}
     relative: dict[str, torch.Tensor] = {}
     tokens = sum(int(window.keep.sum()) for window in windows)
+    if group is not None:
+        group.at("forecasting")
+        tokens = sum(group.gather(tokens))
     counts: dict[str, int] = {}
     first = keeper.go_on(forecasts, relative, counts, windows, kinds) if keeper is not None else 0
     for inputs in layer_inputs(model, modules, windows, progress, first):
@@ -225,11 +237,11 @@ def sweep(
         counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
         _tell_routing(inputs, reached, tokens)
         replaced: dict[str, torch.Tensor] = {}
-        for one in _of_layer(inputs, reached, tokens, sensitivity, question, model.device):
+        for one in _of_layer(inputs, reached, tokens, sensitivity, question, model.device, loads):
             forecasts[one.name] = one.forecasts
             if kinds is not None:
                 replaced[one.name] = one.compensated
-            if sensitivity is None and isinstance(one.output_moment, torch.Tensor):
+            if one.output_moment is not None:
                 relative[one.name] = one.output_moment
         for name in inputs.linears:
             forecasts.setdefault(name, {bits: unreached(question.rank(name, bits))
@@ -252,13 +264,32 @@ class _Found:
         name: full module name.
         forecasts: width → forecast.
         compensated: Ŵ + BA at the first width, out × in, in the weight's dtype.
-        output_moment: G.
+        output_moment: G where it is a diagonal that compares modules; None where it is the sensitivity's.
     """
 
     name: str
     forecasts: dict[int, Forecast]
     compensated: torch.Tensor
-    output_moment: Moment
+    output_moment: torch.Tensor | None
+
+    def parts(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """What can be told in JSON, and tensors, from which `joined` makes the same."""
+        told = [[bits, one.total, one.correction.head, one.correction.tail] for bits, one in self.forecasts.items()]
+        tensors = {f"gains {bits}": one.gains for bits, one in self.forecasts.items()}
+        tensors["compensated"] = self.compensated
+        return told, tensors if self.output_moment is None else tensors | {"output moment": self.output_moment}
+
+    @classmethod
+    def joined(cls, name: str, told: list[Any], tensors: Mapping[str, torch.Tensor], device: torch.device) -> _Found:
+        """What `parts` has taken apart in another process."""
+        forecasts = {
+            bits: Forecast(total, tensors[f"gains {bits}"], TokenCorrection(head, tail))
+            for bits, total, head, tail in told
+        }
+        moment = tensors.get("output moment")
+        return cls(
+            name, forecasts, tensors["compensated"].to(device), None if moment is None else moment.to(device)
+        )
 
 
 def _of_layer(
@@ -268,10 +299,35 @@ def _of_layer(
     sensitivity: Sensitivity | None,
     question: Question,
     device: torch.device,
+    loads: list[float],
 ) -> list[_Found]:
-    """Forecast the modules of a layer that tokens have reached."""
-    moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items()}
-    columns = _columns(inputs, moments, question)
+    """Forecast the modules of a layer that tokens have reached. Several processes deal them out, and all get all.
+
+    Args:
+        loads: what each process was dealt so far; what it is dealt here is added.
+    """
+    group = current()
+    if group is None:
+        return _worked_out(inputs, reached, tokens, sensitivity, question, device)
+    costs = [solving_cost(*inputs.linears[name].weight.shape) for name in reached]
+    owners = dict(zip(reached, deal(costs, loads), strict=True))
+    mine = [name for name in reached if owners[name] == group.rank]
+    made = {one.name: one.parts() for one in _worked_out(inputs, mine, tokens, sensitivity, question, device)}
+    return [_Found.joined(*one, device) for one in group.spread(owners, made)]
+
+
+def _worked_out(
+    inputs: LayerInputs,
+    names: Sequence[str],
+    tokens: int,
+    sensitivity: Sensitivity | None,
+    question: Question,
+    device: torch.device,
+) -> list[_Found]:
+    """Forecast some modules of a layer."""
+    leaders = {inputs.leaders[name] for name in names}
+    moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items() if leader in leaders}
+    columns = _columns(inputs, names, moments, question)
 
     def found(name: str) -> _Found:
         weight = inputs.linears[name].weight.detach()
@@ -294,10 +350,11 @@ def _of_layer(
             forecasts[bits], lora_A, lora_B = with_components(wide - approximation, known, rank, few)
             if not compensated:
                 compensated.append(torch.addmm(approximation, lora_B, lora_A).to(weight.dtype))
-        return _Found(name, forecasts, compensated[0], known.output)
+        moment = known.output if sensitivity is None and isinstance(known.output, torch.Tensor) else None
+        return _Found(name, forecasts, compensated[0], moment)
 
     largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
-    return list(side_by_side(found, reached, device) if largest <= LARGE else map(found, reached))
+    return list(side_by_side(found, names, device) if largest <= LARGE else map(found, names))
 
 
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:
@@ -341,13 +398,13 @@ def _column_key(leader: str, how: Rounding) -> tuple[str, int, bool]:
 
 
 def _columns(
-    inputs: LayerInputs, moments: Mapping[str, Moment], question: Question
+    inputs: LayerInputs, names: Sequence[str], moments: Mapping[str, Moment], question: Question
 ) -> dict[tuple[str, int, bool], ColumnOrder]:
     """What a quick GPTQ needs of each input, by `_column_key`. Made one after the other: each takes several matrices of
     in × in while it is made."""
     found: dict[tuple[str, int, bool], ColumnOrder] = {}
-    for name, leader in inputs.leaders.items() if question.rounds else ():
-        how = question.rounding(name)
+    for name in names if question.rounds else ():
+        leader, how = inputs.leaders[name], question.rounding(name)
         key = _column_key(leader, how)
         if key not in found:
             moment = moments[leader]
@@ -360,7 +417,9 @@ class Kinds:
 
     def __init__(self, model: LayeredModel, modules: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> None:
         self._model = model
-        self._windows = model.begin(batches)
+        group = current()
+        mine = range(len(batches)) if group is None else share(len(batches), group.size, group.rank)
+        self._windows = model.begin(batches[mine.start : mine.stop])
         self._hidden = {
             kind: [window.hidden for window in self._windows] for kind in dict.fromkeys(map(kind_of, modules))
         }
@@ -392,7 +451,8 @@ class Kinds:
     @torch.no_grad()
     def divergences(self) -> dict[str, float]:
         """Kullback-Leibler divergence of each kind's scores from those of the model, mean over tokens that count."""
-        sums = dict.fromkeys(self._hidden, 0.0)
+        # In the order of the tokens, since a sum of floats depends on it; several processes join theirs.
+        parts: dict[str, list[float]] = {kind: [] for kind in self._hidden}
         tokens = 0
         with self._model.head() as head:
             for place, window in enumerate(self._windows):
@@ -408,8 +468,20 @@ class Kinds:
                         scores = head(hidden[some]).float()
                         # Σ p log q of each token, where q is the softmax of the scores; it is not formed.
                         crossed = torch.linalg.vecdot(likely, scores) - scores.logsumexp(-1)
-                        sums[kind] -= float((entropies + crossed).sum(dtype=torch.float64))
-        return {kind: total / max(tokens, 1) for kind, total in sums.items()}
+                        parts[kind].append(float((entropies + crossed).sum(dtype=torch.float64)))
+        if (group := current()) is not None:
+            told = group.gather([tokens, parts])
+            tokens = sum(one for one, _ in told)
+            parts = {kind: [part for _, one in told for part in one[kind]] for kind in parts}
+        return {kind: -_added(one) / max(tokens, 1) for kind, one in parts.items()}
+
+
+def _added(parts: Sequence[float]) -> float:
+    """The sum, one after another: `sum` compensates rounding in some versions of Python."""
+    total = 0.0
+    for part in parts:
+        total += part
+    return total
 
 
 @contextmanager

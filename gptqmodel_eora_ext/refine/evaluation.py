@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..system.distributed import current
 from .losses import window_loss
-from .settings import validated
+from .shared import dealt
 from .student import Student
 from .teacher import Teacher
 
@@ -15,21 +16,22 @@ class Evaluation:
 
     Args:
         student: the quantised model.
-        teacher: the full-precision model's outputs of the same windows.
+        teacher: the full-precision model's outputs of the windows that this process works on (`shared.Dealt.taught`).
         ids: windows × tokens.
         loss: of `losses.LOSSES`.
         seed: of the order of the windows.
 
     Attributes:
-        training: numbers of the windows that teach, in the order in which they are used.
-        validating: numbers of the others.
+        training: of each step the number of the window that teaches; None where several processes share the windows
+            out, and this one has none left.
     """
 
     def __init__(self, student: Student, teacher: Teacher, ids: torch.Tensor, loss: str, seed: int) -> None:
         self._student, self._teacher, self._ids, self._name = student, teacher, ids, loss
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
-        held = validated(len(ids))
-        self.validating, self.training = sorted(order[:held]), order[held:]
+        self._group = current()
+        self._dealt = dealt(len(ids), seed)
+        self._places = {window: place for place, window in enumerate(self._dealt.taught)}
+        self.training = self._dealt.training
 
     def ids(self, window: int) -> torch.Tensor:
         """A window's tokens, on the student's device."""
@@ -47,15 +49,22 @@ class Evaluation:
         """
         with self._student.head() as head:
             return window_loss(
-                self._name, head, hidden.detach(), self._teacher.hidden(window).to(hidden.device), self.ids(window),
-                self._student.vocabulary, with_gradient=with_gradient,
-            )  # fmt: skip
+                self._name,
+                head,
+                hidden.detach(),
+                self._teacher.hidden(self._places[window]).to(hidden.device),
+                self.ids(window),
+                self._student.vocabulary,
+                with_gradient=with_gradient,
+            )
 
     def validate(self) -> float:
         """The mean loss of the windows that validate, with the factors as they would be stored."""
         self._student.factors.use_rounded()
         total = 0.0
         with torch.no_grad():
-            for window in self.validating:
+            for window in self._dealt.validating:
                 total += self.loss(window, self._student.hidden(self.ids(window)), with_gradient=False)[0]
-        return total / len(self.validating)
+        if self._group is not None:
+            total = sum(self._group.gather(total))
+        return total / self._dealt.held

@@ -73,6 +73,7 @@ class NaturalStep:
     ) -> None:
         self._student, self._evaluation, self._seed, self._folder = student, evaluation, seed, folder
         self._factors: TrainedFactors = student.factors
+        self._numbers = [window for window in evaluation.training if window is not None]
         self._interrupted, self._report = interrupted, report
         self._done, self._total = 0, 2 * len(student.layered) + len(STEPS)
         self.outcome = Outcome(planned=len(STEPS))
@@ -114,7 +115,7 @@ class NaturalStep:
 
     def _sweep(self) -> dict[float, dict[str, Pair]]:
         """Of each step size the factors of all modules; `Outcome.ended` tells where it was cut short."""
-        layered, numbers = self._student.layered, self._evaluation.training
+        layered, numbers = self._student.layered, self._numbers
         found: dict[float, dict[str, Pair]] = {step: {} for step in STEPS}
         windows = layered.begin([{"input_ids": self._evaluation.ids(number)[None]} for number in numbers])
         with spilling(memory_limit(), self._folder) as spill:
@@ -131,7 +132,7 @@ class NaturalStep:
             by_loss = [self._by_loss(number, window.hidden[0]) for number, window in zip(numbers, windows, strict=True)]
             if self.outcome.ended != COMPLETE:
                 return found
-            by_labels = gradients_of_outputs(layered, windows, "fisher", self._seed)
+            by_labels = gradients_of_outputs(layered, windows, "fisher", torch.Generator().manual_seed(self._seed))
             for index in reversed(range(len(layered))):
                 if self._stopped():
                     return found
@@ -184,7 +185,7 @@ class NaturalStep:
         self, reads: InputRows, of_loss: Mapping[str, list[torch.Tensor]], of_labels: Mapping[str, list[torch.Tensor]]
     ) -> Iterator[tuple[str, float, Pair]]:
         """Module, step size and new factors, for the modules of a layer that tokens have reached."""
-        windows = len(self._evaluation.training)
+        windows = len(self._numbers)
         tokens = windows * self._evaluation.ids(0).numel()
         for leader in dict.fromkeys(reads.leaders.values()):
             x = reads.rows(leader).to(torch.float32)

@@ -23,6 +23,7 @@ from ..adapter.settings import MODULES, MODULES_BEFORE
 from ..calibration.token_ids import require_token_ids
 from ..formats.factors import QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
+from ..system.distributed import by_first, current, refuse_shared
 from ..system.files import unfinished_folder, write_json
 from ..system.interrupt import asked_to_stop
 from ..system.kept import ResumeError, differences
@@ -31,6 +32,7 @@ from .factors import TrainedFactors
 from .natural import NaturalStep
 from .outcome import RESUMABLE, Outcome
 from .settings import NATURAL, RefineSettings
+from .shared import dealt
 from .student import Student, Trainee
 from .teacher import Teacher, keep_teacher
 from .training import Report, Training
@@ -96,17 +98,22 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
         raise ValueError(f"EoRA: `{output}` is the adapter to begin with, which stays as it is. Name another folder.")
     start, bits, stored_as = read_start(source, trainee)
     work = unfinished_folder(output)
-    _prepare(work, source, job)
+    _check_same(job, source)
+    by_first(lambda: _prepare(work, source, job))
     outcome, factors = refine_factors(trainee, start, bits, stored_as, job, work)
     known = source.details or {}
     details = {**known, MODULES_BEFORE: known.get(MODULES) or known.get(MODULES_BEFORE, {}),
                "refinement": describe(outcome, job), "factor_bits": bits}  # fmt: skip
     names = [name for name, _ in trainee.model.named_modules()]
     written = {name: ModuleFactors.of_unknown_error(*pair) for name, pair in factors.items()}
-    save_adapter(output, written, base_model=str(checkpoint), module_names=names, details=details)
-    name_adapter(checkpoint, output, written)
-    if outcome.ended not in RESUMABLE:
-        shutil.rmtree(work, ignore_errors=True)
+
+    def write() -> None:
+        save_adapter(output, written, base_model=str(checkpoint), module_names=names, details=details)
+        name_adapter(checkpoint, output, written)
+        if outcome.ended not in RESUMABLE:
+            shutil.rmtree(work, ignore_errors=True)
+
+    by_first(write)
     return outcome
 
 
@@ -131,13 +138,15 @@ def refine_factors(
         # lie on a grid that scaling would leave.
         dense = {name: _balanced(*pair) for name, pair in dense.items()}
     require_token_ids(job.ids, int(trainee.model.get_input_embeddings().weight.shape[0]))
-    if not (work / TEACHER).is_file():
+    taught = _teacher_file(work)
+    if not taught.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        keep_teacher(job.base, list(trainee.weights), job.ids, work / TEACHER, dtype, device=device,
+        ids = job.ids[dealt(len(job.ids), job.settings.seed).taught]
+        keep_teacher(job.base, list(trainee.weights), ids, taught, dtype, device=device,
                      trust_remote_code=job.trust_remote_code, report=job.teaching)  # fmt: skip
     factors = TrainedFactors(dense, bits=bits, stored_as=stored_as, dtype=dtype, device=device)
     del dense
-    teacher = Teacher(work / TEACHER)
+    teacher = Teacher(taught)
     student = Student(trainee, factors, dtype)
     try:
         with student.head() as head:
@@ -145,6 +154,7 @@ def refine_factors(
         with asked_to_stop() as stopping:
             settings = job.settings
             if settings.loss == NATURAL:
+                refuse_shared(f"the loss {NATURAL!r}", "Start it without torchrun, or train by another loss")
                 evaluation = Evaluation(student, teacher, job.ids, "kl", settings.seed)
                 outcome = NaturalStep(student, evaluation, seed=settings.seed, folder=work, interrupted=stopping,
                                       report=job.training).run()  # fmt: skip
@@ -158,6 +168,22 @@ def refine_factors(
     if outcome.best is None:
         return outcome, dict(start)
     return outcome, {name: factors.read(outcome.best, name) for name in factors.modules()}
+
+
+def _teacher_file(work: Path) -> Path:
+    """Where this process keeps what the full-precision model computes; each of several has its own windows there."""
+    group = current()
+    return work / (TEACHER if group is None else f"{group.rank}-{TEACHER}")
+
+
+def _check_same(job: RefineJob, source: AdapterFolder) -> None:
+    """Refuse to begin where processes were given different things to refine."""
+    if (group := current()) is not None:
+        group.at("refining")
+        with source.weights.open("rb") as file:
+            adapter = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        group.agree({"the adapter to begin with": adapter, "calibration data": _fingerprint(job.ids)[:16],
+                     "base": job.base, "settings": asdict(job.settings), "version": __version__})  # fmt: skip
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
@@ -190,7 +216,14 @@ def read_start(source: AdapterFolder, trainee: Trainee) -> tuple[dict[str, Pair]
 def describe(outcome: Outcome, job: RefineJob) -> dict[str, Any]:
     """What `eora.json` tells of a refinement."""
     settings = {**asdict(job.settings), "tokens": job.ids.numel()}
-    return {**settings, "sha256": _fingerprint(job.ids), **outcome.described(), "version": __version__}
+    return {**settings, **_windows_a_step(), "sha256": _fingerprint(job.ids), **outcome.described(),
+            "version": __version__}  # fmt: skip
+
+
+def _windows_a_step() -> dict[str, int]:
+    """How many windows a step takes, told where it is more than one: one in each of several processes."""
+    group = current()
+    return {} if group is None else {"windows_a_step": group.size}
 
 
 def _balanced(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +240,7 @@ def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
     with source.weights.open("rb") as file:
         begun_with = hashlib.file_digest(file, "sha256").hexdigest()
     asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": begun_with,
-             "ids": _fingerprint(job.ids)}  # fmt: skip
+             "ids": _fingerprint(job.ids), **_windows_a_step()}  # fmt: skip
     if (work / ASKED).is_file() and not job.restart:
         unlike = differences(read_json(work / ASKED), json.loads(json.dumps(asked)))
         if not unlike:

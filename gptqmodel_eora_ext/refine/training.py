@@ -6,16 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..system.distributed import by_first, current
 from .adam import Adam, cosine_rate
 from .evaluation import Evaluation
 from .factors import TrainedFactors
 from .outcome import COMPLETE, DIVERGENCE, INTERRUPTED, NOT_FINITE, RESUMABLE, STALE, Outcome
 from .progress import Progress
 from .settings import RefineSettings
+from .shared import averaged
 from .student import Student
 from .teacher import Teacher
 
@@ -42,7 +45,7 @@ class Training:
 
     Args:
         student: the quantised model.
-        teacher: the full-precision model's outputs of the same windows.
+        teacher: the full-precision model's outputs of the windows that this process works on (`shared.Dealt.taught`).
         ids: windows × tokens.
         settings: what was asked.
         state: file of the state that an interrupted run goes on from; None keeps none.
@@ -66,6 +69,7 @@ class Training:
         self._interrupted, self._report = interrupted, report
         self._factors: TrainedFactors = student.factors
         self._adam = Adam(self._factors)
+        self._group = current()
         self._evaluation = Evaluation(student, teacher, ids, settings.loss, settings.seed)
         self._progress = Progress(state, self._factors, self._adam)
         self.outcome = Outcome(planned=len(self._evaluation.training))
@@ -87,7 +91,7 @@ class Training:
         every = max(1, outcome.planned // VALIDATIONS)
         next_write = 0.0
         while outcome.steps < outcome.planned:
-            if self._interrupted():
+            if self._stops():
                 outcome.ended = INTERRUPTED
                 break
             value = self._step(outcome.steps)
@@ -102,16 +106,22 @@ class Training:
                 if outcome.ended != COMPLETE:
                     break
             now = time.perf_counter()
-            if looked or now >= next_write:
+            # Clocks of several processes differ, so that these write after validations alone.
+            if looked or (self._group is None and now >= next_write):
                 outcome.seconds = spent + now - begun
-                self._progress.write(outcome)
+                by_first(partial(self._progress.write, outcome))
                 next_write = time.perf_counter() + SPACING * (time.perf_counter() - now)
             note = f"loss {value:.3f}, validation {last:.3f}, {outcome.before:.3f} at the start"
             self._report(outcome.steps, outcome.planned, note)
         outcome.seconds = spent + time.perf_counter() - begun
         if outcome.ended in RESUMABLE:
-            self._progress.write(outcome)
+            by_first(partial(self._progress.write, outcome))
         return outcome
+
+    def _stops(self) -> bool:
+        """Whether the run is asked to end, here or in another of several processes."""
+        stops = self._interrupted()
+        return stops if self._group is None else any(self._group.gather(stops))
 
     def _look(self) -> float:
         """Validate, keep the state if it is the best, and tell by `Outcome.ended` whether to end."""
@@ -131,16 +141,26 @@ class Training:
         return found
 
     def _step(self, step: int) -> float:
-        """One window forward and back, and one step of Adam. Returns the window's loss."""
+        """A window in each process forward and back, and one step of Adam. Returns the mean loss of the windows."""
         if step % SCALES_EVERY == 0:
             self._factors.choose_scales()
         # From the first step on: rounding at the end alone gives 40 % of what was won back (SmolLM2, 4-bit factors).
         self._factors.use_rounded()
         window = self._evaluation.training[step]
+        found = None if window is None else self._window(window)
+        value = found if found is not None else 0.0
+        if self._group is not None:
+            self._group.at(f"refining, step {step + 1} of {self.outcome.planned}")
+            value = averaged(self._group, self._factors.gradient, found)
+        if math.isfinite(value):
+            self._adam.step(cosine_rate(self._rate, step, self.outcome.planned))
+        return value
+
+    def _window(self, window: int) -> float:
+        """A window forward and back, unless its loss is not finite. Returns the loss."""
         with torch.enable_grad():
             hidden = self._student.hidden(self._evaluation.ids(window))
         value, gradient = self._evaluation.loss(window, hidden)
         if math.isfinite(value):
             hidden.backward(gradient)
-            self._adam.step(cosine_rate(self._rate, step, self.outcome.planned))
         return value

@@ -25,6 +25,11 @@ WORKS = f"Use integer weights with 16-bit activations (W2A16, W3A16, W4A16, W8A1
 OPENED_BY_TRANSFORMERS = {
     "gpt_oss": "AutoRound takes every second row of a joined matrix for `gate_proj`, GPTQModel its first half",
 }
+# What is told of tuning in several processes.
+TUNING = (
+    "AutoRound's tuning, each step of which begins where the one before has ended,",
+    "Start it without torchrun; an adapter for its finished checkpoint is made in several by `eora generate`",
+)
 # What the names of AutoRound's own formats begin with.
 OWN_FORMAT = "auto_round"
 

@@ -26,7 +26,8 @@ from ...adapter.layers import oriented
 from ...capture import OutputErrorMoment, SecondMoment
 from ...loop.place import put_in_place
 from ...loop.weights import check_weights
-from .checks import check_composition, check_dataset, check_experts, check_formats
+from ...system.distributed import refuse_shared
+from .checks import TUNING, check_composition, check_dataset, check_experts, check_formats
 from .config import EoRAConfig
 from .modules import is_quantized
 from .moments import BlockInputs, Moment
@@ -65,6 +66,7 @@ class EoRATransform(BasePreprocessor):
             mixture of experts that AutoRound does not serve.
         """
         super().bind(orchestrator)
+        refuse_shared(*TUNING)
         self.config.validate()
         check_composition(orchestrator)
         check_experts(orchestrator)

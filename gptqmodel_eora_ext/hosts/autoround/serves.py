@@ -11,8 +11,10 @@ from typing import Any
 
 from ...adapter.options import AdapterOptions
 from ...adapter.vocabulary import AUTO
+from ...system.distributed import refuse_shared
 from ..jobs import FullPrecision, QuantizeJob
 from . import seams
+from .checks import TUNING
 from .config import EoRAConfig
 from .planner import PlannedByTuning
 from .rounder import rounder_of, watch_blocks
@@ -30,10 +32,14 @@ def quantizer(name: str) -> Callable[[QuantizeJob], Path] | None:
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], FullPrecision] | None:
     """Plans for AutoRound."""
-    return PlannedByTuning if name == QUANTIZER else None
+    if name != QUANTIZER:
+        return None
+    refuse_shared(*TUNING)
+    return PlannedByTuning
 
 
 def _quantize(job: QuantizeJob) -> Path:
+    refuse_shared(*TUNING)
     settings = dict(job.settings)
     form, bits = settings.pop("format"), settings.pop("bits")
     settings |= {"scheme": f"W{bits}A16"} if job.plan is None else job.plan.autoround_config()

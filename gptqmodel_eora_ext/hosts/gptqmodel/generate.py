@@ -26,6 +26,7 @@ from ...formats.autoround import read_config
 from ...loop.resume import Keeping
 from ...loop.run import write_adapter
 from ...loop.weights import check_weight_files, weights_fingerprint
+from ...system.distributed import by_first
 from ...system.memory import release_free_memory
 from ..base_check import check_embeddings, scales_were_moved
 from ..terminal import watch_layers
@@ -134,6 +135,8 @@ def generate_adapter(
         model = _load_base(base, checkpoint, config, kernels, others, loading)
         setattr(model, RUN_ATTRIBUTE, run)
         run.keeping, run.asked, run.source = keeping, adapter.to_dict(), weights_fingerprint(checkpoint)
+        if run.group is not None:
+            run.group.agree({"the checkpoint": run.source})
         if report is not None:
             watch_layers(model, report)
         with batches_required(model):
@@ -151,11 +154,16 @@ def generate_adapter(
         with keeping or contextlib.nullcontext():
             CompensatingLooper(model, processors=[processor]).loop()
     names = [name for name, _ in model.model.named_modules()]
+    details = run.details()
     if over is None:
-        write_adapter(checkpoint, folder, run.factors, names, run.details())
+        by_first(lambda: write_adapter(checkpoint, folder, run.factors, names, details))
     else:
         # A member: the checkpoint names the adapter beneath it.
-        save_adapter(folder, run.factors, base_model=str(checkpoint), module_names=names, details=run.details())
+        by_first(
+            lambda: save_adapter(
+                folder, run.factors, base_model=str(checkpoint), module_names=names, details=details
+            )
+        )
     log.info("EoRA: %d adapters written to `%s`.", len(run.factors), folder)
     if keeping is not None:
         keeping.finish()

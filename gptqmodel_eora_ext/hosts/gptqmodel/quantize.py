@@ -27,6 +27,7 @@ from ...loop.weights import check_weight_files
 from .adapter import EoRA
 from .checkpoint_compensation import CheckpointCompensation
 from .compensation import AWQCompensation, Compensation
+from .distributed import SharedCompensation, check_shared, share_windows
 from .full_precision_inputs import FullPrecisionInputs
 from .guard import Guarded
 from .known_weights import CheckpointProcessor, RTNProcessor
@@ -182,15 +183,19 @@ def quantize_weight_only(original: Callable[..., Any], model: Any, **kwargs: Any
 
 
 @functools.cache
-def compensated(processor: Any) -> Any:
-    """The processor class with compensation mixed in."""
+def compensated(processor: Any, shared: bool = False) -> Any:
+    """The processor class with compensation mixed in, and what several processes share it by."""
     mixins = {
         AWQProcessor: AWQCompensation,
         CheckpointProcessor: CheckpointCompensation,
         PruningProcessor: PruningCompensation,
     }
     mixin = next((mixins[base] for base in processor.__mro__ if base in mixins), Compensation)
-    return type(f"Compensated{processor.__name__}", (Guarded, mixin, processor), {})
+    mixed: tuple[Any, ...] = (mixin,)
+    if shared:
+        # Between a mixin and `Compensation`, which both build on.
+        mixed = (SharedCompensation,) if mixin is Compensation else (mixin, SharedCompensation)
+    return type(f"Compensated{processor.__name__}", (Guarded, *mixed, processor), {})
 
 
 class CompensatingLooper(ModuleLooper):
@@ -200,6 +205,8 @@ class CompensatingLooper(ModuleLooper):
         run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
         self._run = run
         if run is not None and not run.factors:
+            if run.group is not None:
+                check_shared(run, model, processors[-1])
             equip(processors[-1], run, model)
             kept = None
             if run.keeping is not None:
@@ -226,6 +233,8 @@ class CompensatingLooper(ModuleLooper):
             if run.options.objective == "output":
                 run.full_precision_inputs = FullPrecisionInputs(processors[-1])
                 processors = [run.full_precision_inputs, *processors]
+            if run.group is not None:
+                share_windows(processors[-1], model, run.group)
         super().__init__(model, processors, *args, **kwargs)
 
     def _subset_event_dispatch(self, **event: Any) -> None:
@@ -233,14 +242,19 @@ class CompensatingLooper(ModuleLooper):
         super()._subset_event_dispatch(**event)
         if self._run is not None:
             self._run.raise_failure()
+            if self._run.group is not None and event["stage"] == "quant_complete":
+                self.processors[-1].exchange(event["module_names"])
 
     def loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole loop. Where a worker's error has made something else fail, the worker's error is raised."""
         try:
-            return super().loop(*args, **kwargs)
+            result = super().loop(*args, **kwargs)
         finally:
             if self._run is not None:
                 self._run.raise_failure()
+        if self._run is not None and self._run.group is not None:
+            self._run.seconds = sum(self._run.group.gather(self._run.seconds))
+        return result
 
 
 def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
@@ -264,7 +278,7 @@ def equip(processor: LoopProcessor, run: CompensationRun, model: Any) -> None:
         # One set of forwards serves both: the adapter's batches first, each side's hooks reading only its own.
         processor.calibration_dataset = [*run.adapter_batches, *own_batches]
         processor.num_batches = len(processor.calibration_dataset)
-    processor.__class__ = compensated(processor.__class__)  # type: ignore[arg-type]
+    processor.__class__ = compensated(processor.__class__, run.group is not None)  # type: ignore[arg-type]
     processor.equip(run)
 
 

@@ -15,6 +15,7 @@ from ...calibration.token_ids import require_token_ids
 from ...formats.sparsity import Pattern
 from ...loop.resume import Keeping
 from ...loop.run import Run
+from ...system.distributed import Group, current
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
 
@@ -47,6 +48,8 @@ class CompensationRun(Run):
     ) -> None:
         super().__init__(adapter.options)
         self.rounds = rounds
+        # The processes that share the run; None for one by itself.
+        self.group: Group | None = current()
         self.refine = adapter.refine
         self.method = method
         self.adapter_batches = list(adapter_batches)

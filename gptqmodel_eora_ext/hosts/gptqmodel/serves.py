@@ -16,6 +16,7 @@ from ...plan.survey import Bar
 from ...plan.sweep import Question, Swept
 from ...refine import Trainee
 from ...solve import METHODS
+from ...system.distributed import refuse_shared
 from ..jobs import (
     AdapterJob,
     Compensated,
@@ -95,6 +96,8 @@ def _quantize(job: QuantizeJob) -> Path:
         check_plan(host, job.plan)
         # A plan may find plain weights of mixed widths the best.
         adapter = EoRA(plan=job.plan) if job.plan.largest_rank else None
+    if adapter is None:
+        refuse_shared("quantising without an adapter", "Start it without torchrun")
     with logs_out_of_the_way():
         # Without an adapter it is all GPTQModel's own, which keeps nothing where `dynamic` names widths.
         keeping = job.keeping if adapter is not None else None

@@ -20,6 +20,7 @@ from ...formats.gguf.lora import LoraPair, write_lora
 from ...formats.gguf.model import GGUFModel
 from ...formats.sizes import ModuleShape
 from ...loop.weights import file_fingerprint
+from ...system.distributed import by_first
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .weights import GGUFWeights, Placed
@@ -79,12 +80,14 @@ def generate_adapter(job: AdapterJob) -> Path:
         )
     )
     details = {**made.details, "modules": {name: one.report() for name, one in made.factors.items()}}
-    write_lora(
-        output,
-        model.architecture,
-        lora_pairs(made.factors, weights.placed),
-        name=f"EoRA for {job.checkpoint.name}",
-        details=details,
+    by_first(
+        lambda: write_lora(
+            output,
+            model.architecture,
+            lora_pairs(made.factors, weights.placed),
+            name=f"EoRA for {job.checkpoint.name}",
+            details=details,
+        )
     )
     if job.keeping is not None:
         job.keeping.finish()

@@ -14,6 +14,7 @@ from ...adapter.save import save_adapter
 from ...formats.factors import PACKED_LAYOUT
 from ...formats.sizes import ModuleShape
 from ...loop.weights import weights_fingerprint
+from ...system.distributed import by_first
 from ..jobs import AdapterJob, KnownWeights, LoopJob, ReadWeight
 from ..registry import layer_loop
 from .reader import PLAIN, LayerReader
@@ -70,7 +71,11 @@ def generate_adapter(job: AdapterJob) -> Path:
         )
     )
     names = [name for name, _ in reader.model.named_modules()]
-    save_adapter(folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details)
+    by_first(
+        lambda: save_adapter(
+            folder, made.factors, base_model=str(job.checkpoint), module_names=names, details=made.details
+        )
+    )
     if job.keeping is not None:
         job.keeping.finish()
     return folder

@@ -37,6 +37,22 @@ def save_quantized(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     Raises:
         OSError: when there is too little space, or a file cannot be written.
     """
+    run: CompensationRun | None = getattr(model, RUN_ATTRIBUTE, None)
+    if run is not None and run.group is not None:
+        return _save_shared(original, model, run, args, kwargs)
+    return _save(original, model, *args, **kwargs)
+
+
+def _save_shared(original: Callable[..., Any], model: Any, run: CompensationRun, args: Any, kwargs: Any) -> Any:
+    """Rank 0 saves what all processes of a group have made, and the others wait until it has."""
+    assert run.group is not None
+    run.group.at("saving" if run.group.is_first else "waiting for rank 0 to save")
+    result = _save(original, model, *args, **kwargs) if run.group.is_first else None
+    run.group.barrier("waiting for rank 0 to save")
+    return result
+
+
+def _save(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     config = model.quantize_config
     adapter = config.adapter
     if not isinstance(adapter, EoRA):
