@@ -166,13 +166,13 @@ def test_a_budget_where_the_model_is_on_disk(
 ) -> None:
     """AutoRound streams blocks from the checkpoint; the survey reads the same files, and chooses the same ranks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    ranks, absent, layered = [], list[bool](), budget._layered
+    ranks, absent, layered = [], list[bool](), budget.layered
 
     def noted(model: Any, names: list[str]) -> Any:
         absent.append(any(one.is_meta for one in model.parameters()))
         return layered(model, names)
 
-    monkeypatch.setattr(budget, "_layered", noted)
+    monkeypatch.setattr(budget, "layered", noted)
     for streamed in (False, True):
         monkeypatch.setenv("AR_DISK_STREAM_MODEL", str(int(streamed)))
         folder = tmp_path / str(streamed)
