@@ -24,14 +24,15 @@ from ..system.distributed import current
 from ..system.files import cache_folder
 from ..system.kept import InUse, Kept, kept_state
 from .forecast import Forecast
-from .layered import LayeredModel, Window
+from .layered import LayeredModel
 from .ranks import TokenCorrection
 from .sensitivity import Sensitivity, fingerprint
-from .sweep import Kinds, Question, Swept
+from .sweep import Question, Sweeping, Swept
 
 log = logging.getLogger(__name__)
 
 FOLDER = "sweeps"
+FORMAT = "eora-sweep-1"
 NEXT, FOUND = "next", "found"
 # What nobody has touched for so long is removed: an abandoned sweep's activations take as much as one layer's.
 FORGOTTEN_AFTER_DAYS = 30
@@ -89,61 +90,42 @@ class LayersKept:
             return None
         state = self._kept.read(FOUND)
         log.info("EoRA: forecasts from `%s`.", self._kept.root)
-        forecasts: dict[str, dict[int, Forecast]] = {}
-        relative: dict[str, torch.Tensor] = {}
-        for layer in state["layers"]:
-            _take(layer, forecasts, relative, {})
-        moments = relative if sensitivity is None else sensitivity
-        return Swept(forecasts, state["divergences"], moments, state["tokens"], state["reached"])
+        all_of_it = Sweeping({}, {}, {}, (), None)
+        _take(state["modules"], all_of_it)
+        moments = all_of_it.relative if sensitivity is None else sensitivity
+        return Swept(all_of_it.forecasts, state["divergences"], moments, state["tokens"], all_of_it.reached)
 
-    def finish(self, found: Swept) -> None:
-        """Keep what was found, in place of the layers."""
-        moments = {} if isinstance(found.output_moments, Sensitivity) else found.output_moments
-        layer = _given(list(found.forecasts), found.forecasts, moments, {})  # type: ignore[arg-type]
-        state = {"layers": [layer], "divergences": dict(found.divergences), "tokens": found.tokens,
-                 "reached": dict(found.reached)}  # fmt: skip
+    def finish(self, found: Swept, layers: int) -> None:
+        """Keep what was found, in place of so many layers."""
+        relative = {} if isinstance(found.output_moments, Sensitivity) else dict(found.output_moments)
+        all_of_it = Sweeping(dict(found.forecasts), relative, dict(found.reached), (), None)  # type: ignore[arg-type]
+        state = {"modules": _given(list(found.forecasts), all_of_it), "divergences": dict(found.divergences),
+                 "tokens": found.tokens}  # fmt: skip
         self._kept.keep(FOUND, state)
-        for number in range(self._kept.read(NEXT)["layers"] if NEXT in self._kept else 0):
-            self._kept.drop(_layer(number))
-        self._kept.drop(NEXT)
+        for name in (NEXT, *map(_layer, range(layers))):
+            self._kept.drop(name)
 
-    def go_on(
-        self,
-        forecasts: dict[str, dict[int, Forecast]],
-        relative: dict[str, torch.Tensor],
-        counts: dict[str, int],
-        windows: Sequence[Window],
-        kinds: Kinds | None,
-    ) -> int:
+    def go_on(self, under_way: Sweeping) -> int:
         """See `SweepKeeper`."""
         if NEXT not in self._kept:
             return 0
         state = self._kept.read(NEXT)
-        for number in range(state["layers"]):
-            _take(self._kept.read(_layer(number)), forecasts, relative, counts)
-        for window, hidden in zip(windows, state["hidden"], strict=True):
-            window.hidden = hidden
-        if kinds is not None:
-            kinds.load_state(state["kinds"])
-        log.info("EoRA: %d layers were forecast before the run was interrupted.", state["layers"])
         layers: int = state["layers"]
+        for number in range(layers):
+            _take(self._kept.read(_layer(number)), under_way)
+        for window, hidden in zip(under_way.windows, state["hidden"], strict=True):
+            window.hidden = hidden
+        if under_way.kinds is not None:
+            under_way.kinds.load_state(state["kinds"])
+        log.info("EoRA: %d layers were forecast before the run was interrupted.", layers)
         return layers
 
-    def keep(
-        self,
-        index: int,
-        names: Sequence[str],
-        forecasts: Mapping[str, Mapping[int, Forecast]],
-        relative: Mapping[str, torch.Tensor],
-        counts: Mapping[str, int],
-        windows: Sequence[Window],
-        kinds: Kinds | None,
-    ) -> None:
+    def keep(self, index: int, names: Sequence[str], under_way: Sweeping) -> None:
         """See `SweepKeeper`."""
-        self._kept.keep(_layer(index), _given(names, forecasts, relative, counts))
-        hidden = [window.hidden for window in windows]
-        state = {"layers": index + 1, "hidden": hidden, "kinds": None if kinds is None else kinds.state()}
-        self._kept.keep(NEXT, state)
+        self._kept.keep(_layer(index), _given(names, under_way))
+        hidden = [window.hidden for window in under_way.windows]
+        kinds = None if under_way.kinds is None else under_way.kinds.state()
+        self._kept.keep(NEXT, {"layers": index + 1, "hidden": hidden, "kinds": kinds})
         self._kept.step_done()
 
 
@@ -151,38 +133,30 @@ def _layer(number: int) -> str:
     return f"layer-{number:05d}"
 
 
-def _given(
-    names: Sequence[str],
-    forecasts: Mapping[str, Mapping[int, Forecast]],
-    relative: Mapping[str, torch.Tensor],
-    counts: Mapping[str, int],
-) -> dict[str, Any]:
+def _given(names: Sequence[str], under_way: Sweeping) -> dict[str, Any]:
+    """What was found of some modules, for a state file."""
     return {
         "forecasts": {
             name: {
                 bits: (one.total, one.gains, one.correction.head, one.correction.tail)
-                for bits, one in forecasts[name].items()
+                for bits, one in under_way.forecasts[name].items()
             }
             for name in names
         },
-        "relative": {name: relative[name] for name in names if name in relative},
-        "counts": {name: counts[name] for name in names if name in counts},
+        "relative": {name: under_way.relative[name] for name in names if name in under_way.relative},
+        "reached": {name: under_way.reached[name] for name in names if name in under_way.reached},
     }
 
 
-def _take(
-    layer: Mapping[str, Any],
-    forecasts: dict[str, dict[int, Forecast]],
-    relative: dict[str, torch.Tensor],
-    counts: dict[str, int],
-) -> None:
-    for name, widths in layer["forecasts"].items():
-        forecasts[name] = {
+def _take(modules: Mapping[str, Any], under_way: Sweeping) -> None:
+    """The reverse of `_given`."""
+    for name, widths in modules["forecasts"].items():
+        under_way.forecasts[name] = {
             bits: Forecast(total, gains, TokenCorrection(head, tail))
             for bits, (total, gains, head, tail) in widths.items()
         }
-    relative |= layer["relative"]
-    counts |= layer["counts"]
+    under_way.relative.update(modules["relative"])
+    under_way.reached.update(modules["reached"])
 
 
 def _described(modules: Sequence[str], question: Question) -> list[Any]:
@@ -191,7 +165,7 @@ def _described(modules: Sequence[str], question: Question) -> list[Any]:
     for name in modules:
         how = question.rounding(name)
         asked.append([name, repr(how), [question.rank(name, bits) for bits in how.bits]])
-    return [asked, question.uniform, question.weighed, question.source, __version__, torch.__version__]
+    return [FORMAT, asked, question.uniform, question.weighed, question.source, __version__, torch.__version__]
 
 
 def _forget(folder: Path) -> None:

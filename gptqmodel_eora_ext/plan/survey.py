@@ -111,7 +111,7 @@ def _survey(
             keeper=keeper,
         )
         if keeper is not None:
-            keeper.finish(found)
+            keeper.finish(found, len(model))
         return found
 
 

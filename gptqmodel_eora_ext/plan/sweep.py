@@ -112,30 +112,33 @@ class Swept:
     reached: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sweeping:
+    """A sweep under way; what it has found so far is added to.
+
+    Attributes:
+        forecasts: as in `Swept`, like the next two.
+        relative: output moments, where they do not come from gradients.
+        reached: see there.
+        windows: on their way through the layers.
+        kinds: measured beside; None where they are not.
+    """
+
+    forecasts: dict[str, dict[int, Forecast]]
+    relative: dict[str, torch.Tensor]
+    reached: dict[str, int]
+    windows: Sequence[Window]
+    kinds: Kinds | None
+
+
 class SweepKeeper(Protocol):
     """Keeps a sweep's layers, so that an interrupted one is gone on with (`plan.kept_sweep`)."""
 
-    def go_on(
-        self,
-        forecasts: dict[str, dict[int, Forecast]],
-        relative: dict[str, torch.Tensor],
-        counts: dict[str, int],
-        windows: Sequence[Window],
-        kinds: Kinds | None,
-    ) -> int:
+    def go_on(self, under_way: Sweeping) -> int:
         """Fill in what an interrupted sweep has found, and return the first layer that it has not finished."""
         ...
 
-    def keep(
-        self,
-        index: int,
-        names: Sequence[str],
-        forecasts: Mapping[str, Mapping[int, Forecast]],
-        relative: Mapping[str, torch.Tensor],
-        counts: Mapping[str, int],
-        windows: Sequence[Window],
-        kinds: Kinds | None,
-    ) -> None:
+    def keep(self, index: int, names: Sequence[str], under_way: Sweeping) -> None:
         """Keep a layer, whose modules are ``names``, and what the next one starts from."""
         ...
 
@@ -231,7 +234,8 @@ def sweep(
         group.at("forecasting")
         tokens = sum(group.gather(tokens))
     counts: dict[str, int] = {}
-    first = keeper.go_on(forecasts, relative, counts, windows, kinds) if keeper is not None else 0
+    under_way = Sweeping(forecasts, relative, counts, windows, kinds)
+    first = keeper.go_on(under_way) if keeper is not None else 0
     for inputs in layer_inputs(model, modules, windows, progress, first):
         reached = [name for name in inputs.leaders if sensitivity is None or name in sensitivity]
         counts |= {name: len(inputs.rows[leader]) for name, leader in inputs.leaders.items()}
@@ -249,7 +253,7 @@ def sweep(
         if kinds is not None:
             kinds.step(inputs, replaced)
         if keeper is not None:
-            keeper.keep(inputs.index, list(inputs.linears), forecasts, relative, counts, windows, kinds)
+            keeper.keep(inputs.index, list(inputs.linears), under_way)
         # These names would keep the layer's tensors until the next layer is made, and both would be in memory.
         del inputs, replaced
     output_moments = relative if sensitivity is None else sensitivity

@@ -165,16 +165,17 @@ def test_a_budget_where_the_model_is_on_disk(
     tiny: Path, tokenizer: Any, calibration: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AutoRound streams blocks from the checkpoint; the survey reads the same files, and chooses the same ranks."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    ranks, absent, layered = [], list[bool](), budget._layered
+    ranks, absent, layered = [], list[bool](), budget.layered
 
     def noted(model: Any, names: list[str]) -> Any:
         absent.append(any(one.is_meta for one in model.parameters()))
         return layered(model, names)
 
-    monkeypatch.setattr(budget, "_layered", noted)
+    monkeypatch.setattr(budget, "layered", noted)
     for streamed in (False, True):
         monkeypatch.setenv("AR_DISK_STREAM_MODEL", str(int(streamed)))
+        # Each is measured: what a survey has found is kept there.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{streamed}"))
         folder = tmp_path / str(streamed)
         algorithms = ["signround", EoRAConfig(budget="1bpw", factor_bits=4)]
         quantizer = autoround(tiny, tokenizer, calibration, algorithms, low_cpu_mem_usage=streamed)
