@@ -26,7 +26,9 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What stands at the package's top, outside any room.
 TOP = {"__init__", "_version", "autoload"}
-HOSTS = {"gptqmodel", "auto_round"}
+HOSTS = {"gptqmodel", "auto_round", "vllm"}
+# Their rooms.
+FOLDERS = ("gptqmodel", "autoround", "llamacpp", "vllm")
 # Rooms of tensors, which know no model: what they may not import besides.
 WITHOUT_LIBRARIES = ("system", "formats", "capture", "solve", "kernels")
 LIBRARIES = {*HOSTS, "transformers", "peft", "datasets"}
@@ -129,19 +131,18 @@ def test_commands_and_evaluation_name_no_host() -> None:
         f"{name} → {imported}"
         for name, found in GRAPH.items()
         for imported in found
-        if room(name) in ("cli", "evaluate") and imported.startswith(tuple(f"{PACKAGE}.hosts.{host}" for host in
-                                                                         ("gptqmodel", "autoround", "llamacpp")))
+        if room(name) in ("cli", "evaluate")
+        and imported.startswith(tuple(f"{PACKAGE}.hosts.{host}" for host in FOLDERS))
     ]  # fmt: skip
     assert named == []
 
 
 def test_hosts_do_not_import_each_other() -> None:
-    folders = ("gptqmodel", "autoround", "llamacpp")
     crossed = [
         f"{name} → {imported}"
         for name, found in GRAPH.items()
         for imported in found
-        for one, other in itertools.permutations(folders, 2)
+        for one, other in itertools.permutations(FOLDERS, 2)
         if name.startswith(f"{PACKAGE}.hosts.{one}") and imported.startswith(f"{PACKAGE}.hosts.{other}")
     ]
     assert crossed == []

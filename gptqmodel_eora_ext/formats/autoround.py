@@ -170,10 +170,11 @@ def packed_modules(checkpoint: Path, layout: Packing) -> Iterator[tuple[str, Pac
             raise NotImplementedError(
                 f"EoRA: {name} in `{checkpoint}` is packed in {bits:g} bits as {layout.method.upper()}. {WORKS}"
             )
-        yield name, PackedModule(int(bits), _group_size(int(in_features), groups), out_features, int(in_features))
+        yield name, PackedModule(int(bits), group_size_of(int(in_features), groups), out_features, int(in_features))
 
 
-def _group_size(in_features: int, groups: int) -> int:
+def group_size_of(in_features: int, groups: int) -> int:
+    """Inputs per scale, −1 for a whole row, by the number of scales that a row has."""
     if groups == 1:
         return -1
     # The last group may be shorter; sizes are powers of two or divide the width.

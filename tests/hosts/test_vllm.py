@@ -27,10 +27,11 @@ from gptqmodel_eora_ext.hosts.vllm.checkpoint import (
     needs_plugin,
     read_checkpoint,
 )
-from gptqmodel_eora_ext.hosts.vllm.parts import Part, shares
+from gptqmodel_eora_ext.hosts.vllm.parts import Part, share_of
 from gptqmodel_eora_ext.hosts.vllm.served import ServedLinear
 from gptqmodel_eora_ext.kernels.reference import linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
+from tests.triton_process import assert_passes
 
 CONFIG: dict[str, Any] = {"quant_method": "gptq", "bits": 2, "group_size": 32, "sym": False,
                           "checkpoint_format": "gptq"}  # fmt: skip
@@ -90,7 +91,7 @@ def test_a_joined_layer_is_cut_by_outputs(made: tuple, processes: int) -> None:
     for rank in range(processes):
         parts = []
         for name, weight in weights.items():
-            share = shares([weight.out_features], [weight.out_features // processes], [rank], (0, IN))
+            share = share_of([weight.out_features], [weight.out_features // processes], [rank], (0, IN))
             parts.append(take(checkpoint, weight, Part(name, share, CPU)))
         y = ServedLinear(checkpoint, parts, None)(x)
         pieces.append(list(y.split([width // processes for width in WIDTHS], dim=1)))
@@ -110,7 +111,7 @@ def test_a_layer_is_cut_by_inputs(made: tuple, processes: int) -> None:
         found = 0
         for rank in range(processes):
             begin, end = rank * IN // processes, (rank + 1) * IN // processes
-            share = shares([weight.out_features], [weight.out_features], [0], (begin, end))
+            share = share_of([weight.out_features], [weight.out_features], [0], (begin, end))
             part = take(checkpoint, weight, Part(name, share, CPU))
             found = found + ServedLinear(checkpoint, [part], None)(x[:, begin:end])
         torch.testing.assert_close(found, linear(x, weight, factors.get(name)), rtol=1e-4, atol=1e-4)
@@ -122,7 +123,7 @@ def test_heads_that_several_processes_share(made: tuple) -> None:
     checkpoint, name = read_checkpoint(folder, CONFIG), named("k_proj")
     x, expected = random_input(2, IN), linear(random_input(2, IN), weights[name], factors[name])
     for rank in range(4):
-        part = Part(name, shares([64], [32], [rank // 2], (0, IN)), CPU)
+        part = Part(name, share_of([64], [32], [rank // 2], (0, IN)), CPU)
         y = ServedLinear(checkpoint, [take(checkpoint, weights[name], part)], None)(x)
         begin = rank // 2 * 32
         torch.testing.assert_close(y, expected[:, begin : begin + 32], rtol=1e-4, atol=1e-4)
@@ -130,14 +131,14 @@ def test_heads_that_several_processes_share(made: tuple) -> None:
 
 def test_several_kinds_in_one_tensor() -> None:
     """q, k and v in one module of the file, as Phi has them: three ranges of it."""
-    assert shares([256, 64, 64], [128, 32, 32], [1, 1, 1], (0, 8)).outputs == ((128, 256), (288, 320), (352, 384))
-    assert shares([256, 64, 64], [256, 64, 64], [0, 0, 0], (0, 8)).outputs == ((0, 384),)
+    assert share_of([256, 64, 64], [128, 32, 32], [1, 1, 1], (0, 8)).outputs == ((128, 256), (288, 320), (352, 384))
+    assert share_of([256, 64, 64], [256, 64, 64], [0, 0, 0], (0, 8)).outputs == ((0, 384),)
 
 
 def test_other_factors_in_place_of_the_checkpoints_own(made: tuple) -> None:
     folder, weights, _ = made
     checkpoint = read_checkpoint(folder, CONFIG)
-    share = {name: shares([one.out_features], [one.out_features], [0], (0, IN)) for name, one in weights.items()}
+    share = {name: share_of([one.out_features], [one.out_features], [0], (0, IN)) for name, one in weights.items()}
     parts = [take(checkpoint, weight, Part(name, share[name], CPU)) for name, weight in weights.items()]
     bias, x = torch.randn(sum(WIDTHS)), random_input(3, IN)
     served = ServedLinear(checkpoint, parts, bias, padding=8)
@@ -212,7 +213,13 @@ def test_tensors_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 def test_a_part_of_which_tensors_are_missing_is_refused(made: tuple) -> None:
     folder, weights, _ = made
     checkpoint, name = read_checkpoint(folder, CONFIG), named("k_proj")
-    part = Part(name, shares([64], [64], [0], (0, IN)), CPU)
+    part = Part(name, share_of([64], [64], [0], (0, IN)), CPU)
     part.take(checkpoint, "qweight", weights[name].qweight)
     with pytest.raises(CheckpointError, match=r"k_proj; it has read qweight"):
         part.require_whole()
+
+
+def test_on_the_triton_kernels() -> None:
+    """What a GPU would multiply, interpreted."""
+    pytest.importorskip("triton")
+    assert_passes(Path(__file__).with_name("vllm_triton.py"), interpreted=True)

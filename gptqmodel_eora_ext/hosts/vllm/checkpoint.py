@@ -203,10 +203,7 @@ def _group_size(in_features: int, groups: int, asked: Any) -> int:
     """Inputs per scale: what the config says, where it gives so many groups; else what the number of groups tells."""
     if isinstance(asked, int) and asked > 0 and -(-in_features // min(asked, in_features)) == groups:
         return asked
-    if groups == 1:
-        return -1
-    size = -(-in_features // groups)
-    return size if in_features % groups == 0 else 1 << (size - 1).bit_length()
+    return autoround.group_size_of(in_features, groups)
 
 
 def _dynamic(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ NAME = "eora"
 SAME_FORMAT = (None, NAME, "gptq", "auto_gptq", "gptq_marlin", "marlin", "inc", "auto-round")
 # Of CUDA, as vLLM counts it: Triton's oldest target that the kernels were compiled for (docs/kernels.md).
 LEAST_CAPABILITY = 75
-# Files of a repository on the hub that tell of a checkpoint and its adapter; vLLM itself downloads the weights.
+# Files of a repository on the hub that a checkpoint and its adapter consist of; vLLM finds its own of them there later.
 HUB_FILES = ("*.json", f"*/{ADAPTER_CONFIG}", f"*/{ADAPTER_WEIGHTS}", "*.safetensors")
 # What is to be done before the first layer is made: `seams` enters what has to wait for vLLM's own imports.
 before_layers: list[Callable[[], None]] = []
@@ -93,7 +93,8 @@ class EoRAQuantization(QuantizationConfig):
                     f"quant_method {hf_quant_cfg.get('quant_method')!r}. Leave --quantization out."
                 )
             return None
-        folder = _local_folder(str(getattr(hf_config, "name_or_path", "") or ""), None)
+        named, revision = str(getattr(hf_config, "name_or_path", "") or ""), getattr(hf_config, "_commit_hash", None)
+        folder = _local_folder(named, revision, (QUANTIZE_CONFIG,))
         adapted = folder is not None and names_adapter(folder)
         if user_quant not in SAME_FORMAT:
             if adapted:
@@ -115,7 +116,7 @@ class EoRAQuantization(QuantizationConfig):
             CheckpointError: as `read_checkpoint`, or where the checkpoint is not to be had.
             AdapterError: as `read_checkpoint`.
         """
-        folder = _local_folder(model_name, revision)
+        folder = _local_folder(model_name, revision, HUB_FILES)
         if folder is None:
             raise CheckpointError(
                 f"EoRA: `{model_name}` is no folder, and no repository of the hub that can be reached."
@@ -176,8 +177,8 @@ def _unquantized_experts(layer: torch.nn.Module) -> QuantizeMethodBase | None:
     return UnquantizedFusedMoEMethod(layer.moe_config) if isinstance(layer, RoutedExperts) else None
 
 
-def _local_folder(model: str, revision: str | None) -> Path | None:
-    """Where a checkpoint lies on this machine; files of one on the hub that tell of it are downloaded first.
+def _local_folder(model: str, revision: str | None, files: tuple[str, ...]) -> Path | None:
+    """Where a checkpoint lies on this machine; of one on the hub, some files are downloaded first.
 
     None where it is neither.
     """
@@ -188,6 +189,6 @@ def _local_folder(model: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError):
         return None

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from ...system.memory import release_free_memory
 from .checkpoint import PACKED, Checkpoint, CheckpointError
 from .ops import register_layer, served_linear
-from .parts import Part, Share, shares
+from .parts import Part, Share, share_of
 from .served import ServedLinear
 
 # Layers whose cut by tensor parallelism is known here. A class of its own for one model may cut in another way.
@@ -169,7 +169,7 @@ class _Loading:
         else:
             sizes, ranks = self._disk_sizes(layer)
             disk = sum(sizes[kind] for kind in kinds)
-            share = shares([sizes[kind] for kind in kinds], [self._local[kind] for kind in kinds],
+            share = share_of([sizes[kind] for kind in kinds], [self._local[kind] for kind in kinds],
                            [ranks[kind] for kind in kinds], inputs)  # fmt: skip
         name = self._name(kinds)
         header = self._checkpoint.modules.get(name)

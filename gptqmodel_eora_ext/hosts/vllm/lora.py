@@ -148,12 +148,14 @@ def set_adapter_mapping(original: Callable[..., Any], manager: Any, mapping: Any
 def _worn(manager: Any) -> Worn:
     """What a manager's rows wear; made, and made known to its layers, when it is first asked for."""
     if not hasattr(manager, "_eora_worn"):
-        device = next(iter(manager.punica_wrapper_mapping.values())).device
+        device = torch.device(next(iter(manager.punica_wrapper_mapping.values())).device)
         manager._eora_worn = Worn(torch.zeros(manager.lora_slots + 1, dtype=torch.bool, device=device))
         for module in manager.modules.values():
             base: Any = getattr(module, "base_layer", None)
             if base is not None and hasattr(base, "_eora_served"):
                 module._eora_worn = manager._eora_worn
+                if device.type != "cpu":
+                    base._eora_served.prepare_bare()
                 _wrappers[base._eora_name] = module
     worn: Worn = manager._eora_worn
     return worn

@@ -126,7 +126,7 @@ class Part:
             )
 
 
-def shares(
+def share_of(
     disk_sizes: Sequence[int], local_sizes: Sequence[int], ranks: Sequence[int], inputs: Range
 ) -> Share:
     """What a process keeps of a module that holds some outputs, one kind after the other (q, k and v, say).

@@ -55,9 +55,14 @@ class ServedLinear:
 
     def bare(self, x: torch.Tensor) -> torch.Tensor:
         """y without the checkpoint's own adapter."""
+        self.prepare_bare()
+        assert self._without_factors is not None
+        return self.with_groups(x, self._without_factors)
+
+    def prepare_bare(self) -> None:
+        """Get ready for `bare`; on a GPU that waits for the device, which nothing may while a graph is captured."""
         if self._without_factors is None:
             self._without_factors = self.groups([None] * len(self.parts))
-        return self.with_groups(x, self._without_factors)
 
     def groups(self, factors: Sequence[Any]) -> Groups:
         """What multiplies the same weights with other factors, one for each part or None; weights are not copied."""
