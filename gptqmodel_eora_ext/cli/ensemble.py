@@ -161,7 +161,7 @@ def route(
 
     from ..hosts.ensemble import ensemble_of
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     with errors():
         found = ensemble_of(loaded.model)
         for text in texts:

@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,9 @@ class Ensemble:
         self._model = weakref.ref(model)
         self._mine = _OfThread()
         self._of_cache: weakref.WeakKeyDictionary[Any, RowWeights] = weakref.WeakKeyDictionary()
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            layers[folder.depth].register_forward_pre_hook(self._look, with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-        ]
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        layers[folder.depth].register_forward_pre_hook(self._look, with_kwargs=True)
+        model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
 
     @property
     def last(self) -> Routing | None:
@@ -122,7 +120,7 @@ class Ensemble:
             AdapterError: for another form, an unknown member, and weights that are negative, NaN or sum to above 1.
         """
         # Checked now: within a forward, the error would come after work.
-        rows = 1 if weights is None or hasattr(weights, "keys") else len(weights) if hasattr(weights, "__len__") else 1
+        rows = len(weights) if isinstance(weights, Sequence) else 1
         told_weights(weights, self.members, rows)
         before, self._mine.told = self._mine.told, weights
         try:
@@ -148,12 +146,6 @@ class Ensemble:
         """The weights that a cache was computed with, sequences × members; None for one that no prompt here filled."""
         known = self._of_cache.get(cache)
         return None if known is None else known.weights[:, 1:]
-
-    def remove(self) -> None:
-        """Take the hooks off; the shared adapter serves alone from then on."""
-        for hook in self._hooks:
-            hook.remove()
-        self.mixture.set(None)
 
     # Hooks ---------------------------------------------------------------------------------------------------------
 
@@ -201,7 +193,7 @@ class Ensemble:
     def _told(self, sequences: int) -> list[list[float] | None]:
         """Rows of weights; of a search by several beams, each prompt's for all of its beams."""
         told = self._mine.told
-        if told is None or hasattr(told, "keys"):
+        if told is None or isinstance(told, Mapping):
             return told_weights(told, self.members, sequences)
         beams = sequences // len(told) if len(told) and sequences % len(told) == 0 else 1
         rows = told_weights(told, self.members, sequences // beams)

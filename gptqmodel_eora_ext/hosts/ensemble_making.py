@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def make_ensemble(job: EnsembleJob) -> Path:
         _member(job, name, windows[: job.samples], division.members[name])
         members.append(Member(name, over, made_for, _tokens(windows[: job.samples])))
     classes = {**({SHARED: job.shared} if job.background else {}), **job.domains}
-    with _loaded(job, job.output) as (loaded, layers):
+    with _opened(job, job.output) as (loaded, layers):
         states = {name: _states(loaded, layers[job.depth], windows) for name, windows in classes.items()}
     router = Router.fit(states, list(job.domains))
     with replaced_file(job.output / ROUTER_FILE) as fresh:
@@ -142,12 +143,10 @@ def add_member(job: EnsembleJob, *, replace: bool = False) -> Path:
     kept = [one for one in ensemble.members if not (replace and one.name in job.domains)]
     _check(job.domains, None, known=[one.name for one in kept])
     over, made_for = fingerprint([ensemble.shared.weights]), checkpoint_fingerprint(job.checkpoint)
-    with _loaded(job, None) as (loaded, layers):
-        budget = budget_bytes(job.budget, _shapes(loaded))
-        depth = ensemble.depth
     router = Router.load(job.output / ROUTER_FILE, ensemble.names[1:], ensemble.settings)
-    with _loaded(job, job.output) as (loaded, layers):
-        states = {name: _states(loaded, layers[depth], windows) for name, windows in job.domains.items()}
+    with _opened(job, job.output) as (loaded, layers):
+        budget = budget_bytes(job.budget, _shapes(loaded))
+        states = {name: _states(loaded, layers[ensemble.depth], windows) for name, windows in job.domains.items()}
     for name, windows in job.domains.items():
         _member(job, name, windows[: job.samples], budget)
         router = router.with_class(name, states[name])
@@ -156,7 +155,7 @@ def add_member(job: EnsembleJob, *, replace: bool = False) -> Path:
     members = [by_name[name] for name in router.members]
     with replaced_file(job.output / ROUTER_FILE) as fresh:
         router.save(fresh)
-    write_manifest(job.output, members, depth, router.settings)
+    write_manifest(job.output, members, ensemble.depth, router.settings)
     return job.output
 
 
@@ -219,23 +218,12 @@ def _controls(job: EnsembleJob, division: Division) -> None:
         _adapter(job, windows, budget, job.controls / name, f"of mixed text, {name} bytes")
 
 
-class _Opened:
-    """A checkpoint that is loaded for a block."""
-
-    def __init__(self, job: EnsembleJob, adapter: Path | None) -> None:
-        load = loader(job.checkpoint)
-        trust = bool(job.loading.get("trust_remote_code"))
-        self.loaded = load(job.checkpoint, adapter, for_adapters=adapter is None, trust_remote_code=trust)
-
-    def __enter__(self) -> tuple[Loaded, list[torch.nn.Module]]:
-        names = [shape.name for shape in _shapes(self.loaded)]
-        return self.loaded, layers_of(self.loaded.model, names)
-
-    def __exit__(self, *exception: Any) -> None:
-        del self.loaded
-
-
-_loaded = _Opened
+@contextlib.contextmanager
+def _opened(job: EnsembleJob, adapter: Path | None) -> Iterator[tuple[Loaded, list[torch.nn.Module]]]:
+    """The checkpoint with an adapter, or without any, and its layers; let go of after the block."""
+    trust = bool(job.loading.get("trust_remote_code"))
+    loaded = loader(job.checkpoint)(job.checkpoint, adapter, for_adapters=adapter is None, trust_remote_code=trust)
+    yield loaded, layers_of(loaded.model, [shape.name for shape in _shapes(loaded)])
 
 
 def _shapes(loaded: Loaded) -> list[ModuleShape]:
@@ -259,7 +247,7 @@ def _states(loaded: Loaded, layer: torch.nn.Module, windows: Windows) -> torch.T
 
 def _division(job: EnsembleJob) -> Division:
     """How the budget divides: as asked, or as forecast on a sample of layers."""
-    with _loaded(job, None) as (loaded, layers):
+    with _opened(job, None) as (loaded, layers):
         if job.depth >= len(layers):
             raise AdapterError(f"Ensemble: the router looks behind layer {job.depth}, and the model has {len(layers)}. "
                                f"Choose a smaller --depth.")  # fmt: skip

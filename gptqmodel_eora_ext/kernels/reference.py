@@ -56,9 +56,9 @@ def linear(
             y = y + (inputs @ down.T) @ up
         else:
             for member, part in enumerate(parts_of(factors.members)):
-                weight = weights[..., member : member + 1].to(accumulate)
-                if bool((weight != 0).any()):
-                    y = y + (inputs @ down[part].T * weight) @ up[part]
+                own = weights[..., member : member + 1].to(accumulate)
+                if bool((own != 0).any()):
+                    y = y + (inputs @ down[part].T * own) @ up[part]
     if bias is not None:
         y = y + bias.to(accumulate)
     return y.to(x.dtype)

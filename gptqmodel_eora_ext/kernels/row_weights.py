@@ -54,8 +54,9 @@ class RowWeights:
             # A tensor of inference mode could not be saved for a gradient later.
             with torch.inference_mode(False):
                 found = self.weights.repeat_interleave(rows // sequences, dim=0).contiguous().to(device)
-            if len(self._kept) == MOST_KEPT:
-                del self._kept[next(iter(self._kept))]
+            if len(self._kept) >= MOST_KEPT:
+                # Several threads may use the same weights: another may have let go of them.
+                self._kept.pop(next(iter(self._kept)), None)
             self._kept[(rows, device)] = found
         return found
 

@@ -36,6 +36,8 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
 
 NAME = "model.layers.0.mlp.down_proj"
 OUT, IN, RANK = 40, 200, 6
+# Ranks of an ensemble's members, RANK together.
+MEMBERS = (2, 0, 4)
 # What a number of a header may say instead.
 NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 5, 6, 7, 8, 16, 32, 40, 63, 64, 199, 200, 201, 2**31 - 1, 2**31, 2**40, 2**63, 10**30, 1e300, 7.5,
@@ -267,17 +269,20 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
     t = torch.zeros(len(x), RANK, dtype=torch.bfloat16)
     halves = x.to(torch.bfloat16)
     y_halves = torch.empty(len(x), OUT, dtype=torch.bfloat16)
+    weights, read = torch.ones(len(x), len(MEMBERS)), torch.ones(len(MEMBERS))
+    given = (weights.data_ptr(), weights.nbytes) if layer._struct.members else (None, 0)
+    live = (read.data_ptr(), read.nbytes) if layer._struct.members else (None, 0)
 
     def dequantize() -> int:
         return kernels.eora_dequantize(layer.address, 0, 3, tile.data_ptr(), tile.nbytes, 48, best_isa(), 1)
 
     def matmul() -> int:
         return kernels.eora_matmul(layer.address, halves.data_ptr(), halves.nbytes, t.data_ptr(), t.nbytes, len(x),
-                                   y_halves.data_ptr(), y_halves.nbytes, 1)  # fmt: skip
+                                   *live, y_halves.data_ptr(), y_halves.nbytes, 1)  # fmt: skip
 
     return {
         "check": lambda: kernels.eora_check(layer.address),
-        "linears": lambda: kernels.eora_linears(one, 1, *memory, 0, len(x), out, y.nbytes, best_isa(), 1),
+        "linears": lambda: kernels.eora_linears(one, 1, *memory, 0, len(x), *given, out, y.nbytes, best_isa(), 1),
         "dequantize": dequantize,
         "matmul": matmul,
     }
@@ -288,9 +293,10 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
 def test_sizes_that_the_compiled_functions_are_told(factor_bits: int, group_size: int) -> None:
     """Each number of the struct is made another: all functions refuse it, or all stay within their memory."""
     weight = packed_weight(3, OUT, IN, group_size, sym=False)
-    repacked, factors = repack_weight(weight), repack_factors(random_factors(weight, RANK, factor_bits))
+    repacked = repack_weight(weight)
+    factors = repack_factors(replace(random_factors(weight, RANK, factor_bits), members=MEMBERS))
     x, y = random_input(2, IN), torch.empty(2, OUT)
-    numbers = [name for name, _ in _Linear._fields_ if name not in (*_MEMORY, "padding")]
+    numbers = [name for name, _ in _Linear._fields_ if name not in _MEMORY]
     told: set[str] = set()
     for field, number in itertools.product(numbers, (0, 1, -1, 2, 7, 47, 64, 2**30, 2**31 - 1)):
         layer = CpuLinear(repacked, factors, torch.ones(OUT))
@@ -305,7 +311,7 @@ def test_sizes_that_the_compiled_functions_are_told(factor_bits: int, group_size
     unread = {"down_scales_bytes", "up_scales_bytes"} if factor_bits == 16 else set()
     unread |= {"order_bytes"} if repacked.order is None else set()
     assert {f"{name}_bytes" for name in _MEMORY} - unread <= told
-    assert {"bits", "in_features", "out_features", "segments", "units", "strips"} <= told
+    assert {"bits", "in_features", "out_features", "segments", "units", "strips", "members"} <= told
 
 
 def test_indices_that_the_compiled_functions_are_told() -> None:

@@ -222,10 +222,6 @@ class EnsembleFolder:
             if any(part is not None for part in parts):
                 yield module, stacked(module, parts, self.names)
 
-    def write(self) -> None:
-        """Write `ensemble.json`."""
-        write_manifest(self.path, self.members, self.depth, self.settings)
-
 
 def write_manifest(path: Path, members: Sequence[Member], depth: int, settings: Mapping[str, Any]) -> None:
     """Write an ensemble's `ensemble.json`.

@@ -165,8 +165,7 @@ class Router:
         distances = torch.stack(
             [torch.stack([torch.quantile(of[:, own], levels) for own, of in enumerate(row)]) for row in squares]
         )
-        return cls(*(getattr(made, name) for name in ("classes", "members", "mean", "basis", "centres", "roots")),
-                   distances, _temperature(squares), floor)  # fmt: skip
+        return replace(made, distances=distances, temperature=_temperature(squares))
 
     def with_class(self, name: str, states: torch.Tensor) -> Router:
         """A router that knows one member more, or one anew; nothing that it knows of the others changes.
@@ -297,7 +296,8 @@ class Router:
                 raise AdapterError(f"Ensemble: `{path}` holds NaN or infinity in {name}. {remedy}")
         if not is_whole(lengths, 1) or lengths > len(LENGTHS):
             raise AdapterError(f"Ensemble: `{path}` knows {lengths} lengths; expected 1 to {len(LENGTHS)}. {remedy}")
-        temperature, floor = settings.get("temperature"), settings.get("floor")
+        temperature: Any = settings.get("temperature")
+        floor: Any = settings.get("floor")
         if not is_number(temperature) or temperature <= 0 or not is_number(floor) or not 0 <= floor <= 1:
             raise AdapterError(f"Ensemble: the router of `{path}` has temperature {temperature!r} and floor {floor!r}; "
                                f"expected a positive number and one from 0 to 1. {remedy}")  # fmt: skip
