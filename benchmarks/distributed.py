@@ -5,10 +5,9 @@ checkpoints are the same.
     python benchmarks/distributed.py --layers 2 --samples 4 --seqlen 64 --processes 1 2   # a dry run
 
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
-count for Cholesky, inverse, QR and eigenvalues. They are counted where they are done: "capture" are the layers' forwards
-and the sums of inputs, "solve" is GPTQ and the adapter; a budget's survey is not counted. One process has two threads,
-each of several has one. So the seconds of 1 and 2 processes may be compared on two quiet cores; with 4 they share two
-cores, and only the counts mean something.
+count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
+GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So the
+seconds of 1 and 2 processes may be compared on two quiet cores; 4 share two cores, and only their counts mean something.
 """
 
 from __future__ import annotations
@@ -209,8 +208,9 @@ def main() -> None:
     for adapter, rows in results.items():
         for row in rows[1:]:
             over = {kind: value for kind, value in row["busiest over its share"].items() if value > 1 + TOLERANCE}
-            print(f"{adapter}, {row['processes']} processes: {row['compared']['tensors that differ']} tensors differ; "
-                  + (f"more than 1/N by over {TOLERANCE:.0%}: {over}" if over else "operations fall as 1/N"))  # fmt: skip
+            falls = f"more than 1/N by over {TOLERANCE:.0%}: {over}" if over else "operations fall as 1/N"
+            differing = row["compared"]["tensors that differ"]
+            print(f"{adapter}, {row['processes']} processes: {differing} tensors differ; {falls}")
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ WINDOW = 2048
 FORWARDS = 3
 # Operations a second of a layer's forwards in bfloat16: two fifths of an H200's peak. Assumed, not measured.
 FORWARD_RATE = 4e14
-# Of the rank whose solving was measured at every shape on a GPU that was warm; only how shapes compare is taken from it.
+# Of the rank whose solving was measured at every shape on a warm GPU; only how shapes compare is taken from it.
 SOLVED_RANK = 128
-# Sums of in × in in float32 that are in memory while the widest module is quantised: the Hessian, its permuted copy, the
-# Cholesky factor, the inverse, and the adapter's copy. With W, its permuted copy and the error, that makes 4.1 of the
-# 5.3 GB that the 8B layer's peak was measured at; the rest is taken to be the same for every width.
+# Sums of in × in in float32 that are in memory while the widest module is quantised: the Hessian, its permuted copy,
+# the Cholesky factor, the inverse, and the adapter's copy. With W, its permuted copy and the error, and the layer in 16
+# bits, that makes 4.0 of the 5.3 GB that the 8B's peak was measured at; the rest is taken to be the same for all.
 SUMS_AT_ONCE, WEIGHTS_AT_ONCE = 5, 3
 SMALL_GPU, SMALL_HOST = 24e9, 64e9
 
@@ -157,7 +157,7 @@ def gpu_peak(shape: Shape, measured: dict[str, Any]) -> float:
 
 
 def host_peak(shape: Shape, tokens: int) -> float:
-    """Bytes of the host's memory: inputs and outputs of a layer at all tokens, and two layers of weights, in 16 bits."""
+    """Bytes of the host's memory, all in 16 bits: a layer's inputs and outputs at all tokens, two layers' weights."""
     hidden = shape.subsets[0][0][1]
     return 2 * 2.0 * tokens * hidden + 2 * 2 * shape.weights
 
@@ -182,7 +182,8 @@ def tables(measured: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {processes} | {sent['sums'] / 1e9:.2f} GB | {sent['modules'] / 1e9:.2f} GB | "
                 f"{done['capture']:,.0f} | {done['solve']:,.0f} | {took['sums']:.2f} | {took['forwards']:.2f} | "
-                f"{took['solve']:.2f} | {took['serial']:.2f} | {sum(took.values()) * shape.layers / 60:.1f} min | {how} |"
+                f"{took['solve']:.2f} | {took['serial']:.2f} | {shape.layers * sum(took.values()) / 60:.1f} min | "
+                f"{how} |"
             )
     lines += [
         "",
@@ -199,8 +200,8 @@ def tables(measured: dict[str, Any]) -> str:
         lines.append(f"| {name} | {gpu / 1e9:.1f} GB | {host / 1e9:.1f} GB | {fits} | {how} |")
     lines += [
         "",
-        f"Of models shaped as the 72B (an MLP 3.6 times as wide as the hidden width) the widest that fits has an MLP of "
-        f"{_widest(measured):,} (computed).",
+        f"Of models shaped as the 72B (an MLP 3.6 times as wide as the hidden width) the widest that fits has an MLP "
+        f"of {_widest(measured):,} (computed).",
     ]
     return "\n".join(lines)
 
