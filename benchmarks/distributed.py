@@ -7,7 +7,7 @@ checkpoints are the same.
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
 count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
 GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So the
-seconds of 1 and 2 processes may be compared on two quiet cores; 4 share two cores, and only their counts mean something.
+seconds of 1 and 2 processes may be compared on two quiet cores; 4 share two cores, so only their counts tell anything.
 """
 
 from __future__ import annotations
