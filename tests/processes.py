@@ -22,8 +22,10 @@ class Ended:
     output: str
 
 
-def start(command: Sequence[str], size: int, env: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
-    """Start ``command`` (without Python) in ``size`` processes of one thread."""
+def start(
+    command: Sequence[str], size: int, env: Mapping[str, str] | None = None, folder: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start ``command`` (without Python) in ``size`` processes of one thread, in a working directory."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,6 +41,7 @@ def start(command: Sequence[str], size: int, env: Mapping[str, str] | None = Non
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=folder,
         )
         for rank in range(size)
     ]
@@ -54,6 +57,8 @@ def wait(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
     return [Ended(one.returncode, output) for one, output in zip(processes, outputs, strict=True)]
 
 
-def run(command: Sequence[str], size: int, env: Mapping[str, str] | None = None) -> list[Ended]:
+def run(
+    command: Sequence[str], size: int, env: Mapping[str, str] | None = None, folder: Path | None = None
+) -> list[Ended]:
     """Start ``command`` in ``size`` processes, and wait for all of them."""
-    return wait(start(command, size, env))
+    return wait(start(command, size, env, folder))

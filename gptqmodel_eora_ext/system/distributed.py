@@ -353,6 +353,8 @@ def _own_device(local_rank: int) -> torch.device:
 
     Hosts use every GPU they see, so the others are hidden before CUDA is initialised.
     """
+    # Asked through the driver's management library, since CUDA reads the variable once, when it is initialised.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return torch.device("cpu")

@@ -17,6 +17,7 @@ from gptqmodel_eora_ext.adapter.settings import MODULES_BEFORE
 from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.refine import CHOICES, COMPLETE, INTERRUPTED, RefineJob, RefineSettings, Trainee, refine_adapter
+from gptqmodel_eora_ext.refine import evaluation as evaluation_module
 from gptqmodel_eora_ext.refine import training as training_module
 from gptqmodel_eora_ext.refine.natural import STEPS
 from gptqmodel_eora_ext.refine.outcome import DIVERGENCE, NOT_FINITE
@@ -98,7 +99,7 @@ def test_a_rate_that_ruins_it_ends_and_leaves_the_start(
 def test_a_loss_that_is_no_number_ends_with_the_best_so_far(
     trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = training_module.window_loss
+    usual = evaluation_module.window_loss
 
     def broken(*args: object, with_gradient: bool) -> tuple[float, torch.Tensor | None]:
         value, gradient = usual(*args, with_gradient=with_gradient)  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def test_a_loss_that_is_no_number_ends_with_the_best_so_far(
         return (float("nan") if sum(steps) > 9 else value), gradient
 
     steps: list[bool] = []
-    monkeypatch.setattr(training_module, "window_loss", broken)
+    monkeypatch.setattr(evaluation_module, "window_loss", broken)
     outcome = refine_adapter(trainee, checkpoint, source, checkpoint / "refined", job)
     assert outcome.ended == NOT_FINITE and outcome.steps == 9 and 0 < outcome.best_step <= 9
     assert outcome.after < outcome.before

@@ -124,12 +124,6 @@ def test_ordered_sums_have_the_bits_of_one_process(tmp_path: Path) -> None:
     assert not (tmp_path / "1.safetensors").exists()
 
 
-def test_processes_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
-    for one in run([SCRIPT, "differ", str(tmp_path)], 2):
-        assert one.status != 0
-        assert "differ in calibration data: rank 0 has 'one', rank 1 (" in one.output
-
-
 def _the_others_name_it(ended: list[Ended], case: str, what: str) -> None:
     """All but rank 1 end by the status of a lost process, and name rank 1, its host and what it was at."""
     for rank, one in enumerate(ended):
@@ -140,11 +134,12 @@ def _the_others_name_it(ended: list[Ended], case: str, what: str) -> None:
 
 
 def test_the_others_end_and_name_a_process_that_was_killed(tmp_path: Path) -> None:
-    ended = run([SCRIPT, "killed", str(tmp_path)], 3)
+    ended = run([SCRIPT, "killed", str(tmp_path)], 2)
     assert ended[1].status == -signal.SIGKILL
     _the_others_name_it(ended, "killed", "was killed or has crashed")
 
 
+@pytest.mark.distributed
 def test_the_others_end_and_tell_the_error_of_a_process_that_failed(tmp_path: Path) -> None:
     _the_others_name_it(run([SCRIPT, "fails", str(tmp_path)], 2), "fails", "failed: OSError: no space left on device")
 

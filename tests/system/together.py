@@ -68,6 +68,12 @@ def exchanged(group: Group) -> None:
     assert len(joined_rows["y"]) == group.size - 1
     total = group.add_up(torch.tensor([1.0, float(group.rank)]))
     assert total.tolist() == [group.size, sum(range(group.size))]
+    try:
+        group.agree({"model": "same", "calibration data": "other" if group.rank == 1 else "one"})
+    except ValueError as error:
+        assert "differ in calibration data: rank 0 has 'one', rank 1 (" in str(error), error
+    else:
+        raise AssertionError("different data were taken for the same")
 
 
 def main(case: str, folder: Path) -> None:
@@ -80,8 +86,6 @@ def main(case: str, folder: Path) -> None:
             found = sums(group)
             if found:
                 save_file(found, folder / f"{group.rank}.safetensors")
-        elif case == "differ":
-            group.agree({"model": "same", "calibration data": "other" if group.rank == 1 else "one"})
         else:
             group.at(f"layer 3, case {case}")
             group.barrier("the first")

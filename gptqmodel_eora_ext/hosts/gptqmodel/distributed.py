@@ -171,6 +171,13 @@ class SharedCompensation(Compensation):
         if names:
             self._group.at(f"{self._modules[names[0]].full_name} and what reads with it: calibration windows")
         leaders = super().begin_shared_input_capture(model, subset_names, is_lm_head_module)
+        for name in subset_names:
+            if name not in self._modules and name in self.tasks:
+                # Its sums would be those of this process's windows alone.
+                raise NotImplementedError(
+                    f"EoRA: {name} has no linear input, and cannot be shared out between processes. Leave it out "
+                    f'(`dynamic={{"-:…": {{}}}}`), or start without torchrun.'
+                )
         weights = {name: self._modules[name].module.weight for name in names}
         costs = [solving_cost(*weights[name].shape) for name in names]
         self._owners = dict(zip(names, deal(costs, self._loads), strict=True))

@@ -1,0 +1,217 @@
+"""What several processes share, counted and compared: operations of each, bytes sent, seconds, and whether the
+checkpoints are the same.
+
+    python benchmarks/distributed.py                # SmolLM2, 1, 2 and 4 processes; writes results/distributed.json
+    python benchmarks/distributed.py --layers 2 --samples 4 --seqlen 64 --processes 1 2   # a dry run
+
+Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
+count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
+GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So the
+seconds of 1 and 2 processes may be compared on two quiet cores; 4 share two cores, so only their counts tell anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Subject, add_model, calibration, environment, scratch, subject
+from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.looper.module_looper import ModuleLooper
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptqmodel_eora_ext import EoRA
+from gptqmodel_eora_ext.hosts.gptqmodel.distributed import SharedCompensation
+from gptqmodel_eora_ext.hosts.gptqmodel.guard import Guarded
+from gptqmodel_eora_ext.hosts.terminal import quiet
+from gptqmodel_eora_ext.system.distributed import is_first, joined
+from gptqmodel_eora_ext.system.files import write_json
+
+GROUP_SIZE, BITS, RANK = 64, 2, 32
+# One process of two threads stands beside two of one.
+THREADS_ALONE = 2
+# Each process's share of the operations may differ from 1/N by so much.
+TOLERANCE = 0.1
+aten = torch.ops.aten
+
+
+def _cube(share: float) -> Any:
+    """Operations of a routine on n × n matrices: ``share`` times n³."""
+    return lambda shape, *args, out_shape=None, **kwargs: int(share * shape[-1] ** 3)
+
+
+def _qr(shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    rows, columns = max(shape[-2:]), min(shape[-2:])
+    return int(4 * rows * columns**2 - 4 / 3 * columns**3)
+
+
+# Not among those that torch counts. The eigenvalues' 9 n³ are those of the symmetric QR method with vectors.
+ROUTINES = {
+    aten.linalg_cholesky_ex.default: _cube(1 / 3),
+    aten.cholesky_inverse.default: _cube(2 / 3),
+    aten._linalg_eigh.default: _cube(9),
+    aten.linalg_qr.default: _qr,
+}
+
+
+class Counted:
+    """Counts operations of functions, in whichever thread they run."""
+
+    def __init__(self) -> None:
+        self.operations: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    def watch(self, owner: Any, name: str, kind: str) -> None:
+        """Count a method's operations as ``kind``; those of a watched method inside another count once."""
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._inside, "yes", False):
+                return original(*args, **kwargs)
+            self._inside.yes = True
+            try:
+                with FlopCounterMode(display=False, custom_mapping=ROUTINES) as counter:
+                    return original(*args, **kwargs)
+            finally:
+                self._inside.yes = False
+                with self._lock:
+                    self.operations[kind] += counter.get_total_flops()
+
+        setattr(owner, name, counted)
+
+
+def run_one(options: argparse.Namespace) -> None:
+    """One process's part, started by `measure`: quantise, save, and leave what was counted in the output's folder."""
+    counted = Counted()
+    if options.count:
+        counted.watch(ModuleLooper, "_run_forward_batches", "capture")
+        counted.watch(SharedCompensation, "end_shared_input_capture", "capture")
+        counted.watch(Guarded, "process", "solve")
+    folder = Path(options.output)
+    with quiet(), joined() as group:
+        model = Subject("the model", Path(options.model), calibration=options.calibration)
+        data = calibration(model, options.samples, options.seqlen)
+        start = time.perf_counter()
+        host = GPTQModel.load(options.model, QuantizeConfig(bits=BITS, group_size=GROUP_SIZE))
+        adapter = EoRA() if options.adapter == "budget" else EoRA(rank=RANK)
+        host.quantize(data, batch_size=1, adapter=adapter)
+        host.save(str(folder / "checkpoint"))
+        told = {
+            "seconds": time.perf_counter() - start,
+            "operations": dict(counted.operations),
+            "bytes sent": 0 if group is None else group.sent,
+        }
+        rank = 0 if group is None else group.rank
+        write_json(folder / f"{rank}.json", told)
+        if is_first():
+            write_json(folder / "layers.json", {"layers": host.model.config.num_hidden_layers})
+
+
+def measure(options: argparse.Namespace, model: Path, processes: int, adapter: str, folder: Path, count: bool) -> Any:
+    """Start so many processes, and gather what they have left."""
+    folder.mkdir()
+    command = [str(Path(__file__).resolve()), "--output", str(folder), "--model", str(model), "--adapter", adapter,
+               "--samples", str(options.samples), "--seqlen", str(options.seqlen),
+               "--calibration", options.calibration, *(["--count"] if count else [])]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    threads = "1" if processes > 1 else str(THREADS_ALONE)
+    # An empty cache, so that every run measures sensitivities itself.
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "XDG_CACHE_HOME": str(folder / "cache")}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *launcher, *command], env=env, check=True)
+    each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    return {"processes": processes, "threads each": int(threads), "wall seconds": time.perf_counter() - start,
+            "each": each, "layers": json.loads((folder / "layers.json").read_text())["layers"]}  # fmt: skip
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((folder / "checkpoint").rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {f"{path.parent.name} {key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def compared(one: Path, several: Path) -> dict[str, Any]:
+    """How the checkpoint of several processes differs from that of one."""
+    expected, found = tensors(one), tensors(several)
+    told, again = (
+        json.loads((folder / "checkpoint/eora/eora.json").read_text())["modules"] for folder in (one, several)
+    )
+    differing = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
+    errors = [abs(told[name]["error_after"] / again[name]["error_after"] - 1) for name in told]
+    return {
+        "tensors": len(expected),
+        "tensors that differ": len(differing) + len(set(found) - set(expected)),
+        "same ranks": all(told[name]["rank"] == again[name]["rank"] for name in told),
+        "largest difference of a module's weighted error": max(errors),
+    }
+
+
+def shares(one: dict[str, Any], several: dict[str, Any]) -> dict[str, float]:
+    """The busiest process's operations over 1/N of those of one process."""
+    found = {}
+    for kind, total in one["each"][0]["operations"].items():
+        most = max(process["operations"].get(kind, 0) for process in several["each"])
+        found[kind] = most * several["processes"] / total
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(parser)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--adapters", nargs="+", choices=("rank", "budget"), default=["rank", "budget"])
+    parser.add_argument("--out", type=Path, help="file for the results; by default none in a dry run on some layers")
+    parser.add_argument("--adapter", default="rank", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.output:
+        run_one(options)
+        return
+    results: dict[str, Any] = {}
+    with subject(options) as model, scratch() as work:
+        for adapter in options.adapters:
+            rows = []
+            for processes in options.processes:
+                timed = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}", False)
+                counts = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}-c", True)
+                row = {**timed, "each": counts["each"]}
+                row["seconds"] = max(one["seconds"] for one in timed["each"])
+                if rows:
+                    first = work / f"{adapter}-{options.processes[0]}"
+                    row["compared"] = compared(first, work / f"{adapter}-{processes}")
+                    row["busiest over its share"] = shares(rows[0], row)
+                    row["time over one process"] = row["seconds"] / rows[0]["seconds"]
+                rows.append(row)
+                print(json.dumps({"adapter": adapter, **{k: v for k, v in row.items() if k != "each"}}, indent=2))
+            results[adapter] = rows
+        measured = {"environment": environment(model), "samples": options.samples, "seqlen": options.seqlen,
+                    "bits": BITS, "group size": GROUP_SIZE, "rank": RANK, "results": results}  # fmt: skip
+        out = options.out or (None if options.layers else model.results("distributed"))
+        if out is not None:
+            write_json(out, measured)
+    for adapter, rows in results.items():
+        for row in rows[1:]:
+            over = {kind: value for kind, value in row["busiest over its share"].items() if value > 1 + TOLERANCE}
+            falls = f"more than 1/N by over {TOLERANCE:.0%}: {over}" if over else "operations fall as 1/N"
+            differing = row["compared"]["tensors that differ"]
+            print(f"{adapter}, {row['processes']} processes: {differing} tensors differ; {falls}")
+
+
+if __name__ == "__main__":
+    main()
