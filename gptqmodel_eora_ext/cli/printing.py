@@ -17,12 +17,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-from safetensors import SafetensorError
 
 from ..adapter.errors import AdapterError
 from ..loop.run import ModuleError
 from ..system.distributed import current
-from ..system.kept import Stopped, no_room
+from ..system.files import no_room
+from ..system.kept import Stopped
 from ..system.peers import FAILED as PEER_FAILED
 
 # Reports go to stdout; bars and notes to stderr, so that `--json` can be piped.
@@ -83,14 +83,16 @@ def errors(*, resumable: bool = False) -> Iterator[None]:
         fail(str(error))
     except ModuleError as error:
         # A mistake in the code, which its traceback tells best, is no matter of the input.
-        if not isinstance(error.__cause__, (*MISTAKES, OSError)):
+        if not isinstance(error.__cause__, (*MISTAKES, OSError)) and not no_room(error):
             raise
         _fail_of_system(str(error), error.__cause__, resumable)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not no_room(error):
+            raise
         _fail_of_system(str(error), error, resumable)
 
 
-def _fail_of_system(message: str, error: BaseException, resumable: bool) -> NoReturn:
+def _fail_of_system(message: str, error: BaseException | None, resumable: bool) -> NoReturn:
     """Leave after what the system has refused; where there was no room, the remedy is told, and what comes of it."""
     if not (resumable and no_room(error)):
         fail(message, FAILED)

@@ -18,10 +18,26 @@ from typing import Any
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
+# What the system answers where a file cannot grow: the disk is full, the user's quota is, or a limit on file sizes.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 # Names of files and folders that are being written, which a killed process leaves behind.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(?:tmp|old)|\..+\.(?:unfinished|resume)")
 # Files by which a folder is opened: without them it is taken for no model and no adapter.
 NAMES_OTHERS = ("config.json", "adapter_config.json")
+
+
+def no_room(error: BaseException | None) -> int:
+    """The system's number where an error, or what has caused it, is that a file could not grow; 0 for other errors.
+
+    Libraries written in Rust (safetensors, tokenizers) tell it as errors of their own, with the number in the text.
+    """
+    while error is not None:
+        for number in NO_ROOM:
+            if (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 @contextlib.contextmanager
@@ -67,7 +83,8 @@ def replaced_folder(
 
     Raises:
         NotADirectoryError: when ``target`` is a file.
-        OSError: when the file system has no ``needed`` bytes left.
+        OSError: when the file system has no ``needed`` bytes left, or is full before all is written, whichever library
+            found it so.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():
@@ -89,6 +106,14 @@ def replaced_folder(
         else:
             _move_into(target, fresh, obsolete)
         done = True
+    except Exception as error:
+        number = no_room(error)
+        if not number:
+            raise
+        free = shutil.disk_usage(fresh).free
+        raise OSError(
+            number, f"{os.strerror(number)} while it was saved, {free / 1e6:.1f} MB are free", str(target)
+        ) from error
     finally:
         if done or unfinished is None:
             shutil.rmtree(fresh, ignore_errors=True)

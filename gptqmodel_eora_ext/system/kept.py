@@ -8,7 +8,6 @@ leaves the old file or the whole new one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -20,26 +19,13 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .files import TEMPORARY, replaced_file
+from .files import NO_ROOM, TEMPORARY, replaced_file
 from .interrupt import asked_to_stop
 from .state_file import read_state, state_bytes, write_state
 
 # Raised whenever an older version could read a newer one's files wrongly, or the reverse.
 LAYOUT = 1
 RUN, LOCK = "run.json", "lock"
-# What the system answers where a file cannot grow: the disk is full, the user's quota is, or a limit on file sizes.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def no_room(error: BaseException | None) -> bool:
-    """Whether an error, or what has caused it, is that a file could not grow."""
-    while error is not None:
-        # safetensors tells the system's errors as its own, with the system's number in the text.
-        told = isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in NO_ROOM)
-        if told or (isinstance(error, OSError) and error.errno in NO_ROOM):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class ResumeError(ValueError):

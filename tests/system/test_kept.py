@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptqmodel_eora_ext.system.files import no_room, replaced_folder
 from gptqmodel_eora_ext.system.kept import (
     RUN,
     InUse,
@@ -24,7 +25,6 @@ from gptqmodel_eora_ext.system.kept import (
     Stopped,
     differences,
     kept_state,
-    no_room,
     resume_folder,
 )  # fmt: skip
 from gptqmodel_eora_ext.system.randomness import random_state, set_random_state
@@ -166,6 +166,14 @@ def test_without_room_the_older_state_stays(tmp_path: Path) -> None:
         assert {file.name for file in kept.root.iterdir()} == {"next.safetensors", "lock", RUN}
         kept.keep("next", torch.ones(100_000))
     assert not no_room(PermissionError()) and not no_room(None)
+
+
+def test_a_save_that_finds_no_room_names_the_folder_whoever_found_it(tmp_path: Path) -> None:
+    """The tokenizers library tells a full disk as a plain exception."""
+    with pytest.raises(OSError, match=r"No space left on device while it was saved.*out") as found:  # noqa: SIM117
+        with replaced_folder(tmp_path / "out"):
+            raise Exception("No space left on device (os error 28)")
+    assert found.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
