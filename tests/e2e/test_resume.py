@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,16 +74,16 @@ def command(
     )  # fmt: skip
     lines: list[str] = []
     assert process.stderr is not None
-    if kill_after is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            lines += (process.communicate(timeout=kill_after)[1] or "").splitlines()
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(with_signal)
-    for line in process.stderr if not process.stderr.closed else ():
+    clock = threading.Timer(kill_after if kill_after is not None else threading.TIMEOUT_MAX, process.send_signal,
+                            [with_signal])  # fmt: skip
+    clock.daemon = True
+    clock.start()
+    for line in process.stderr:
         lines.append(line)
-        if after_layers is not None and f'"what": "{QUANTISING}", "done": {after_layers}' in line:
+        if after_layers is not None and f'"what": "{QUANTISING}", "done": {after_layers},' in line:
             process.send_signal(with_signal)
     status = process.wait()
+    clock.cancel()
     events = [json.loads(line) for line in lines if line.startswith('{"time"')]
     return Ended(status, time.monotonic() - begun, events, "".join(lines))
 
