@@ -3,8 +3,8 @@
 A question has `model`, `options` (of `vllm.LLM`), `prompts` (token ids), `tokens` (how many to generate), `losses`
 (whether those of the prompts are wanted) and `loras` (a folder or null for each prompt; left out for none). The answer
 has `generated` (token ids of each prompt), `losses` (nats of each prompt's tokens but the first), `seconds` that
-generating took, `bytes` that loading and generating have added to the process, or `error`. A model stays until another
-is asked for.
+generating took, `processor_seconds` that all threads took for it, `bytes` that loading and generating have added to the
+process, or `error`. A model stays until another is asked for.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Worker:
         self._known: tuple[str, dict[str, Any]] | None = None
         self._llm: Any = None
         self._before = 0
+        # vLLM knows an adapter by its number as long as a model stays.
+        self._numbers: dict[str, int] = {}
 
     def answer(self, task: dict[str, Any]) -> dict[str, Any]:
         """What the model gives for the prompts."""
@@ -50,20 +52,23 @@ class Worker:
         llm = self._model(task["model"], {**DEFAULTS, **task.get("options", {})})
         prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
         folders = task.get("loras") or [None] * len(prompts)
-        numbers = {folder: number + 1 for number, folder in enumerate(dict.fromkeys(one for one in folders if one))}
-        loras = [LoRARequest(f"lora{numbers[one]}", numbers[one], one) if one else None for one in folders]
+        for one in folders:
+            if one:
+                self._numbers.setdefault(one, len(self._numbers) + 1)
+        loras = [LoRARequest(one, self._numbers[one], one) if one else None for one in folders]
         asked = SamplingParams(max_tokens=task.get("tokens", 1), temperature=0, ignore_eos=True,
                                prompt_logprobs=0 if task.get("losses") else None)  # fmt: skip
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, asked, lora_request=loras if numbers else None, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        start, spent = time.perf_counter(), time.process_time()
+        outputs = llm.generate(prompts, asked, lora_request=loras if any(folders) else None, use_tqdm=False)
+        seconds, processor = time.perf_counter() - start, time.process_time() - spent
         losses = []
         if task.get("losses"):
             for output in outputs:
                 pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
                 losses.append([-known[token].logprob for token, known in pairs])
         generated = [list(output.outputs[0].token_ids) for output in outputs]
-        return {"losses": losses, "generated": generated, "seconds": seconds, "bytes": resident() - self._before}
+        return {"losses": losses, "generated": generated, "seconds": seconds, "processor_seconds": processor,
+                "bytes": resident() - self._before}  # fmt: skip
 
     def _model(self, model: str, options: dict[str, Any]) -> Any:
         from vllm import LLM
