@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..system.distributed import joined, launched
 from ..system.peers import LOST_STATUS, PeerLost
-from .printing import WRONG_REQUEST, err, out
+from .printing import WRONG_REQUEST, err, out, tell_plainly
 
 # The others run in one process.
 SHARED_COMMANDS = ("quantize", "generate", "plan", "refine")
@@ -28,10 +28,10 @@ def several() -> Iterator[None]:
             _check_command(group.is_first)
             yield
     except PeerLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_plainly(f"error: {error}")
         sys.exit(LOST_STATUS)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_plainly(f"error: {error}")
         sys.exit(WRONG_REQUEST)
 
 
@@ -40,8 +40,8 @@ def _check_command(first: bool) -> None:
     named = next((one for one in sys.argv[1:] if not one.startswith("-")), None)
     if named is not None and named not in SHARED_COMMANDS and "--help" not in sys.argv:
         if first:
-            print(
+            tell_plainly(
                 f"error: `eora {named}` runs in one process, and {launched()} were started. Start it without torchrun; "
-                f"{', '.join(SHARED_COMMANDS)} can be shared.", file=sys.stderr, flush=True,
-            )  # fmt: skip
+                f"{', '.join(SHARED_COMMANDS)} can be shared."
+            )
         sys.exit(WRONG_REQUEST)

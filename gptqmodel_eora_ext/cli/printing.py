@@ -45,6 +45,11 @@ def say(message: str) -> None:
     out.print(message, highlight=False, soft_wrap=True)
 
 
+def tell_plainly(line: str, stream: Any = None) -> None:
+    """Print a line as it is, on stderr by default, also where the consoles are silent."""
+    print(line, file=sys.stderr if stream is None else stream, flush=True)
+
+
 def note(message: str) -> None:
     """Tell what somebody may want to know before the work, beside the report."""
     if events.wanted:
@@ -115,7 +120,7 @@ class Events:
     def tell(self, event: str, **fields: Any) -> None:
         """Print one."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
-        print(line, file=sys.__stderr__, flush=True)
+        tell_plainly(line, sys.__stderr__)
 
     def progress(self, what: str) -> Callable[..., None]:
         """A `report(done, total)` callback that tells of it."""

@@ -166,7 +166,8 @@ def test_nothing_else_prints() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         ]  # fmt: skip
         found = {call.func.id for call in calls} & {"Console", "print", "TextColumn"}  # type: ignore[attr-defined]
-        assert found <= ({"Console", "TextColumn"} if name == "printing.py" else set()), name
+        # JSON lines, and what a process tells whose consoles are silent, are printed as they are.
+        assert found <= ({"Console", "TextColumn", "print"} if name == "printing.py" else set()), name
 
 
 @pytest.mark.parametrize("place", ["{model}", "{model}/q", "{tmp}", "{tmp}/link", "{tmp}/link/q"])

@@ -46,8 +46,8 @@ def watch_blocks(rounder: Any, report: Report) -> None:
     names = [name for group in groups for name in group]
 
     @functools.wraps(compress)
-    def watched(*args: Any, block_ctx: Any, **kwargs: Any) -> Any:
-        found = compress(*args, block_ctx=block_ctx, **kwargs)
+    def watched(block: Any, fp_inputs: Any, input_others: Any, block_ctx: Any, **kwargs: Any) -> Any:
+        found = compress(block, fp_inputs, input_others, block_ctx, **kwargs)
         # By its place, since an interrupted run's blocks are not made again.
         report(names.index(block_ctx.block_name) + 1, len(names))
         return found
