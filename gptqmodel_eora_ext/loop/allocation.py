@@ -204,6 +204,7 @@ class RankAllocation:
             return {
                 "ranks": dict(self.ranks), "losses": dict(self.losses), "spent": self._spent, "price": self._price,
                 "caps": dict(self._caps), "found": dict(self._found), "shared": dict(self._shared),
+                "bytes": dict(self._bytes),
             }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -212,7 +213,7 @@ class RankAllocation:
             self.ranks, self.losses = dict(state["ranks"]), dict(state["losses"])
             self._spent, self._price = state["spent"], state["price"]
             self._caps, self._found = dict(state["caps"]), dict(state["found"])
-            self._shared = dict(state["shared"])
+            self._shared, self._bytes = dict(state["shared"]), dict(state["bytes"])
 
     def _corrections(self) -> dict[str, float]:
         """The ratio of found to forecast loss, by kind of module (`q_proj`), and under "" that of all modules."""
