@@ -25,6 +25,7 @@ from ...adapter.save import save_adapter
 from ...formats.autoround import read_config
 from ...loop.resume import Keeping
 from ...loop.run import write_adapter
+from ...loop.shared import fingerprint
 from ...loop.weights import check_weight_files, weights_fingerprint
 from ...system.distributed import by_first
 from ...system.memory import release_free_memory
@@ -136,7 +137,7 @@ def generate_adapter(
         setattr(model, RUN_ATTRIBUTE, run)
         run.keeping, run.asked, run.source = keeping, adapter.to_dict(), weights_fingerprint(checkpoint)
         if run.group is not None:
-            run.group.agree({"the checkpoint": run.source})
+            run.group.agree({"the checkpoint": fingerprint(str(checkpoint))})
         if report is not None:
             watch_layers(model, report)
         with batches_required(model):
