@@ -84,11 +84,9 @@ def make(
     _check_making(base, checkpoint, {"budget": budget, "factor_bits": factor_bits, "sensitivity": sensitivity})
     if controls is not None:
         check_out(controls, force, base)
-    check_apart(output, base)
     if output.resolve() == checkpoint.resolve():
         fail(f"`{output}` is the checkpoint; name a folder of its own for the ensemble, inside or outside.")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        fail(f"`{output}` is not empty. Choose another folder, or pass --force to write into it.")
+    check_out(output, force, base)
 
     from ..hosts.ensemble_making import EnsembleJob, make_ensemble
     from ..hosts.terminal import quiet

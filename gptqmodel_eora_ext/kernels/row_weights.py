@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 # Numbers of rows whose weights are kept ready: a prompt's and a token's, and those of the prompt before.
 MOST_KEPT = 4
+
+
+def member_of(*members: Sequence[int]) -> torch.Tensor:
+    """The member of each component of one adapter, or of several that are stacked: int32.
+
+    Args:
+        members: of each adapter, the number of components of each member.
+    """
+    each = (torch.arange(len(one), dtype=torch.int32).repeat_interleave(torch.tensor(one)) for one in members)
+    return torch.cat(list(each))
 
 
 class RowWeights:

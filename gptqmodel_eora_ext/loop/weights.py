@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ..plan.checkpoint import sampled_rows
+from ..system.files import parts_digest
 from ..system.spill import bytes_of
 
 # So many values are looked at together, for which the result of `isfinite` takes 16 MB.
@@ -18,7 +19,7 @@ VALUES_AT_ONCE = 1 << 24
 # from its fine-tuned sister within seconds, where reading all of it would take minutes.
 FINGERPRINT_ROWS = 3
 # The same for a file of another format: 64 MB in all, some of every tensor of a usual model.
-FINGERPRINT_PARTS, FINGERPRINT_PART_BYTES = 1024, 1 << 16
+FINGERPRINT_PARTS = 1024
 
 
 def check_weights(named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -86,10 +87,4 @@ def weights_fingerprint(folder: Path) -> str:
 
 def file_fingerprint(path: Path) -> str:
     """A digest of some parts of a file, evenly from its beginning to its end, and of its size."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for part in range(FINGERPRINT_PARTS):
-            file.seek(max(size - FINGERPRINT_PART_BYTES, 0) * part // (FINGERPRINT_PARTS - 1))
-            digest.update(file.read(FINGERPRINT_PART_BYTES))
-    return digest.hexdigest()
+    return parts_digest(path, FINGERPRINT_PARTS)

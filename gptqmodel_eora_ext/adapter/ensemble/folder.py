@@ -20,7 +20,7 @@ import torch
 from ...formats.factors import Factors, QuantizedFactor
 from ...formats.names import ADAPTER_WEIGHTS
 from ...formats.numbers import is_whole
-from ...system.files import write_json
+from ...system.files import parts_digest, write_json
 from ..errors import AdapterError, Fields, read_json
 from ..folder import AdapterFolder, ReadFactors
 from ..save import require_another, write_plain
@@ -30,27 +30,18 @@ ENSEMBLE_VERSION = 1
 SHARED = "shared"
 # Names are folders' names, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# Of each file of weights so many pieces of so many bytes go into a fingerprint, beside its size: another checkpoint has
-# other bytes everywhere, and to read all of a large one would take as long as loading it.
-FINGERPRINT_PIECES, PIECE_BYTES = 16, 1 << 16
+# Parts of each file of weights that go into a fingerprint.
+FINGERPRINT_PARTS = 16
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """A hash of files of weights, by their sizes and pieces of their content.
+    """A hash of files of weights, by their sizes and parts of their content.
 
     Args:
         files: in any order; names do not count.
     """
-    digests = []
-    for path in files:
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with path.open("rb") as file:
-            for index in range(FINGERPRINT_PIECES):
-                file.seek(max(0, (size - PIECE_BYTES) * index // (FINGERPRINT_PIECES - 1)))
-                digest.update(file.read(PIECE_BYTES))
-        digests.append(digest.hexdigest())
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    digests = sorted(parts_digest(path, FINGERPRINT_PARTS) for path in files)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(checkpoint: Path) -> str:

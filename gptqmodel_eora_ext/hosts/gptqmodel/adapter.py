@@ -19,7 +19,7 @@ from ...adapter.vocabulary import AUTO
 from ...formats.factors import Factors
 from ...kernels.dispatch import ALL, CORRECTION, DTYPES, switched_off
 from ...kernels.reference import parts_of
-from ...kernels.row_weights import Mixture, RowWeights
+from ...kernels.row_weights import Mixture, RowWeights, member_of
 from ...kernels.triton import runs_on
 from ...kernels.versions import unchanged
 from ...plan import Plan, plan_to_follow
@@ -239,9 +239,7 @@ class EoRA(KeepsFactors, Lora):
         """The member that each component belongs to, int32."""
         found = self._owners
         if found is None or found.device != device:
-            counts = torch.tensor(self._members)
-            owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
-            found = self._owners = owners.to(device)
+            found = self._owners = member_of(self._members).to(device)
         return found
 
     def _like(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from ...formats.factors import GROUP_SIZE, Factors, QuantizedFactor
 from ...formats.packed_weights import LayoutError, PackedWeight, pack_words
+from ..row_weights import member_of
 from . import settings
 from .correction import COUNTERS, correction_kernel, counters
 from .dense import factor_kernel
@@ -123,7 +124,7 @@ class StackedLinears:
             factor_bits=adapted[0].down.bits if adapted and isinstance(adapted[0].down, QuantizedFactor) else 16,
             in_features=first.in_features,
             members=members,
-            member_of=_member_of(adapted).to(first.qweight.device) if members else None,
+            member_of=member_of(*(pair.members for pair in adapted)).to(first.qweight.device) if members else None,
         )
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -423,13 +424,6 @@ def _correct(
              chosen.per_split),
             constants, {**chosen.options(), "launch_cooperative_grid": True},
         )  # fmt: skip
-
-
-def _member_of(factors: Sequence[Factors]) -> torch.Tensor:
-    """The member of each of the components of adapters, stacked: int32."""
-    counts = torch.tensor([rank for pair in factors for rank in pair.members])
-    owners = torch.arange(len(factors[0].members), dtype=torch.int32).repeat(len(factors))
-    return owners.repeat_interleave(counts)
 
 
 def _fields(fused: StackedLinears) -> tuple[Any, ...]:
