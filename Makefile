@@ -71,9 +71,10 @@ vllm: $(STAMP)
 	sh benchmarks/build_vllm.sh "$(PYTHON)" "$${EORA_VLLM:-$$("$(BIN)/python" -c \
 	    "from gptqmodel_eora_ext.system.files import cache_folder; print(cache_folder() / 'vllm')")}"
 
-# Checkpoints of every form served there, against torch; skipped where `make vllm` has not run. Some ten minutes.
+# Checkpoints of every form served there, against torch; skipped where `make vllm` has not run, and those of
+# compressed-tensors where `make test-formats` has not. Some ten minutes.
 test-vllm: $(STAMP)
-	"$(BIN)/python" -m pytest -m vllm
+	PYTHONPATH="$(VENV)/formats$${PYTHONPATH:+:$$PYTHONPATH}" "$(BIN)/python" -m pytest -m vllm
 
 # The kernels' tests once more over a library that looks at every read and write. Linux with gcc, whose libasan has to be
 # loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python
