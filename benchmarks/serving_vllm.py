@@ -34,7 +34,8 @@ from vllm_tools import MISSING, Server, is_installed, vllm_version
 from gptqmodel_eora_ext.system.files import cache_folder, write_json
 
 RANK = 32
-CALIBRATION = (64, 512)
+# Few windows: what is compared is one arithmetic with another, over the same weights.
+CALIBRATION = (16, 256)
 PROMPT, EXACT_TOKENS = 256, 64
 BATCH = 16
 # Of the key-value cache: few and the same for all, so that it does not count in what weights take.
