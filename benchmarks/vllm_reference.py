@@ -62,7 +62,11 @@ def losses(model: Any, ids: list[int]) -> list[float]:
 @torch.inference_mode()
 def greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
     """The likeliest continuation, token after token."""
-    found = list(ids)
+    found: list[int] = []
+    read, cache = ids, None
     for _ in range(tokens):
-        found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
-    return found[len(ids) :]
+        output = model(torch.tensor([read]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        read = [int(output.logits[0, -1].argmax())]
+        found += read
+    return found
