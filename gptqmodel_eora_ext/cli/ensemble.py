@@ -174,7 +174,7 @@ def route(
     for row in rows:
         shown = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:39]}…"
         table.add_row(shown, row["nearest"] or "too short", *(f"{one:.2f}" for one in row["weights"].values()),
-                      f"{row['as_far']:.0%}", "shared alone" if row["fallen_back"] else "")  # fmt: skip
+                      f"{row['as_far']:.0%}" if row["nearest"] else "", "shared alone" if row["fallen_back"] else "")  # fmt: skip
     out.print(table)
 
 
@@ -209,9 +209,10 @@ def evaluate(
     import torch
 
     from ..evaluate.ensemble import ensemble_losses
+    from ..hosts.terminal import quiet
 
     most = None if max_windows is None else max_windows * window
-    with errors(), progress_bars() as bar:
+    with errors(), progress_bars() as bar, quiet():
         ids = {name: torch.tensor(file_tokens(file, tokenizer, most=most)) for name, file in files.items()}
         found = ensemble_losses(loaded, ids, controls=others, window=window, prompt=prompt, max_windows=max_windows,
                                 progress=bar)  # fmt: skip
