@@ -84,6 +84,8 @@ def make(
     _check_making(base, checkpoint, {"budget": budget, "factor_bits": factor_bits, "sensitivity": sensitivity})
     if controls is not None:
         check_out(controls, force, base)
+    if shared_part is not None and not 0 < shared_part < 1:
+        fail(f"--shared-part must be between 0 and 1, got {shared_part:g}.")
     if output.resolve() == checkpoint.resolve():
         fail(f"`{output}` is the checkpoint; name a folder of its own for the ensemble, inside or outside.")
     check_out(output, force, base)

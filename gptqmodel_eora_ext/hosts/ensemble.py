@@ -27,6 +27,7 @@ from ..adapter.ensemble.folder import EnsembleFolder
 from ..adapter.ensemble.router import Router, Routing, pooled
 from ..adapter.ensemble.told import Told, told_weights
 from ..adapter.errors import AdapterError
+from ..adapter.naming import named_folder, read_entry
 from ..formats.names import MODEL_CONFIG
 from ..kernels.row_weights import Mixture, RowWeights
 
@@ -321,9 +322,15 @@ def checkpoint_of(path: Path) -> tuple[Path, Path | None]:
         path: a checkpoint, or an ensemble's folder, which lies in its checkpoint or names where that is.
 
     Raises:
-        AdapterError: for a path that is neither, or an ensemble whose checkpoint is not here.
+        AdapterError: for a path that is neither, a checkpoint that names no ensemble, or an ensemble whose checkpoint is
+            not here.
     """
     if (path / MODEL_CONFIG).is_file():
+        # Told now: a large model takes minutes to load.
+        entry = read_entry(path)
+        if entry is None or not EnsembleFolder.is_one(named_folder(path, entry)):
+            raise AdapterError(f"Ensemble: `{path}` names no ensemble. Name the ensemble's folder, or make one with "
+                               f"`eora ensemble make`.")  # fmt: skip
         return path, None
     ensemble = EnsembleFolder.open(path)
     named = ensemble.shared.settings.base_model
