@@ -9,19 +9,23 @@ import typer
 
 from .ensemble import load
 from .options import TrustRemoteCode
-from .printing import errors, note, say
+from .printing import errors, fail, note, say
 
 
 def chat(
     path: Annotated[Path, typer.Argument(help="A checkpoint with an ensemble, or an ensemble's folder.")],
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 200,
     prompts: Annotated[
-        Path | None, typer.Option(help="Add what is said to this file, JSON lines; by default no text is kept.")
+        Path | None,
+        typer.Option(help="Add every prompt that is routed, with the turns before it, to this file of JSON lines; by "
+                          "default no text is kept."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model with an ensemble; every answer shows the weights that were chosen. An empty line ends it."""
+    if prompts is not None and (prompts.is_dir() or not prompts.parent.is_dir()):
+        fail(f"there is no folder `{prompts.parent}` to write `{prompts.name}` into, or that is a folder itself.")
     loaded, tokenizer = load(path, device, trust_remote_code)
 
     from ..adapter.ensemble.watch import Watch

@@ -84,6 +84,8 @@ def make(
     _check_making(base, checkpoint, {"budget": budget, "factor_bits": factor_bits, "sensitivity": sensitivity})
     if controls is not None:
         check_out(controls, force, base)
+    if shared_part is not None and not 0 < shared_part < 1:
+        fail(f"--shared-part must be between 0 and 1, got {shared_part:g}.")
     if output.resolve() == checkpoint.resolve():
         fail(f"`{output}` is the checkpoint; name a folder of its own for the ensemble, inside or outside.")
     check_out(output, force, base)
@@ -174,7 +176,7 @@ def route(
     for row in rows:
         shown = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:39]}…"
         table.add_row(shown, row["nearest"] or "too short", *(f"{one:.2f}" for one in row["weights"].values()),
-                      f"{row['as_far']:.0%}", "shared alone" if row["fallen_back"] else "")  # fmt: skip
+                      f"{row['as_far']:.0%}" if row["nearest"] else "", "shared alone" if row["fallen_back"] else "")  # fmt: skip
     out.print(table)
 
 
@@ -209,9 +211,10 @@ def evaluate(
     import torch
 
     from ..evaluate.ensemble import ensemble_losses
+    from ..hosts.terminal import quiet
 
     most = None if max_windows is None else max_windows * window
-    with errors(), progress_bars() as bar:
+    with errors(), progress_bars() as bar, quiet():
         ids = {name: torch.tensor(file_tokens(file, tokenizer, most=most)) for name, file in files.items()}
         found = ensemble_losses(loaded, ids, controls=others, window=window, prompt=prompt, max_windows=max_windows,
                                 progress=bar)  # fmt: skip

@@ -65,8 +65,8 @@ class Conversation:
         begins = len(self._cached) < ids.shape[1] and torch.equal(ids[0, : len(self._cached)].cpu(), self._cached)
         keep = before is not None and begins and change(before[0], wanted) < MOST_CHANGE
         options: dict[str, Any] = {self._cache_name: self._cache} if keep else {}
-        told = None if keep else [self._named(wanted)]
-        with torch.inference_mode(), self._ensemble.told(told):
+        # Without a cache, the prompt is routed as any other is, so that whatever watches the ensemble sees it.
+        with torch.inference_mode():
             made = self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._most, do_sample=False,
                 return_dict_in_generate=True, pad_token_id=self._tokenizer.eos_token_id, **options,
@@ -76,8 +76,10 @@ class Conversation:
         self._cached = made.sequences[0, : int(self._cache.get_seq_length())].cpu()
         answer = self._tokenizer.decode(made.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": answer})
-        used = before[0] if keep and before is not None else wanted
-        return Turn(answer, self._named(used), before is not None and not keep, self._named(wanted))
+        used = self._ensemble.weights_of(self._cache)
+        assert used is not None, "the cache of an answer that was just computed has weights"
+        weights = self._named(used[0])
+        return Turn(answer, weights, before is not None and not keep, self._named(wanted) if keep else weights)
 
     def _ids(self) -> torch.Tensor:
         if getattr(self._tokenizer, "chat_template", None):

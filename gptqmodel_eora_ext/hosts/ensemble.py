@@ -27,6 +27,7 @@ from ..adapter.ensemble.folder import EnsembleFolder
 from ..adapter.ensemble.router import Router, Routing, pooled
 from ..adapter.ensemble.told import Told, told_weights
 from ..adapter.errors import AdapterError
+from ..adapter.naming import named_folder, read_entry
 from ..formats.names import MODEL_CONFIG
 from ..kernels.row_weights import Mixture, RowWeights
 
@@ -95,13 +96,31 @@ class Ensemble:
     ) -> None:
         self.folder, self.router, self.mixture = folder, router, mixture
         self.members = folder.names[1:]
-        self.observers: list[Callable[[Routing, torch.Tensor | None], None]] = []
-        self._model = weakref.ref(model)
-        self._mine = _OfThread()
-        self._of_cache: weakref.WeakKeyDictionary[Any, RowWeights] = weakref.WeakKeyDictionary()
+        self._begin_serving(model)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         layers[folder.depth].register_forward_pre_hook(self._look, with_kwargs=True)
         model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
+
+    def _begin_serving(self, model: torch.nn.Module) -> None:
+        """Have what belongs to one model in one process: nothing was routed, no cache is known, nobody watches."""
+        self.observers: list[Callable[[Routing, torch.Tensor | None], None]] = []
+        # The model's hooks hold the ensemble; a strong reference back would keep the model in memory after its last use.
+        self._model = weakref.ref(model)
+        self._mine = _OfThread()
+        self._of_cache: weakref.WeakKeyDictionary[Any, RowWeights] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle of the model holds: the model, which is the copy then, and what routes its prompts.
+
+        Its hooks are copied with the model. Observers and weights of caches stay with the original.
+        """
+        kept = {name: getattr(self, name) for name in ("folder", "router", "mixture", "members")}
+        return {**kept, "model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state.pop("model")
+        self.__dict__.update(state)
+        self._begin_serving(model)
 
     @property
     def last(self) -> Routing | None:
@@ -291,6 +310,11 @@ def change(before: torch.Tensor, after: torch.Tensor) -> float:
     return (float((before - after).abs().sum()) + abs(rest)) / 2
 
 
+def is_alone(path: Path) -> bool:
+    """Whether a path is an ensemble's folder, and not a checkpoint's."""
+    return not (path / MODEL_CONFIG).is_file() and EnsembleFolder.is_one(path)
+
+
 def checkpoint_of(path: Path) -> tuple[Path, Path | None]:
     """The checkpoint that a path is about, and the ensemble to load it with; None for the one that it names itself.
 
@@ -298,14 +322,25 @@ def checkpoint_of(path: Path) -> tuple[Path, Path | None]:
         path: a checkpoint, or an ensemble's folder, which lies in its checkpoint or names where that is.
 
     Raises:
-        AdapterError: for a path that is neither, or an ensemble whose checkpoint is not here.
+        AdapterError: for a path that is neither, a checkpoint that names no ensemble, or an ensemble whose checkpoint is
+            not here.
     """
     if (path / MODEL_CONFIG).is_file():
+        # Told now: a large model takes minutes to load.
+        entry = read_entry(path)
+        if entry is None or not EnsembleFolder.is_one(named_folder(path, entry)):
+            raise AdapterError(f"Ensemble: `{path}` names no ensemble. Name the ensemble's folder, or make one with "
+                               f"`eora ensemble make`.")  # fmt: skip
         return path, None
     ensemble = EnsembleFolder.open(path)
     named = ensemble.shared.settings.base_model
-    found = next((one for one in (path.resolve().parent, Path(named or "")) if (one / MODEL_CONFIG).is_file()), None)
+    places = (path.resolve().parent, *([] if named is None else [Path(named)]))
+    here = [one for one in places if (one / MODEL_CONFIG).is_file()]
+    # A folder above may be another model's: the one that the members were made for is taken before it.
+    found = next((one for one in here if ensemble.is_for(one)), None)
     if found is None:
-        raise AdapterError(f"Ensemble: the checkpoint that `{path}` is for is not here; its adapter_config.json names "
-                           f"`{named}`. Name the checkpoint, or put the ensemble into it.")  # fmt: skip
+        looked = " and ".join(f"`{one}`" for one in places)
+        raise AdapterError(f"Ensemble: the checkpoint that `{path}` was made for is not in {looked}. Put the ensemble "
+                           f"into it, or load it by its own name: "
+                           f"GPTQModel.load(CHECKPOINT, adapter=EoRA(path={str(path)!r})).")  # fmt: skip
     return found, path

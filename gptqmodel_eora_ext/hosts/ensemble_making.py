@@ -30,6 +30,7 @@ from ..adapter.ensemble.router import LEAST_WINDOWS, LENGTHS, Router
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
 from ..adapter.layers import layer_number, layers_of
+from ..adapter.options import AdapterOptions
 from ..capture import SecondMoment
 from ..formats.sizes import ModuleShape
 from ..system.files import replaced_file, replaced_folder
@@ -147,9 +148,11 @@ def add_member(job: EnsembleJob, *, replace: bool = False) -> Path:
     with _opened(job, job.output) as (loaded, layers):
         budget = budget_bytes(job.budget, _shapes(loaded))
         states = {name: _states(loaded, layers[ensemble.depth], windows) for name, windows in job.domains.items()}
+    # First what takes a moment: text that the router cannot learn from is told before the members are made.
+    for name in job.domains:
+        router = router.with_class(name, states[name])
     for name, windows in job.domains.items():
         _member(job, name, windows[: job.samples], budget)
-        router = router.with_class(name, states[name])
     new = [Member(name, over, made_for, _tokens(windows[: job.samples])) for name, windows in job.domains.items()]
     by_name = {one.name: one for one in (*kept, *new)}
     members = [by_name[name] for name in router.members]
@@ -256,8 +259,12 @@ def _division(job: EnsembleJob) -> Division:
         if job.shared_part is not None:
             return Division.by_part(total, job.shared_part, list(job.domains))
         texts = {SHARED: job.shared, **job.domains}
-        return divide(_samples(job, loaded, shapes, texts), total, sum(shape.weights for shape in shapes),
-                      list(job.domains))  # fmt: skip
+        adapted = [shape for shape in shapes if (layer_number(shape.name) or 0) >= job.depth]
+        return divide(
+            _samples(job, loaded, shapes, texts), total, sum(shape.weights for shape in shapes), list(job.domains),
+            factor_bits=AdapterOptions.settle(**job.adapter, budget=job.budget).factor_bits,
+            member_weights=sum(shape.weights for shape in adapted),
+        )  # fmt: skip
 
 
 def _samples(

@@ -136,11 +136,11 @@ def sample(overlap: float, seed: int) -> Sample:
 def test_the_division(overlap: float) -> None:
     """A correction is a projection of ΔW, which no other domain is worse for: the more is shared, the less is left."""
     total = weights = 4 * 24 * 32
-    found = divide([sample(overlap, seed) for seed in range(4)], total, weights, MEMBERS)
+    found = divide([sample(overlap, seed) for seed in range(4)], total, weights, MEMBERS, factor_bits=16)
     assert list(found.forecast.values()) == sorted(found.forecast.values(), reverse=True)
     assert found.shared == int(max(found.forecast) * total)
     assert found.total <= total and min(found.members.values()) >= (total - found.shared) // (2 * STEPS) - 1
 
 
 def test_the_division_without_a_sample() -> None:
-    assert divide([], 1000, 1, MEMBERS) == Division(500, {"math": 250, "code": 250}, {})
+    assert divide([], 1000, 1, MEMBERS, factor_bits=16) == Division(500, {"math": 250, "code": 250}, {})

@@ -1,8 +1,8 @@
 """How an ensemble's budget divides into the shared adapter's part and each member's: by forecasts on a sample of
 modules.
 
-For a part of the budget, the shared adapter is solved for the ranks that it buys, by the mean of all texts' moments;
-what is left of the error, weighed by each domain's own moment, has a spectrum that tells what each further rank of
+For a part of the budget, the shared adapter is solved for the ranks that it buys, by the shared text's moment; what is
+left of the error, weighed by each domain's own moment, has a spectrum that tells what each further rank of
 the domain's member will buy. The part with the least error left is taken, the mean over domains and modules of what
 is left of what was there, a domain like another.
 
@@ -20,15 +20,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ...formats.sizes import ModuleShape, factor_bytes
 from ...solve import eora, weighted_energy
 from .folder import SHARED
 
-# Parts for the shared adapter that are compared. Less than a quarter for the members buys each a component or two.
+# Parts for the shared adapter that are compared. With less than the last leaves them, members get a component or two.
 PARTS = (0.25, 0.4, 0.55, 0.7, 0.85)
 # A member's part is given out in so many steps for each member.
 STEPS = 4
 # Without any module to forecast by, members get as much as the shared adapter.
 UNKNOWN_PART = 0.5
+# Components over which the bytes of one are averaged: packed ones share scales and bytes.
+COMPONENTS = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,15 @@ class Division:
         return cls(shared, dict.fromkeys(names, (total - shared) // len(names)), {})
 
 
-def divide(samples: Iterable[Sample], total: int, weights: int, names: Sequence[str]) -> Division:
+def divide(
+    samples: Iterable[Sample],
+    total: int,
+    weights: int,
+    names: Sequence[str],
+    *,
+    factor_bits: int,
+    member_weights: int | None = None,
+) -> Division:
     """Choose the division.
 
     Args:
@@ -78,19 +89,25 @@ def divide(samples: Iterable[Sample], total: int, weights: int, names: Sequence[
         total: bytes of all factors.
         weights: of all quantised modules, which tells the rank that bytes buy in each: bytes per weight alike.
         names: of the domains.
+        factor_bits: of a stored factor, which tells the components that bytes buy.
+        member_weights: of the modules that members adapt; None for all.
 
     Returns:
         The division with the least error left; half for the shared adapter where there is no sample.
     """
     left: dict[float, list[dict[str, torch.Tensor]]] = {part: [] for part in PARTS}
-    counts: dict[float, list[int]] = {part: [] for part in PARTS}
+    counts: dict[float, list[float]] = {part: [] for part in PARTS}
     for sample in samples:
         out_features, in_features = sample.delta.shape
-        # Components that the budget buys in this module, at two bytes a number, as many bytes per weight as elsewhere.
-        rank = total * out_features * in_features / weights / (2 * (out_features + in_features))
+        shape = ModuleShape("", out_features, in_features)
+        # Bytes per weight are the same in all modules, and members have theirs in fewer of them.
+        rank = total * shape.weights / weights * COMPONENTS / factor_bytes(COMPONENTS, shape, factor_bits)
+        more = 1 if member_weights is None else weights / member_weights
         for part in PARTS:
-            left[part].append(_left(sample, max(1, round(part * rank)), names))
-            counts[part].append(max(1, round((1 - part) * rank)))
+            shared = max(1, round(part * rank))
+            left[part].append(_left(sample, shared, names))
+            # What rounding has given the shared adapter is taken off the members', so that no part gains by it.
+            counts[part].append(max(0.0, (rank - shared) * more))
     if not left[PARTS[0]]:
         return Division.by_part(total, UNKNOWN_PART, names)
     forecasts: dict[float, tuple[float, dict[str, int]]] = {}
@@ -123,20 +140,23 @@ def _left(sample: Sample, rank: int, names: Sequence[str]) -> dict[str, torch.Te
 
 
 def _given_out(
-    curves: Sequence[Mapping[str, torch.Tensor]], counts: Sequence[int], names: Sequence[str]
+    curves: Sequence[Mapping[str, torch.Tensor]], counts: Sequence[float], names: Sequence[str]
 ) -> tuple[float, dict[str, int]]:
     """Give the members' part out step by step, each to the member that it helps most; what is left, and the steps."""
 
     def left(name: str, steps: int) -> float:
         shares = []
         for curve, count in zip(curves, counts, strict=True):
-            rank = min(round(count * steps / (STEPS * len(names))), len(curve[name]) - 1)
-            shares.append(float(curve[name][rank]))
+            # Between two ranks the curve is a line: rounded, a step might gain nothing, and the next one twice as much.
+            rank = min(count * steps / (STEPS * len(names)), len(curve[name]) - 1)
+            low = min(int(rank), len(curve[name]) - 2)
+            shares.append(float(torch.lerp(curve[name][low], curve[name][low + 1], rank - low)))
         return sum(shares) / len(shares)
 
     # Every member gets something: one without a component would be none.
     steps = dict.fromkeys(names, 1)
     for _ in range((STEPS - 1) * len(names)):
         gains = {name: left(name, steps[name]) - left(name, steps[name] + 1) for name in names}
-        steps[max(names, key=lambda name: gains[name])] += 1
+        # Of members that gain alike, as where nothing is left to correct, the one with least.
+        steps[max(names, key=lambda name: (gains[name], -steps[name]))] += 1
     return sum(left(name, steps[name]) for name in names) / len(names), steps

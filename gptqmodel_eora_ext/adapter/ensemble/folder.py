@@ -182,6 +182,12 @@ class EnsembleFolder:
         """Bytes of all files of factors."""
         return sum(folder.weights.stat().st_size for folder in (self.shared, *self.folders.values()))
 
+    def is_for(self, checkpoint: Path) -> bool:
+        """Whether the members were made for a checkpoint's weights; a folder without any is not."""
+        if not any(checkpoint.glob("*.safetensors")):
+            return False
+        return not self.members or checkpoint_fingerprint(checkpoint) == self.members[0].checkpoint
+
     def check_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that the members were not made for.
 

@@ -14,6 +14,7 @@
 | `importer.AUTO_BACKEND_KERNEL_MAPPING` | `EoRAFusedLinear` comes first, `EoRATritonLinear` before Triton's kernel |
 | `model.select_quant_linear` | an explicit `BACKEND.GPTQ_TRITON` with an `EoRA` tries `EoRATritonLinear` first |
 | `loader.gptqmodel_post_init` | attaches factors, checked, before kernels are initialised |
+| `GPTQModel.load` | an ensemble's folder loads its checkpoint, with the ensemble |
 | `GPTQModel.from_quantized` | what loading freed goes back to the system |
 | `GPTQModel.adapter.generate` | an `EoRA` is made by the plugin |
 | `_default_cpu_workers` | at least 2, which the host's own loader pool needs (it crashes on 1 or 2 processors) |
@@ -155,6 +156,7 @@ def list_seams() -> list[Seam]:
         Seam(BaseQuantizeConfig, "from_pretrained", ("save_dir",), class_method(load.config_from_pretrained)),
         Seam(auto, "_is_supported_quantization_config", ("config",), plain(load.is_supported)),
         Seam(loader, "gptqmodel_post_init", ("model",), plain(load.attach_adapters)),
+        Seam(GPTQModel, "load", ("model_id_or_path", "quantize_config"), class_method(load.load)),
         Seam(GPTQModel, "from_quantized", ("model_id_or_path",), class_method(load.from_quantized)),
         Seam(model, "select_quant_linear", ("backend", "adapter", "pack"), plain(triton.candidates)),
         Seam(GPTQModel.adapter, "generate", ("adapter", "model_id_or_path", "quantized_model_id_or_path",

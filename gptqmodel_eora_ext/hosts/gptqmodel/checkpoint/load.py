@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -21,6 +22,7 @@ from ....formats import autoround
 from ....formats.names import ADAPTER_DETAILS, MODEL_CONFIG, PLAN_MARK, QUANTIZE_CONFIG
 from ....kernels.shared_input import share_inputs
 from ....system.memory import release_free_memory
+from ...ensemble import checkpoint_of, is_alone
 from ..adapter import EoRA
 from ..ensemble import attach_ensemble
 from .save import adapted_kernels
@@ -155,6 +157,27 @@ def attach_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwar
     model = original(model, *args, **kwargs)
     share_inputs(kernels)
     return model
+
+
+def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`GPTQModel.load`, which takes an ensemble's folder as well: its checkpoint is loaded, with the ensemble.
+
+    Raises:
+        AdapterError: for an ensemble whose checkpoint is not here.
+        ValueError: for an ensemble beside another adapter, or to be quantised.
+    """
+    path = args[0] if args else kwargs.get("model_id_or_path")
+    if not isinstance(path, (str, os.PathLike)) or not is_alone(Path(path)):
+        return original(*args, **kwargs)
+    if kwargs.get("adapter") is not None:
+        raise ValueError(f"EoRA: `{path}` is an ensemble, and `adapter` names another adapter. Load the checkpoint with "
+                         f"one of them: GPTQModel.load(CHECKPOINT, adapter=EoRA(path=…)).")  # fmt: skip
+    if (args[1] if len(args) > 1 else kwargs.get("quantize_config")) is not None:
+        raise ValueError(f"EoRA: `{path}` is an ensemble for a quantised checkpoint, which is not quantised again. Pass "
+                         f"the full-precision model.")  # fmt: skip
+    checkpoint, folder = checkpoint_of(Path(path))
+    kwargs.pop("model_id_or_path", None)
+    return original(str(checkpoint), *args[1:], **{**kwargs, "adapter": EoRA(path=folder)})
 
 
 def from_quantized(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
