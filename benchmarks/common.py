@@ -244,6 +244,17 @@ class Corrected(torch.nn.Module):
         return y.add_((x @ self.lora_A) @ self.lora_B)
 
 
+def without_adapter(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint, the same weights, that names no adapter."""
+    shutil.copytree(checkpoint, folder)
+    shutil.rmtree(folder / "eora")
+    path = folder / "quantize_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["adapter"]
+    write_json(path, content)
+    return folder
+
+
 def densified(checkpoint: str | Path, base: Subject, adapter: Any = None) -> Any:
     """The full-precision architecture with Ŵ in each linear and the adapter beside it, as GPTQModel loads both.
 

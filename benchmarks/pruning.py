@@ -22,7 +22,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -187,8 +186,8 @@ def measure_joint(base: common.Subject, budget: str, texts: dict[str, Any], wind
         seconds = time.perf_counter() - start
         size = (folder / "eora" / "adapter_model.safetensors").stat().st_size
         after = common.losses(common.densified(folder, base).to(common.device()), texts, windows)
-        shutil.rmtree(folder / "eora")
-        before = common.losses(common.densified(folder, base).to(common.device()), texts, windows)
+        bare = common.without_adapter(folder, scratch / "bare")
+        before = common.losses(common.densified(bare, base).to(common.device()), texts, windows)
     return {"method": JOINT_METHOD, "bits": JOINT_BITS, "budget": budget, "seconds": seconds, "adapter bytes": size,
             "loss before": before, "loss after": after, "measured": common.measured(base)}  # fmt: skip
 

@@ -90,12 +90,7 @@ class Bench:
         """The same weights in a checkpoint that names no adapter."""
         folder = checkpoint.with_name(f"{checkpoint.name}-bare")
         if not folder.exists():
-            shutil.copytree(checkpoint, folder)
-            shutil.rmtree(folder / "eora")
-            path = folder / "quantize_config.json"
-            content = json.loads(path.read_text(encoding="utf-8"))
-            del content["adapter"]
-            write_json(path, content)
+            common.without_adapter(checkpoint, folder)
         return folder
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
