@@ -76,7 +76,7 @@ def made_with(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make(options: argparse.Namespace, base: common.Subject, folder: Path) -> None:
-    """The checkpoint, its ensemble and the controls, where they are not there yet; those of another setup are refused."""
+    """The checkpoint, its ensemble and the controls, where they are not there; those of another setup are refused."""
     checkpoint = folder / "checkpoint"
     samples, router = (4, 16) if options.tiny else (SAMPLES, ROUTER_SAMPLES)
     if not checkpoint.is_dir():
