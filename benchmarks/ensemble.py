@@ -28,12 +28,14 @@ import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
 from gptqmodel_eora_ext.adapter.ensemble.folder import SHARED, EnsembleFolder
+from gptqmodel_eora_ext.adapter.errors import read_json
 from gptqmodel_eora_ext.evaluate.ensemble import NONE, PROMPT, continuation_nats, ensemble_losses, windows_of
 from gptqmodel_eora_ext.hosts.ensemble import ensemble_of
 from gptqmodel_eora_ext.hosts.ensemble_making import EnsembleJob, make_ensemble
 from gptqmodel_eora_ext.hosts.registry import loader
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.kernels.row_weights import RowWeights
+from gptqmodel_eora_ext.system.files import write_json
 
 PARTS = ("losses", "routing", "cost")
 BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4
@@ -67,8 +69,14 @@ def spread(ids: list[int], count: int, size: int) -> list[list[int]]:
     return [ids[start : start + size] for start in range(0, len(ids) - size + 1, step)][:count]
 
 
+def made_with(options: argparse.Namespace) -> dict[str, Any]:
+    """What the ensemble and its controls depend on."""
+    return {"budget": options.budget, "shared part": options.shared_part, "factor bits": options.factor_bits,
+            "web": options.web}  # fmt: skip
+
+
 def make(options: argparse.Namespace, base: common.Subject, folder: Path) -> None:
-    """The checkpoint, its ensemble and the controls, where they are not there yet."""
+    """The checkpoint, its ensemble and the controls, where they are not there; those of another setup are refused."""
     checkpoint = folder / "checkpoint"
     samples, router = (4, 16) if options.tiny else (SAMPLES, ROUTER_SAMPLES)
     if not checkpoint.is_dir():
@@ -77,7 +85,11 @@ def make(options: argparse.Namespace, base: common.Subject, folder: Path) -> Non
             host = GPTQModel.load(str(base.folder), QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, mse=SCALE_SEARCH))
             host.quantize(windows, batch_size=4)
             host.save(str(checkpoint))
+    asked, noted = made_with(options), folder / "made_with.json"
     if EnsembleFolder.is_one(checkpoint / "eora"):
+        found = read_json(noted)
+        if found != asked:
+            raise SystemExit(f"`{folder}` was made with {found}, and {asked} is asked. Name another --checkpoint.")
         return
     tokenize = common.tokenizer(base)
     cut = {
@@ -94,6 +106,7 @@ def make(options: argparse.Namespace, base: common.Subject, folder: Path) -> Non
     )  # fmt: skip
     with quiet():
         make_ensemble(job)
+    write_json(noted, asked)
 
 
 def losses(options: argparse.Namespace, base: common.Subject, folder: Path) -> dict[str, Any]:
@@ -237,8 +250,7 @@ def main() -> None:
         options.layers = 4
     with common.subject(options) as base:
         path = base.results("ensemble_tiny" if options.tiny else "ensemble")
-        setup = {"budget": options.budget, "shared part": options.shared_part, "factor bits": options.factor_bits,
-                 "web": options.web}  # fmt: skip
+        setup = made_with(options)
         result = {**common.kept(path, setup), "setup": setup}
         make(options, base, options.checkpoint)
         for part in options.parts:

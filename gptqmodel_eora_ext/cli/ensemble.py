@@ -175,8 +175,9 @@ def route(
     table = Table("prompt", "nearest", *found.members, "its own text as far", "")
     for row in rows:
         shown = row["text"] if len(row["text"]) <= 40 else f"{row['text'][:39]}…"
-        table.add_row(shown, row["nearest"] or "too short", *(f"{one:.2f}" for one in row["weights"].values()),
-                      f"{row['as_far']:.0%}" if row["nearest"] else "", "shared alone" if row["fallen_back"] else "")  # fmt: skip
+        as_far = f"{row['as_far']:.0%}" if row["nearest"] else ""
+        table.add_row(shown, row["nearest"] or "too short", *(f"{one:.2f}" for one in row["weights"].values()), as_far,
+                      "shared alone" if row["fallen_back"] else "")  # fmt: skip
     out.print(table)
 
 

@@ -104,7 +104,7 @@ class Ensemble:
     def _begin_serving(self, model: torch.nn.Module) -> None:
         """Have what belongs to one model in one process: nothing was routed, no cache is known, nobody watches."""
         self.observers: list[Callable[[Routing, torch.Tensor | None], None]] = []
-        # The model's hooks hold the ensemble; a strong reference back would keep the model in memory after its last use.
+        # The model's hooks hold the ensemble; a strong reference back would keep the model in memory for longer.
         self._model = weakref.ref(model)
         self._mine = _OfThread()
         self._of_cache: weakref.WeakKeyDictionary[Any, RowWeights] = weakref.WeakKeyDictionary()
@@ -322,8 +322,8 @@ def checkpoint_of(path: Path) -> tuple[Path, Path | None]:
         path: a checkpoint, or an ensemble's folder, which lies in its checkpoint or names where that is.
 
     Raises:
-        AdapterError: for a path that is neither, a checkpoint that names no ensemble, or an ensemble whose checkpoint is
-            not here.
+        AdapterError: for a path that is neither, a checkpoint that names no ensemble, or an ensemble whose checkpoint
+            is not here.
     """
     if (path / MODEL_CONFIG).is_file():
         # Told now: a large model takes minutes to load.

@@ -1,4 +1,4 @@
-"""`eora ensemble` and `eora chat` as commands, on a tiny model whose tokens are bytes and whose domains are alphabets."""
+"""`eora ensemble` and `eora chat` as commands, on a tiny model: tokens are bytes, domains are alphabets."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_a_chat_whose_prompts_become_a_domain(place: Path, tmp_path: Path) -> No
     assert all(row["nearest"] and row["fallen_back"] for row in logged)
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(place / "checkpoint", checkpoint)
-    done = eora("ensemble", "add", place / "base", checkpoint, checkpoint / "eora", "--domain", f"law={log}", "--budget",
-                "r2", *MAKING)  # fmt: skip
+    add = ("ensemble", "add", place / "base", checkpoint, checkpoint / "eora", "--budget", "r2", *MAKING)
+    done = eora(*add, "--domain", f"law={log}")
     assert done.exit_code == 0 and "law" in done.output, done.output
     routed = json.loads(eora("ensemble", "route", checkpoint, text("law", 40, 7), "--json").stdout)["routes"][0]
     assert routed["nearest"] == "law" and routed["weights"]["law"] > 0.5
@@ -111,6 +111,7 @@ def test_a_chat_whose_prompts_become_a_domain(place: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_one_line(place: Path, tmp_path: Path) -> None:
     base, checkpoint, ensemble = place / "base", place / "checkpoint", place / "checkpoint" / "eora"
+    law = f"law={place / 'law.txt'}"
     math, three = f"math={place / 'math.txt'}", f"math={place / 'three.txt'}"
     make = ("ensemble", "make", base, checkpoint, tmp_path / "o", "--shared", place / "shared.txt", *MAKING)
     elsewhere = tmp_path / "elsewhere"
@@ -123,7 +124,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path) -> None:
         ((*make, "--domain", math, "--shared-part", 1.5), "--shared-part must be between 0 and 1, got 1.5"),
         ((*make, "--domain", math, "--depth", 9), "the router looks behind layer 9, and the model has 4"),
         (("ensemble", "add", base, checkpoint, ensemble, "--domain", math), "there is a member 'math' already"),
-        (("ensemble", "add", base, checkpoint, ensemble, "--domain", f"law={place / 'law.txt'}", *MAKING, "--seqlen", 16),
+        (("ensemble", "add", base, checkpoint, ensemble, "--domain", law, *MAKING, "--seqlen", 16),
          "windows of law have 16 tokens; this router needs 64"),
         (("ensemble", "route", elsewhere / "eora", "text"), "was made for is not in"),
         (("ensemble", "route", base, "text"), "names no ensemble"),
@@ -198,5 +199,6 @@ def test_a_moved_model_and_its_state(model: Any) -> None:
         dtype = next(iter(state.values())).dtype
         cast = model.model.to(torch.float32)(input_ids=ids).logits
     assert float((cast - before.float()).abs().max()) < 0.05 * float(cast.abs().max())
-    assert ensemble_of(model).last.nearest == ("math",)
+    last = ensemble_of(model).last
+    assert last is not None and last.nearest == ("math",)
     model.model.to(dtype)

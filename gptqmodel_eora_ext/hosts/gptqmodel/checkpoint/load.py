@@ -170,11 +170,11 @@ def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)) or not is_alone(Path(path)):
         return original(*args, **kwargs)
     if kwargs.get("adapter") is not None:
-        raise ValueError(f"EoRA: `{path}` is an ensemble, and `adapter` names another adapter. Load the checkpoint with "
-                         f"one of them: GPTQModel.load(CHECKPOINT, adapter=EoRA(path=…)).")  # fmt: skip
+        raise ValueError(f"EoRA: `{path}` is an ensemble, and `adapter` names another adapter. Load the checkpoint "
+                         f"with one of them: GPTQModel.load(CHECKPOINT, adapter=EoRA(path=…)).")  # fmt: skip
     if (args[1] if len(args) > 1 else kwargs.get("quantize_config")) is not None:
-        raise ValueError(f"EoRA: `{path}` is an ensemble for a quantised checkpoint, which is not quantised again. Pass "
-                         f"the full-precision model.")  # fmt: skip
+        raise ValueError(f"EoRA: `{path}` is an ensemble for a quantised checkpoint, which is not quantised again. "
+                         f"Pass the full-precision model.")  # fmt: skip
     checkpoint, folder = checkpoint_of(Path(path))
     kwargs.pop("model_id_or_path", None)
     return original(str(checkpoint), *args[1:], **{**kwargs, "adapter": EoRA(path=folder)})
