@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .distributed import Group, layout, unfilled
+from .distributed import Group, layout, share, unfilled
 from .state_file import put_together, taken_apart
 
 
@@ -52,3 +52,25 @@ def receive_state(
         tensor = unfilled(*one)
         tensors[name] = group.receive(tensor, source) if tensor.numel() else tensor
     return put_together(described, tensors, known, stays=stays)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Lists of an item a window as one process would have them, of those that several have, in the order of ranks.
+
+    Args:
+        parts: of each process lists, in dicts to any depth; None where there is nothing.
+    """
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts]) for key in first}
+    return None if first is None else [one for part in parts for one in part]
+
+
+def shared_out(whole: Any, size: int, rank: int) -> Any:
+    """What one of some processes has of lists of an item a window (`distributed.share`); the reverse of `joined`."""
+    if isinstance(whole, Mapping):
+        return {key: shared_out(one, size, rank) for key, one in whole.items()}
+    if whole is None:
+        return None
+    mine = share(len(whole), size, rank)
+    return whole[mine.start : mine.stop]

@@ -20,14 +20,12 @@ from gptqmodel.looper.extension import LoopContext
 from ...loop.resume import Keeping, layer_file, read_factors
 from ...system.distributed import Group, as_first_says, share
 from ...system.kept import ResumeError, Stopped
-from ...system.sent_state import receive_state, send_state
+from ...system.sent_state import joined, receive_state, send_state, shared_out
 from ...system.state_file import put_together, taken_apart
 from .known_weights import let_go_of_weight
 from .resume import LayerKeeper, digest_of, digests
 from .run import CompensationRun
 
-# An `InputCache` as a dict: each of its lists has one item a batch, or none at all.
-Cache = Mapping[str, Sequence[Any]]
 FACTORS = "factors"
 
 
@@ -48,18 +46,12 @@ def keeper_of(run: CompensationRun, keeping: Keeping, asked: Mapping[str, Any]) 
     return SharedLayerKeeper(run, keeping, run.group)
 
 
-def joined(caches: Sequence[Cache]) -> dict[str, list[Any]]:
-    """The cache that one process would have, of those that several have of their batches, in the order of ranks."""
-    return {key: [one for cache in caches for one in cache[key]] for key in caches[0]}
-
-
-def divided(cache: Cache, batches: int, size: int) -> list[dict[str, list[Any]]]:
-    """A cache shared out between processes, as `share_windows` shares out batches.
+def check_batches(cache: Mapping[str, Sequence[Any]], batches: int) -> None:
+    """Refuse what cannot be shared out batch by batch.
 
     Args:
-        cache: of all batches.
+        cache: an `InputCache` as a dict; each of its lists has one item a batch, or none at all.
         batches: how many there are.
-        size: number of processes.
 
     Raises:
         ValueError: for a list that has items for some batches only.
@@ -70,8 +62,6 @@ def divided(cache: Cache, batches: int, size: int) -> list[dict[str, list[Any]]]
                 f"EoRA: `{key}` has {len(items)} items for {batches} batches, so what enters a layer cannot be kept "
                 f"among several processes. Pass --no-resume (in Python no `checkpoint`)."
             )
-    shares = [share(batches, size, rank) for rank in range(size)]
-    return [{key: list(items[mine.start : mine.stop]) for key, items in cache.items()} for mine in shares]
 
 
 class SharedLayerKeeper(LayerKeeper):
@@ -103,7 +93,7 @@ class SharedLayerKeeper(LayerKeeper):
         self._batches = sum(counts)
         self._begin(sum(counts[: group.rank]))
         for processor in self._processors():
-            divided(processor["cache"], counts[group.rank], 1)
+            check_batches(processor["cache"], counts[group.rank])
         for told in group.gather(digests(self._begun)):
             self._digests |= told
         self._digest = digest_of(self._digests)
@@ -159,12 +149,12 @@ class SharedLayerKeeper(LayerKeeper):
     def _parts(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What each process starts the next layer from."""
         size = self._group.size
-        caches = [divided(one["cache"], self._batches, size) for one in state["processors"]]
         parts = []
         for rank in range(size):
+            count = len(share(self._batches, size, rank))
             processors = [
-                {**one, "cache": cache[rank], "num_batches": len(share(self._batches, size, rank))}
-                for one, cache in zip(state["processors"], caches, strict=True)
+                {**one, "cache": shared_out(one["cache"], size, rank), "num_batches": count}
+                for one in state["processors"]
             ]
             # Seconds are added up over processes in the end.
             run = state["run"] if rank == 0 else {**state["run"], "seconds": 0.0}
