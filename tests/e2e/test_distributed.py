@@ -104,7 +104,8 @@ def layers(ended: Ended) -> list[int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("asked", [["--rank", "8"], ["--budget", "0.5bpw", "--factor-bits", "4"]])
+@pytest.mark.parametrize("asked", [["--rank", "8"], ["--budget", "0.5bpw", "--factor-bits", "4"]],
+                         ids=["rank", "budget"])  # fmt: skip
 def test_killed_and_gone_on_with_by_other_numbers_of_processes(
     asked: list[str], tokenizer: Any, tmp_path: Path
 ) -> None:
