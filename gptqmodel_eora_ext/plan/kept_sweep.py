@@ -128,7 +128,7 @@ class LayersKept:
             return 0
         layers: int = state["layers"]
         for number in range(layers):
-            _take(self._read(_layer(number)), under_way)
+            _take(self._read(_layer(number), required=True), under_way)
         streams = {"hidden": state["hidden"], "kinds": state["kinds"]}
         if self._group is not None:
             streams = shared_out(streams, self._group.size, self._group.rank)
@@ -156,12 +156,12 @@ class LayersKept:
         if stops if group is None else any(group.gather(stops)):
             raise Stopped(self._root)
 
-    def _read(self, name: str) -> Any:
-        """What is kept under a name, in all processes; None where there is nothing."""
+    def _read(self, name: str, *, required: bool = False) -> Any:
+        """What is kept under a name, in all processes; None where there is nothing, an error if it is ``required``."""
         read: list[Any] = []
 
         def look() -> bool:
-            if self._kept is not None and name in self._kept:
+            if self._kept is not None and (required or name in self._kept):
                 read.append(self._kept.read(name))
             return bool(read)
 
