@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_goes_on_layer_by_layer(kind: str, tmp_path: Path, monkeypatch: pytest.M
     assert same(whole, surveyed(lambda title: pytest.fail("nothing is measured again"), kind))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes have: products of a handful of rows depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_one_process_goes_on_with_what_two_have_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     whole = surveyed(kind="relative")
