@@ -15,7 +15,6 @@ from ..formats.autoround import BITS
 from ..loop.resume import Keeping
 from ..plan import Plan
 from ..refine import RefineSettings
-from ..system.distributed import launched
 from ..system.kept import resume_folder
 from .printing import errors, events, fail
 
@@ -170,13 +169,12 @@ def check_out(folder: Path, force: bool, *sources: str | Path) -> None:
 
 
 def keeping_for(target: Path, resume: bool, restart: bool, *, lasting: bool = False) -> Keeping | None:
-    """Where the command that writes ``target`` keeps its state; None with --no-resume, or among several processes."""
-    if resume and launched() == 1:
+    """Where the command that writes ``target`` keeps its state; None with --no-resume."""
+    if resume:
         return Keeping(resume_folder(target), begin_anew=restart, lasting=lasting)
     if restart:
         fail(
-            "--restart removes what an interrupted run has left, and --no-resume looks for none, nor do several "
-            "processes. Leave it out."
+            "--restart removes what an interrupted run has left, and --no-resume looks for none. Leave one of them out."
         )
     return None
 

@@ -16,7 +16,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,9 @@ import torch
 from .._version import __version__
 from ..adapter.factors import ModuleFactors
 from ..formats.factors import QuantizedFactor
+from ..system.distributed import as_first_says, is_first
 from ..system.files import write_json
+from ..system.interrupt import asked_to_stop
 from ..system.kept import RUN, Kept, ResumeError, differences, kept_state
 from .run import LIBRARIES, Run
 
@@ -44,7 +46,8 @@ FIGURES = ("requested_rank", "tokens", "signal", "error_before", "error_after")
 class Keeping:
     """Where a run keeps its state, and whether one that was interrupted is to be gone on with.
 
-    A context: it holds what `open` has opened until its block ends.
+    A context: it holds what `open` has opened until its block ends. Several processes that share a run each have one,
+    and call its methods in the same order; rank 0 alone keeps something, and the others hear from it what they need.
 
     Args:
         root: the folder.
@@ -56,7 +59,8 @@ class Keeping:
         lasting: whether `finish` leaves it to the caller, who has more to do, to `remove` what is kept.
 
     Attributes:
-        kept: what `open` has opened.
+        kept: what `open` has opened; None in the others of several processes.
+        stopping: tells whether this process is asked to end.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Keeping:
         self.every = every
         self.lasting = lasting
         self.kept: Kept | None = None
+        self.stopping: Callable[[], bool] = lambda: False
         self._begin_anew, self._required, self._strict = begin_anew, required, strict
         self._stack = contextlib.ExitStack()
 
@@ -100,9 +105,23 @@ class Keeping:
             soft={} if self._strict else computed_on,
         )
         self.kept = self._stack.enter_context(kept)
+        self.stopping = self.kept.stopping
         if self.kept.goes_on:
             log.info("EoRA: an interrupted run in `%s` is gone on with.", self.root)
         return self.kept
+
+    def open_by_first(self, asked: Mapping[str, Any]) -> None:
+        """As `open`, for several processes that share the run: rank 0 opens the folder, all fail where it fails.
+
+        In the others, too, a first SIGTERM or Ctrl-C only tells ``stopping`` from now on.
+        """
+        if not is_first():
+            self.stopping = self._stack.enter_context(asked_to_stop())
+
+        def opened() -> None:
+            self.open(asked)
+
+        as_first_says(opened, ResumeError)
 
     def finish(self) -> None:
         """Called once what the run has made is written."""
@@ -111,7 +130,8 @@ class Keeping:
 
     def remove(self) -> None:
         """Remove what is kept."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(self.root, ignore_errors=True)
 
     def mark_written(self, request: Mapping[str, Any]) -> None:
         """Called once a checkpoint is written and more is to be done with it: its layers are wanted no more.
@@ -119,6 +139,8 @@ class Keeping:
         Args:
             request: all that was asked, ready for JSON, by which `is_written` recognises the same call.
         """
+        if not is_first():
+            return
         write_json(self.root / WRITTEN, request)
         for file in self.root.glob("*.safetensors"):
             file.unlink()
@@ -129,6 +151,9 @@ class Keeping:
         Raises:
             ResumeError: for one that asked something else.
         """
+        return as_first_says(lambda: self._is_written(request), ResumeError)
+
+    def _is_written(self, request: Mapping[str, Any]) -> bool:
         file = self.root / WRITTEN
         if self._begin_anew or not file.is_file():
             return False

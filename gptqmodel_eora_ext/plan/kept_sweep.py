@@ -13,16 +13,19 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._version import __version__
-from ..system.distributed import current
+from ..system.distributed import as_first_says, current
 from ..system.files import cache_folder
-from ..system.kept import InUse, Kept, kept_state
+from ..system.interrupt import asked_to_stop
+from ..system.kept import InUse, Kept, ResumeError, Stopped, kept_state
+from ..system.sent_state import joined, receive_state, send_state, shared_out
+from ..system.state_file import put_together, taken_apart
 from .forecast import Forecast
 from .layered import LayeredModel
 from .ranks import TokenCorrection
@@ -46,8 +49,9 @@ def kept_sweep(
     kind: str,
     question: Question,
 ) -> Iterator[LayersKept | None]:
-    """Open what is kept of a sweep; None where it cannot be recognised, where another process is at it, or where
-    several processes share it.
+    """Open what is kept of a sweep; None where it cannot be recognised, or where another run is at it.
+
+    Of several processes that share a sweep rank 0 opens it, in its own cache; the others hear from it what they need.
 
     Args:
         model: run layer by layer.
@@ -56,40 +60,50 @@ def kept_sweep(
         kind: of sensitivity.
         question: what to forecast.
     """
-    known = question.rounds or bool(question.source)
-    if not known or current() is not None:
+    if not (question.rounds or question.source):
         yield None
         return
     digest = hashlib.sha256(fingerprint(model, modules, batches, kind).encode())
     digest.update(json.dumps(_described(modules, question)).encode())
     root = cache_folder() / FOLDER / digest.hexdigest()
-    _forget(root.parent)
     with contextlib.ExitStack() as stack:
-        asked = {"version": __version__, "torch": torch.__version__}
-        try:
-            kept = stack.enter_context(kept_state(root, asked, supersede=True))
-        except InUse:
+        kept: list[Kept] = []
+
+        def opened() -> bool:
+            _forget(root.parent)
+            asked = {"version": __version__, "torch": torch.__version__}
+            with contextlib.suppress(InUse):
+                kept.append(stack.enter_context(kept_state(root, asked, supersede=True)))
+            return bool(kept)
+
+        if not as_first_says(opened, ResumeError):
             yield None
-            return
-        yield LayersKept(kept)
+        elif kept:
+            yield LayersKept(root, kept[0], kept[0].stopping)
+        else:
+            yield LayersKept(root, None, stack.enter_context(asked_to_stop()))
 
 
 class LayersKept:
-    """Keeps a sweep's layers: `plan.sweep.SweepKeeper`.
+    """Keeps a sweep's layers: `plan.sweep.SweepKeeper`. Of several processes, which call it at the same moments, rank 0
+    keeps what one process would, so that any number of them goes on.
 
     Args:
-        kept: where.
+        root: the folder.
+        kept: opened there; None in the others of several processes.
+        stopping: tells whether this process is asked to end.
     """
 
-    def __init__(self, kept: Kept) -> None:
-        self._kept = kept
+    def __init__(self, root: Path, kept: Kept | None, stopping: Callable[[], bool]) -> None:
+        self._root, self._kept, self._stopping = root, kept, stopping
+        self._group = current()
 
     def found(self, sensitivity: Sensitivity | None) -> Swept | None:
         """What a finished sweep has found, without going through the model again."""
-        if FOUND not in self._kept:
+        state = self._read(FOUND)
+        if state is None:
             return None
-        state = self._kept.read(FOUND)
-        log.info("EoRA: forecasts from `%s`.", self._kept.root)
+        log.info("EoRA: forecasts from `%s`.", self._root)
         all_of_it = Sweeping({}, {}, {}, (), None)
         _take(state["modules"], all_of_it)
         moments = all_of_it.relative if sensitivity is None else sensitivity
@@ -97,6 +111,8 @@ class LayersKept:
 
     def finish(self, found: Swept, layers: int) -> None:
         """Keep what was found, in place of so many layers."""
+        if self._kept is None:
+            return
         relative = {} if isinstance(found.output_moments, Sensitivity) else dict(found.output_moments)
         all_of_it = Sweeping(dict(found.forecasts), relative, dict(found.reached), (), None)  # type: ignore[arg-type]
         state = {"modules": _given(list(found.forecasts), all_of_it), "divergences": dict(found.divergences),
@@ -107,26 +123,55 @@ class LayersKept:
 
     def go_on(self, under_way: Sweeping) -> int:
         """See `SweepKeeper`."""
-        if NEXT not in self._kept:
+        state = self._read(NEXT)
+        if state is None:
             return 0
-        state = self._kept.read(NEXT)
         layers: int = state["layers"]
         for number in range(layers):
-            _take(self._kept.read(_layer(number)), under_way)
-        for window, hidden in zip(under_way.windows, state["hidden"], strict=True):
+            _take(self._read(_layer(number), required=True), under_way)
+        streams = {"hidden": state["hidden"], "kinds": state["kinds"]}
+        if self._group is not None:
+            streams = shared_out(streams, self._group.size, self._group.rank)
+        for window, hidden in zip(under_way.windows, streams["hidden"], strict=True):
             window.hidden = hidden
         if under_way.kinds is not None:
-            under_way.kinds.load_state(state["kinds"])
+            under_way.kinds.load_state(streams["kinds"])
         log.info("EoRA: %d layers were forecast before the run was interrupted.", layers)
         return layers
 
     def keep(self, index: int, names: Sequence[str], under_way: Sweeping) -> None:
         """See `SweepKeeper`."""
-        self._kept.keep(_layer(index), _given(names, under_way))
-        hidden = [window.hidden for window in under_way.windows]
         kinds = None if under_way.kinds is None else under_way.kinds.state()
-        self._kept.keep(NEXT, {"layers": index + 1, "hidden": hidden, "kinds": kinds})
-        self._kept.step_done()
+        streams = {"hidden": [window.hidden for window in under_way.windows], "kinds": kinds}
+        group = self._group
+        if group is not None and not group.is_first:
+            send_state(group, streams, 0)
+        elif group is not None:
+            others = [receive_state(group, rank, stays=True) for rank in range(1, group.size)]
+            streams = joined([streams, *others])
+        if self._kept is not None:
+            self._kept.keep(_layer(index), _given(names, under_way))
+            self._kept.keep(NEXT, {"layers": index + 1, **streams})
+        stops = self._stopping()
+        if stops if group is None else any(group.gather(stops)):
+            raise Stopped(self._root)
+
+    def _read(self, name: str, *, required: bool = False) -> Any:
+        """What is kept under a name, in all processes; None where there is nothing, an error if it is ``required``."""
+        read: list[Any] = []
+
+        def look() -> bool:
+            if self._kept is not None and (required or name in self._kept):
+                read.append(self._kept.read(name))
+            return bool(read)
+
+        if not as_first_says(look, ResumeError):
+            return None
+        if self._group is None:
+            return read[0]
+        made = {name: taken_apart(read[0])} if read else {}
+        _, told, tensors = next(self._group.spread({name: 0}, made))
+        return put_together(told, tensors)
 
 
 def _layer(number: int) -> str:

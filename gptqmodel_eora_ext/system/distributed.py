@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ WAIT_VARIABLE = "EORA_DISTRIBUTED_TIMEOUT"
 DEFAULT_WAIT = 1800.0
 # After an exchange has failed, so many seconds are spent on finding out who was lost.
 LOOK_SECONDS = 5.0
+
+T = TypeVar("T")
 
 
 class Group:
@@ -129,14 +131,14 @@ class Group:
             Item, what is told of it, and its tensors on the CPU; in the order of ``owners``.
         """
         told: dict[str, Any] = {}
-        shapes = {name: {key: _layout(one) for key, one in tensors.items()} for name, (_, tensors) in made.items()}
+        shapes = {name: {key: layout(one) for key, one in tensors.items()} for name, (_, tensors) in made.items()}
         for one in self.gather({name: [header, shapes[name]] for name, (header, _) in made.items()}):
             told |= one
         for name, owner in owners.items():
             header, layouts = told[name]
             got = {}
             for key, (shape, dtype) in layouts.items():
-                tensor = made[name][1][key].cpu().contiguous() if name in made else _empty(shape, dtype)
+                tensor = made[name][1][key].cpu().contiguous() if name in made else unfilled(shape, dtype)
                 got[key] = self.broadcast(tensor, owner) if tensor.numel() else tensor
             yield name, header, got
 
@@ -146,14 +148,14 @@ class Group:
         Args:
             rows: by name, n × features; a process may lack a name that others have.
         """
-        told = self.gather({name: _layout(one) for name, one in rows.items()})
+        told = self.gather({name: layout(one) for name, one in rows.items()})
         found: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys(name for one in told for name in one):
             parts = []
             for rank, one in enumerate(told):
                 if name in one:
                     mine = rows[name].to(self.device).contiguous() if rank == self.rank else None
-                    part = mine if mine is not None else _empty(*one[name]).to(self.device)
+                    part = mine if mine is not None else unfilled(*one[name]).to(self.device)
                     parts.append(self.broadcast(part, rank))
             found[name] = torch.cat(parts)
         return found
@@ -216,11 +218,13 @@ class Group:
         return f"an exchange failed in rank {self.rank} while {what} ({reason})"
 
 
-def _layout(tensor: torch.Tensor) -> list[Any]:
+def layout(tensor: torch.Tensor) -> list[Any]:
+    """Shape and dtype, as JSON."""
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
 
-def _empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
+def unfilled(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """A tensor on the CPU of what `layout` tells, to receive values in."""
     return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
@@ -259,6 +263,30 @@ def by_first(write: Callable[[], object]) -> None:
         write()
     if _current is not None:
         _current.barrier("waiting for rank 0 to write")
+
+
+def as_first_says(decide: Callable[[], T], error: type[Exception]) -> T:
+    """What rank 0 decides, in every process, where it alone can know; a process by itself decides.
+
+    Args:
+        decide: called in rank 0 alone; what it returns is JSON.
+        error: what it may raise. Then all raise it, with the message of rank 0.
+    """
+    if _current is None:
+        return decide()
+    found = failed = None
+    if _current.is_first:
+        try:
+            found = decide()
+        except error as raised:
+            failed = raised
+    told, message = _current.gather([found, None if failed is None else str(failed)])[0]
+    if failed is not None:
+        raise failed
+    if message is not None:
+        raise error(message)
+    answer: T = told
+    return answer
 
 
 def launched() -> int:

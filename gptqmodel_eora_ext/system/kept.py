@@ -37,7 +37,14 @@ class InUse(ResumeError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has kept all that it had finished. The same call goes on from there."""
+    """A run was asked to stop, and has kept all that it had finished. The same call goes on from there.
+
+    Args:
+        root: where it is kept.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(f"EoRA: stopped as asked. What was finished is kept in `{root}`; the same call goes on.")
 
 
 class Kept:
@@ -46,12 +53,13 @@ class Kept:
     Attributes:
         root: the folder.
         goes_on: whether an interrupted run had left something.
+        stopping: tells whether the run is asked to end.
     """
 
     def __init__(self, root: Path, goes_on: bool, stopping: Callable[[], bool], remedy: str) -> None:
         self.root = root
         self.goes_on = goes_on
-        self._stopping = stopping
+        self.stopping = stopping
         self._remedy = remedy
 
     def __contains__(self, name: str) -> bool:
@@ -112,8 +120,8 @@ class Kept:
         Raises:
             Stopped: where the run was asked to stop meanwhile.
         """
-        if self._stopping():
-            raise Stopped(f"EoRA: stopped as asked. What was finished is kept in `{self.root}`; the same call goes on.")
+        if self.stopping():
+            raise Stopped(self.root)
 
     def finish(self) -> None:
         """Remove everything: the run is done."""

@@ -1,4 +1,4 @@
-"""A nested state (dicts, lists, tuples, numbers, strings, tensors) in one safetensors file.
+"""A nested state (dicts, lists, tuples, numbers, strings, tensors) as JSON and tensors, also in one safetensors file.
 
 The tensors are the file's tensors; all the rest stands as JSON in its header. Reading one executes nothing.
 """
@@ -33,16 +33,13 @@ def write_state(path: Path, state: Any, known: Mapping[int, str] | None = None) 
         TypeError: for a state that holds anything else.
         OSError: when the file cannot be written.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    described = json.dumps(_encoded(state, tensors, {}, known or {}))
-    write_tensors(path, tensors, {STATE: described})
+    described, tensors = taken_apart(state, known)
+    write_tensors(path, tensors, {STATE: json.dumps(described)})
 
 
 def state_bytes(state: Any, known: Mapping[int, str] | None = None) -> int:
     """Bytes of the tensors that `write_state` would write."""
-    tensors: dict[str, torch.Tensor] = {}
-    _encoded(state, tensors, {}, known or {})
-    return sum(one.nbytes for one in tensors.values())
+    return sum(one.nbytes for one in taken_apart(state, known)[1].values())
 
 
 def read_state(path: Path, known: Mapping[str, torch.Tensor] | None = None) -> Any:
@@ -57,7 +54,41 @@ def read_state(path: Path, known: Mapping[str, torch.Tensor] | None = None) -> A
     """
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return _decoded(json.loads(file.metadata()[STATE]), tensors, known or {})
+        return put_together(json.loads(file.metadata()[STATE]), tensors, known)
+
+
+def taken_apart(state: Any, known: Mapping[int, str] | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What `put_together` makes a state of again: JSON, and the tensors that it names.
+
+    Args:
+        state, known: see `write_state`.
+
+    Raises:
+        TypeError: see there.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    return _encoded(state, tensors, {}, known or {}), tensors
+
+
+def put_together(
+    described: Any,
+    tensors: Mapping[str, torch.Tensor],
+    known: Mapping[str, torch.Tensor] | None = None,
+    *,
+    stays: bool = False,
+) -> Any:
+    """The state that `taken_apart` was given.
+
+    Args:
+        described: the JSON.
+        tensors: by the names in it.
+        known: the tensors that stand in it by name alone, by the names that they were given.
+        stays: whether tensors stay where they are; otherwise each goes to the device that it was on.
+
+    Raises:
+        ValueError, KeyError: for JSON that is damaged, or names a tensor that is not there.
+    """
+    return _decoded(described, tensors, known or {}, stays)
 
 
 def _encoded(value: Any, tensors: dict[str, torch.Tensor], names: dict[int, str], known: Mapping[int, str]) -> Any:
@@ -80,19 +111,21 @@ def _encoded(value: Any, tensors: dict[str, torch.Tensor], names: dict[int, str]
     raise TypeError(f"{type(value).__name__} cannot be kept in a state file")
 
 
-def _decoded(value: Any, tensors: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> Any:
+def _decoded(
+    value: Any, tensors: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor], stays: bool
+) -> Any:
     if not isinstance(value, list):
         return value
     kind, *rest = value
     if kind == TENSOR:
-        return tensors[rest[0]].to(rest[1])
+        return tensors[rest[0]] if stays else tensors[rest[0]].to(rest[1])
     if kind == KNOWN:
         return known[rest[0]]
     if kind == DEVICE:
         return torch.device(rest[0])
     if kind == DICT:
-        return {key: _decoded(one, tensors, known) for key, one in rest}
+        return {key: _decoded(one, tensors, known, stays) for key, one in rest}
     if kind not in (TUPLE, LIST):
         raise ValueError(f"a state file holds a {kind!r}, which this version does not know")
-    found = [_decoded(one, tensors, known) for one in rest]
+    found = [_decoded(one, tensors, known, stays) for one in rest]
     return tuple(found) if kind == TUPLE else found

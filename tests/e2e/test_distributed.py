@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext.cli import app
+from gptqmodel_eora_ext.cli.printing import RESUME
 from gptqmodel_eora_ext.evaluate.demo import demo_text
+from gptqmodel_eora_ext.system.kept import resume_folder
+from gptqmodel_eora_ext.system.peers import LOST_STATUS
 
-from ..processes import Ended, run
+from ..processes import Ended, run, start, wait
 
 pytestmark = pytest.mark.e2e
 
@@ -28,8 +33,8 @@ TWO_THREADS = {"OMP_NUM_THREADS": "2"}
 def random_model(folder: Path, tokenizer: Any, kind: str = "Llama", **more: Any) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.1, **more,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, tie_word_embeddings=True, initializer_range=0.1, **{"num_hidden_layers": 2, **more},
     )  # fmt: skip
     getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -76,6 +81,76 @@ def test_two_processes_write_what_one_process_of_two_threads_writes(tiny: Path, 
     assert_same(tmp_path / "one", tmp_path / "two")
     # Rank 0 tells of the run, the other nothing.
     assert "rank 8" in first.output and "rank 8" not in second.output
+    assert not resume_folder(tmp_path / "two").exists()
+
+
+def interrupted(command: list[str], number: signal.Signals, cache: Path) -> list[Ended]:
+    """Run a command in two processes; the second gets a signal once two layers of three are quantised."""
+    first, second = start([*EORA, *command, "--log-json"], 2, {"XDG_CACHE_HOME": str(cache)})
+    assert first.stdout is not None
+    told = ""
+    for line in first.stdout:
+        told += line
+        if 'layers", "done": 2,' in line:
+            second.send_signal(number)
+    ended = wait([first, second])
+    return [Ended(ended[0].status, told), ended[1]]
+
+
+def layers(ended: Ended) -> list[int]:
+    """Numbers of layers done, as they were told."""
+    lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith('{"time"')]
+    return [one["done"] for one in lines if one["event"] == "progress" and one["what"].endswith(" layers")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asked", [["--rank", "8"], ["--budget", "0.5bpw", "--factor-bits", "4"]],
+                         ids=["rank", "budget"])  # fmt: skip
+def test_killed_and_gone_on_with_by_other_numbers_of_processes(
+    asked: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Two processes, one of them killed; then one, and three, end with the bytes of a run never disturbed."""
+    model = random_model(tmp_path / "model", tokenizer, num_hidden_layers=3)
+
+    def to(out: str) -> list[str]:
+        return ["quantize", str(model), str(tmp_path / out), "--bits", "2", "--group-size", "32", *asked, *SHORT]
+
+    done(to("whole"), 2, {"XDG_CACHE_HOME": str(tmp_path / "cache whole")})
+    first, second = interrupted(to("1"), signal.SIGKILL, tmp_path / "cache")
+    assert second.status == -signal.SIGKILL and first.status == LOST_STATUS, first.output
+    assert "was killed or has crashed" in first.output and not (tmp_path / "1").exists()
+    shutil.copytree(resume_folder(tmp_path / "1"), resume_folder(tmp_path / "3"))
+    for size in (1, 3):
+        resumed = done([*to(str(size)), "--log-json"], size, {"XDG_CACHE_HOME": str(tmp_path / f"cache {size}")})
+        assert layers(resumed[0])[0] >= 1
+        assert_same(tmp_path / "whole", tmp_path / str(size))
+        assert not resume_folder(tmp_path / str(size)).exists()
+
+
+@pytest.mark.distributed
+def test_stopped_refused_and_gone_on_with(tokenizer: Any, tmp_path: Path) -> None:
+    """An adapter for a finished checkpoint: asked of one process, both stop after a layer; what the folder is not for
+    is refused in both."""
+    model = random_model(tmp_path / "model", tokenizer, num_hidden_layers=3)
+    base = str(tmp_path / "base")
+    done(["quantize", str(model), base, "--bits", "2", "--group-size", "32", "--rank", "4", *SHORT], 1)
+
+    def to(out: str, rank: int = 8) -> list[str]:
+        return ["generate", str(model), base, "--rank", str(rank), "--out", str(tmp_path / out),
+                *SHORT]  # fmt: skip
+
+    done(to("whole"), 1)
+    for one in interrupted(to("made"), signal.SIGTERM, tmp_path / "cache"):
+        assert one.status == RESUME and "the same call goes on" in one.output, one.output
+    refused = run([*EORA, *to("made", 4)], 2)
+    assert [one.status for one in refused] == [2, 2]
+    assert "adapter.rank: 8 then, 4 now" in refused[0].output and "--restart" in refused[0].output
+    resumed = done([*to("made"), "--log-json"], 3)
+    assert layers(resumed[0])[0] >= 2
+    assert_same(tmp_path / "whole", tmp_path / "made")
+    interrupted(to("anew"), signal.SIGKILL, tmp_path / "cache")
+    done([*to("anew", 4), "--restart"], 2)
+    assert json.loads((tmp_path / "anew" / "adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.mark.distributed

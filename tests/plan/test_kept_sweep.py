@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gptqmodel_eora_ext.plan.survey import survey
 from gptqmodel_eora_ext.plan.sweep import Question, Rounding, Swept
 from gptqmodel_eora_ext.solve import Grid
 
+from ..processes import run
 from .helpers import in_memory, linears, tiny_model, windows
 
 QUESTION = Question(lambda name: Rounding((2, 3), Grid(16)), lambda name, bits: 6, uniform=2)
@@ -66,6 +68,36 @@ def test_goes_on_layer_by_layer(kind: str, tmp_path: Path, monkeypatch: pytest.M
     [root] = (tmp_path / "interrupted" / "gptqmodel-eora-ext" / kept_sweep.FOLDER).iterdir()
     assert {file.name for file in root.iterdir()} == {"found.safetensors", "lock", "run.json"}
     assert same(whole, surveyed(lambda title: pytest.fail("nothing is measured again"), kind))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes have: products of a handful of rows depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_process_goes_on_with_what_two_have_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    whole = surveyed(kind="relative")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "interrupted"))
+    ended = run(["-m", "tests.plan.survey_together"], 2)
+    assert [one.status for one in ended] == [0, 0], ended
+    layers: list[int] = []
+
+    def noted(title: str) -> Any:
+        def wrap(items: Any) -> Any:
+            for item in items:
+                layers.append(item)
+                yield item
+
+        return wrap
+
+    assert same(whole, surveyed(noted, "relative"))
+    assert layers[0] == 1
 
 
 def test_another_question_begins_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from gptqmodel_eora_ext.capture import OrderedMoment, OrderedOutputError, OutputErrorMoment
-from gptqmodel_eora_ext.system.distributed import Group, joined, share
+from gptqmodel_eora_ext.system.distributed import Group, as_first_says, joined, share
+from gptqmodel_eora_ext.system.kept import ResumeError
 from gptqmodel_eora_ext.system.peers import LOST_STATUS, PeerLost
+from gptqmodel_eora_ext.system.sent_state import receive_state, send_state
 
 OUT, IN, WINDOWS = 40, 152, 7
 
@@ -68,12 +70,37 @@ def exchanged(group: Group) -> None:
     assert len(joined_rows["y"]) == group.size - 1
     total = group.add_up(torch.tensor([1.0, float(group.rank)]))
     assert total.tolist() == [group.size, sum(range(group.size))]
+    send_and_receive(group)
     try:
         group.agree({"model": "same", "calibration data": "other" if group.rank == 1 else "one"})
     except ValueError as error:
         assert "differ in calibration data: rank 0 has 'one', rank 1 (" in str(error), error
     else:
         raise AssertionError("different data were taken for the same")
+
+
+def send_and_receive(group: Group) -> None:
+    """A nested state arrives as it was; what the receiver has is told by name. Rank 0 decides for all, or fails."""
+    mask, tensor = torch.ones(2, dtype=torch.bool), torch.arange(6).reshape(3, 2).T
+    if group.is_first:
+        for rank in range(1, group.size):
+            told = receive_state(group, rank, {"mask": mask}, stays=True)
+            assert told["of"] == (rank, 0.1) and told["mask"] is mask
+            assert torch.equal(told["tensor"], tensor) and told["empty"].shape == (0, 3)
+    else:
+        state = {"of": (group.rank, 0.1), "mask": mask, "tensor": tensor, "empty": torch.zeros(0, 3)}
+        send_state(group, state, 0, {id(mask): "mask"})
+    assert as_first_says(lambda: group.rank, ValueError) == 0
+
+    def refuses() -> None:
+        raise ResumeError("of another run")
+
+    try:
+        as_first_says(refuses, ResumeError)
+    except ResumeError as error:
+        assert str(error) == "of another run"
+    else:
+        raise AssertionError("rank 0 has refused, and the others go on")
 
 
 def main(case: str, folder: Path) -> None:

@@ -53,6 +53,7 @@ def check_shared(run: CompensationRun, model: Any, processor: Any) -> None:
     _check_shareable(processor, run)
     options = {name: getattr(processor.qcfg, name, None) for name in COMPARED} | asdict(run.options)
     options["rounds"] = run.rounds
+    options["layers between two that are kept"] = None if run.keeping is None else run.keeping.every
     check_same(run.group, str(model.model_local_path), "gptqmodel", options, processor.calibration_dataset)
 
 
@@ -67,8 +68,6 @@ def _check_shareable(processor: Any, run: CompensationRun) -> None:
         reason = "a Hessian in chunks (`QuantizeConfig.hessian`)"
     elif run.options.objective == "output":
         reason = 'objective "output"'
-    elif run.keeping is not None:
-        reason = "keeping finished layers (`checkpoint=CheckpointConfig(…)`)"
     elif run.own_data:
         reason = "`adapter_calibration_dataset`"
     elif config.lm_head:

@@ -49,7 +49,11 @@ class CalibratedProcessor(LoopProcessor):
 
 def let_go(module: NamedModule) -> None:
     """Free a module's weight once its layer has been run for the last time; whole models need not fit in memory."""
-    linear = module.module
+    let_go_of_weight(module.module)
+
+
+def let_go_of_weight(linear: Any) -> None:
+    """Free a linear module's weight, which is then on the meta device."""
     linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
 
 

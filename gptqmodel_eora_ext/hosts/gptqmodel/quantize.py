@@ -36,8 +36,9 @@ from .modules import check_experts, module_shapes
 from .planned import check_plan, warn_if_dominated
 from .pruning import PruningCompensation, PruningProcessor
 from .refining import joined_windows
-from .resume import LayerKeeper, asked_of, keeping_of
+from .resume import asked_of, keeping_of
 from .run import CompensationRun, batches_required, check_token_ids, rounds_to_make
+from .shared_resume import keeper_of
 from .sparse_gptq import forecast_jointly
 from .survey import allocate_ranks
 
@@ -208,11 +209,11 @@ class CompensatingLooper(ModuleLooper):
             if run.group is not None:
                 check_shared(run, model, processors[-1])
             equip(processors[-1], run, model)
-            kept = None
             if run.keeping is not None:
                 batch = getattr(processors[-1], "batch_size", None)
-                kept = run.keeping.open(asked_of(run, model, {"batch_size": batch, "weights": run.source}))
-                kwargs["extensions"] = (*kwargs.get("extensions", ()), LayerKeeper(run, kept, run.keeping.every))
+                asked = asked_of(run, model, {"batch_size": batch, "weights": run.source})
+                keeper = keeper_of(run, run.keeping, asked)
+                kwargs["extensions"] = (*kwargs.get("extensions", ()), keeper)
             if run.rank == AUTO and run.options.sensitivity == UNIFORM:
                 run.rank = budgeted_rank(module_shapes(model), run.options)
             elif run.rank == AUTO:

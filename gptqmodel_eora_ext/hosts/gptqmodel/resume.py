@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 from ...loop.resume import NEXT, Keeping, factors_state, layer_file, load_run_state, read_factors, run_state
 from ...loop.weights import weights_fingerprint
+from ...system.distributed import as_first_says
 from ...system.kept import Kept, ResumeError
 from ...system.randomness import random_state, set_random_state
 from ...system.spill import bytes_of
@@ -65,7 +66,7 @@ def keeping_of(checkpoint: CheckpointConfig | Keeping | None, config: Any) -> Ke
             f"has nothing to count. Leave it out."
         )
     root = Path(checkpoint.resolve_path(config.offload_to_disk_path)) / FOLDER
-    if checkpoint.resume == "never" and root.exists():
+    if checkpoint.resume == "never" and as_first_says(root.exists, ResumeError):
         raise ResumeError(f"EoRA: `{root}` holds an interrupted run, and resume='never'. Name another folder.")
     return Keeping(
         root,
@@ -101,60 +102,90 @@ class LayerKeeper:
 
     Args:
         run: whose factors are kept.
-        kept: where.
+        kept: where; None in a process that keeps nothing itself (`shared_resume`).
         every: layers between two that are kept.
     """
 
-    def __init__(self, run: CompensationRun, kept: Kept, every: int) -> None:
-        self._run, self._kept, self._every = run, kept, every
+    def __init__(self, run: CompensationRun, kept: Kept | None, every: int) -> None:
+        self._run, self._opened, self._every = run, kept, every
         self._context: LoopContext | None = None
-        # What the loop begins with and this process has computed, by name; masks and positions stay to the end.
+        # What enters the first layer, by name; masks and positions stay to the end, and are not written.
         self._begun: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
         self._digest = ""
         self._steps: tuple[LoopStep, ...] = ()
-        self._done: set[str] = set()
         self._last = 0
+
+    @property
+    def _kept(self) -> Kept:
+        assert self._opened is not None
+        return self._opened
 
     # The two moments that the loop offers ----------------------------------------------------------------------
 
     def on_start(self, context: LoopContext) -> int:
         """Called before the first layer, with the activations that enter it; returns the first step to run."""
         self._context, self._steps = context, context.plan.steps
-        _tensors_in(self._processors(), "", self._begun)
-        self._names = {id(one): name for name, one in self._begun.items()}
-        self._digest = _digest(self._begun)
-        if NEXT not in self._kept:
+        self._begin(0)
+        self._digest = digest_of(digests(self._begun))
+        state = self._read(self._begun)
+        if state is None:
             return 0
-        state = self._kept.read(NEXT, self._begun)
+        for number in range(state["steps"]):
+            self._put_in_place(self._kept.read(layer_file(number)))
+        self._load(state)
+        return self._go_on(state["steps"])
+
+    def _begin(self, first: int) -> None:
+        """Note what enters the first layer of each batch; ``first`` is the number of the first batch."""
+        for number, processor in enumerate(self._processors()):
+            for key, batches in processor["cache"].items():
+                _tensors_in(dict(enumerate(batches, first)), f"/{number}/cache/{key}", self._begun)
+        self._names = {id(one): name for name, one in self._begun.items()}
+
+    def _read(self, known: Mapping[str, torch.Tensor]) -> Any:
+        """What the next layer starts from; None where no layer is finished."""
+        if NEXT not in self._kept:
+            return None
+        state = self._kept.read(NEXT, known)
         if state["begun with"] != self._digest:
             raise ResumeError(
                 f"EoRA: what enters the first layer is not what entered it in the interrupted run that has left "
                 f"`{self._kept.root}`, so its layers belong to another model or other data. Begin anew: `--restart`, "
                 f"or remove the folder."
             )
-        for number in range(state["steps"]):
-            self._put_in_place(self._kept.read(layer_file(number)))
-        self._load(state)
-        log.info("EoRA: %d of %d layers were finished before.", state["steps"], len(self._steps))
-        callback = getattr(context.model, "layer_callback", None)
+        return state
+
+    def _go_on(self, steps: int) -> int:
+        """Tell that so many steps were finished before; returns the first one to run."""
+        assert self._context is not None
+        self._last = steps
+        log.info("EoRA: %d of %d layers were finished before.", steps, len(self._steps))
+        callback = getattr(self._context.model, "layer_callback", None)
         if callback is not None and hasattr(callback, "go_on"):
-            callback.go_on(state["steps"])
-        return self._last
+            callback.go_on(steps)
+        return steps
 
     def on_boundary(self, boundary: LoopBoundary) -> None:
         """Called once a layer is quantised and its outputs are known, while its modules may still be packed."""
-        assert self._context is not None
         done = self._steps.index(boundary.step) + 1
         if done - self._last < self._every and done < len(self._steps):
             return
         boundary.quiesce()
         self._run.raise_failure()
-        for number in range(self._last, done):
-            self._kept.keep(layer_file(number), self._layer(self._steps[number]))
-        self._kept.keep(NEXT, self._next(done), self._names)
-        self._last = done
+        self._keep(done)
+
+    def _keep(self, done: int) -> None:
+        """Keep all that ``done`` steps have come to."""
+        self._write(self._next(done), self._names)
         self._kept.step_done()
+
+    def _write(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+        """Write the layers that are finished since the last time, then what the next one starts from."""
+        for number in range(self._last, state["steps"]):
+            self._kept.keep(layer_file(number), self._layer(self._steps[number]))
+        self._kept.keep(NEXT, state, names)
+        self._last = state["steps"]
 
     # What is kept ----------------------------------------------------------------------------------------------
 
@@ -239,7 +270,6 @@ class LayerKeeper:
         self._context.execution.load_execution_state_dict(state["execution"])
         load_run_state(self._run, state["run"])
         set_random_state(state["random"])
-        self._last = state["steps"]
 
 
 def _tensors_in(value: Any, path: str, found: dict[str, torch.Tensor]) -> None:
@@ -254,9 +284,16 @@ def _tensors_in(value: Any, path: str, found: dict[str, torch.Tensor]) -> None:
             _tensors_in(one, f"{path}/{number}", found)
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name → digest of dtype, shape and bytes, by which equal tensors are recognised."""
+    found = {}
     for name, one in tensors.items():
-        digest.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
+        digest = hashlib.sha256(f"{one.dtype} {tuple(one.shape)}".encode())
         digest.update(bytes_of(one.detach().to("cpu").contiguous()))
-    return digest.hexdigest()
+        found[name] = digest.hexdigest()
+    return found
+
+
+def digest_of(found: Mapping[str, str]) -> str:
+    """One digest of all that `digests` has found, in whichever processes."""
+    return hashlib.sha256("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode()).hexdigest()
