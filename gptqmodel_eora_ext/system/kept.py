@@ -24,7 +24,7 @@ from .interrupt import asked_to_stop
 from .state_file import read_state, state_bytes, write_state
 
 # Raised whenever an older version could read a newer one's files wrongly, or the reverse.
-LAYOUT = 1
+LAYOUT = 2
 RUN, LOCK = "run.json", "lock"
 
 
