@@ -66,12 +66,12 @@ class FusedLinear:
 
     def multiply(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y without a gradient."""
-        return self.multiply_all(x, self._alone, weights)[0]
+        return self.multiply_all(x, self._alone, weights)
 
     def multiply_all(
         self, x: torch.Tensor, layers: CpuLinears, weights: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """y of each of the layers that read what this one reads, by the kernel that serves this one."""
+    ) -> torch.Tensor:
+        """y of the layers that read what this one reads, side by side, by the kernel that serves this one."""
         if x.ndim != 2 or x.shape[1] != self.cpu.in_features or not x.is_cpu:
             raise ValueError(
                 f"x should be rows × {self.cpu.in_features} on the CPU, got {tuple(x.shape)} on {x.device}."
@@ -120,8 +120,13 @@ class JointLinears:
         self._first = layers[0]
         self._joint = CpuLinears([layer.cpu for layer in layers])
 
-    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """y of each layer, rows × out in x's dtype, of x, rows × in, with weights as `FusedLinear` takes them.
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        """y of each layer, views of what `joined` gives."""
+        return self.joined(x, weights).split(self._joint.widths, dim=1)
+
+    def joined(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """y of the layers side by side, rows × all outputs in x's dtype, of x, rows × in, with weights as `FusedLinear`
+        takes them.
 
         Raises:
             ValueError: as `FusedLinear`.

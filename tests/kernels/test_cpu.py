@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gptqmodel_eora_ext.formats.factors import Factors
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 from gptqmodel_eora_ext.kernels.cpu.build import ISAS, best_isa, library
-from gptqmodel_eora_ext.kernels.cpu.linear import MATMUL_ROWS, CpuLinear, CpuLinears
+from gptqmodel_eora_ext.kernels.cpu.linear import CODES_ROWS, MATMUL_ROWS, CpuLinear, CpuLinears
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, repack_weight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
@@ -47,11 +47,15 @@ def prepared(weight: PackedWeight, factors: Factors | None = None, bias: torch.T
 
 
 def codes(layer: CpuLinear, x: torch.Tensor, isa: int) -> torch.Tensor:
-    return CpuLinears([layer]).codes(x, isa)[0]
+    return CpuLinears([layer]).codes(x, isa)
+
+
+def tiles(layer: CpuLinear, x: torch.Tensor, isa: int) -> torch.Tensor:
+    return CpuLinears([layer]).tiles(x, isa)
 
 
 def matmul(layer: CpuLinear, x: torch.Tensor) -> torch.Tensor:
-    return CpuLinears([layer]).matmul(x)[0]
+    return CpuLinears([layer]).matmul(x)
 
 
 @pytest.mark.parametrize("isa", HERE, ids=lambda isa: ISAS[isa])
@@ -86,7 +90,7 @@ def test_as_the_oracle(
             x = random_input(rows, in_features, dtype)
             expected = linear(x.double(), weight, factors, bias, accumulate=torch.float64)
             assert error(codes(layer, x, isa), expected) < tolerance
-            assert error(layer.tiles(x, isa), expected) < tolerance
+            assert error(tiles(layer, x, isa), expected) < tolerance
             if dtype == torch.bfloat16 and ISAS[isa] == "avx512-bf16":
                 assert error(matmul(layer, x), expected) < MATMUL_TOLERANCE
 
@@ -118,7 +122,7 @@ def test_any_shape(
     layer, x = prepared(weight, factors), random_input(rows, in_features, dtype)
     expected = linear(x.double(), weight, factors, accumulate=torch.float64)
     tolerance = allowed(x, weight, factors) + torch.finfo(dtype).eps * expected.abs()
-    for y in (codes(layer, x, best_isa()), layer.tiles(x, best_isa())):
+    for y in (codes(layer, x, best_isa()), tiles(layer, x, best_isa())):
         assert bool(((y.double() - expected).abs() <= tolerance).all())
 
 
@@ -229,3 +233,22 @@ def test_codes_are_those_of_the_checkpoint() -> None:
         weight = packed_weight(bits, 40, 112, 16, sym=False, desc_act=True)
         tiles = [tile.clone() for _, _, tile in prepared(weight).dequantized(best_isa())]
         assert torch.equal(torch.cat(tiles, dim=1).T, dequantize(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 33, CODES_ROWS + 3])
+def test_layers_stand_side_by_side(rows: int, dtype: torch.dtype) -> None:
+    """Each has the values that it has alone, whatever path so many rows take, and widths that fill no strip."""
+    weights = [packed_weight(bits, out, 128, 32, seed=out) for bits, out in ((2, 48), (4, 20), (3, 96))]
+    layers = [prepared(weight, random_factors(weight, rank, seed=rank), torch.randn(weight.out_features))
+              for weight, rank in zip(weights, (4, 8, 3), strict=True)]  # fmt: skip
+    x = random_input(rows, 128, dtype)
+    alone = [CpuLinears([layer]) for layer in layers]
+    together = CpuLinears(layers)
+    paths = [lambda one: one.codes(x, best_isa()), lambda one: one.tiles(x, best_isa())]
+    if HAS_BF16 and dtype == torch.bfloat16:
+        paths.append(lambda one: one.matmul(x))
+    for path in paths:
+        ys = path(together).split(together.widths, dim=1)
+        for y, one in zip(ys, alone, strict=True):
+            assert torch.equal(y, path(one))

@@ -77,8 +77,8 @@ def test_codes(isa: int, factor_bits: int, rows: int) -> None:
     factors, x, weights = stacked(factor_bits), random_input(rows, 100), random_weights(rows)
     layer = CpuLinears([CpuLinear(repack_weight(WEIGHT), repack_factors(factors))])
     expected = linear(x.double(), WEIGHT, factors, weights=weights, accumulate=torch.float64)
-    assert error(layer.codes(x, isa, weights)[0], expected) < TOLERANCE
-    assert error(layer.tiles(x, isa, weights)[0], expected) < TOLERANCE
+    assert error(layer.codes(x, isa, weights), expected) < TOLERANCE
+    assert error(layer.tiles(x, isa, weights), expected) < TOLERANCE
 
 
 @needs_compiler
@@ -88,13 +88,13 @@ def test_a_member_without_weight_in_any_row_is_not_read(factor_bits: int) -> Non
     factors, x, weights = poisoned(stacked(factor_bits), 2), random_input(5, 100), random_weights(5)
     weights[:, 2] = 0.0
     layer = CpuLinears([CpuLinear(repack_weight(WEIGHT), repack_factors(factors))])
-    paths = [layer.codes(x, best_isa(), weights)[0], layer.codes(x[:1], best_isa(), weights[:1])[0],
-             layer.tiles(x, best_isa(), weights)[0]]  # fmt: skip
+    paths = [layer.codes(x, best_isa(), weights), layer.codes(x[:1], best_isa(), weights[:1]),
+             layer.tiles(x, best_isa(), weights)]  # fmt: skip
     if HAS_BF16:
-        paths.append(layer.matmul(x.to(torch.bfloat16), weights)[0])
+        paths.append(layer.matmul(x.to(torch.bfloat16), weights))
     assert all(bool(torch.isfinite(y).all()) for y in paths)
     weights[3, 2] = 0.5
-    assert not bool(torch.isfinite(layer.codes(x, best_isa(), weights)[0]).all())
+    assert not bool(torch.isfinite(layer.codes(x, best_isa(), weights)).all())
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="no processor that multiplies bfloat16")
@@ -107,7 +107,7 @@ def test_matmul(factor_bits: int) -> None:
     weights[MATMUL_ROWS:, 3] = 1.0
     layer = CpuLinears([CpuLinear(repack_weight(WEIGHT), repack_factors(factors))])
     expected = linear(x.double(), WEIGHT, factors, weights=weights, accumulate=torch.float64)
-    assert error(layer.matmul(x, weights)[0], expected) < MATMUL_TOLERANCE
+    assert error(layer.matmul(x, weights), expected) < MATMUL_TOLERANCE
 
 
 @needs_compiler

@@ -263,8 +263,7 @@ def test_factors_of_another_weight() -> None:
 def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], int]]:
     """Every compiled function that takes a layer."""
     kernels, memory = layer.kernels, (x.data_ptr(), x.nbytes)
-    one = (ctypes.c_void_p * 1)(layer.address)
-    out = (ctypes.c_void_p * 1)(y.data_ptr())
+    one, out = (ctypes.c_void_p * 1)(layer.address), (y.data_ptr(), y.nbytes)
     tile = torch.empty(IN, 48)
     t = torch.zeros(len(x), RANK, dtype=torch.bfloat16)
     halves = x.to(torch.bfloat16)
@@ -278,11 +277,11 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
 
     def matmul() -> int:
         return kernels.eora_matmul(layer.address, halves.data_ptr(), halves.nbytes, t.data_ptr(), t.nbytes, len(x),
-                                   *live, y_halves.data_ptr(), y_halves.nbytes, 1)  # fmt: skip
+                                   *live, y_halves.data_ptr(), y_halves.nbytes, OUT, 1)  # fmt: skip
 
     return {
         "check": lambda: kernels.eora_check(layer.address),
-        "linears": lambda: kernels.eora_linears(one, 1, *memory, 0, len(x), *given, out, y.nbytes, best_isa(), 1),
+        "linears": lambda: kernels.eora_linears(one, 1, *memory, 0, len(x), *given, *out, best_isa(), 1),
         "dequantize": dequantize,
         "matmul": matmul,
     }

@@ -16,8 +16,8 @@ from ...kernels.fused import FusedLinear, JointLinears
 from .checkpoint import Checkpoint
 from .parts import Part
 
-# y of some parts, rows × out each, of x, rows × in.
-Multiply = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+# y of some parts side by side, rows × their outputs, of x, rows × in.
+Multiply = Callable[[torch.Tensor], torch.Tensor]
 # Places of parts that are multiplied in one call, and that call.
 Groups = list[tuple[list[int], Multiply]]
 
@@ -71,16 +71,20 @@ class ServedLinear:
 
     def with_groups(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """y by what `groups` gave."""
-        rows = x.reshape(-1, self.in_features)
-        ys: list[torch.Tensor | None] = [None] * len(self.parts)
-        for places, multiply in groups:
-            for place, y in zip(places, multiply(rows), strict=True):
-                ys[place] = y
-        found: list[torch.Tensor] = [y for y in ys if y is not None]
-        if self.padding:
-            found.append(rows.new_zeros(rows.shape[0], self.padding))
-        joined = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-        return joined.view(*x.shape[:-1], self.out_features)
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        if len(groups) == 1 and not self.padding:
+            # As most layers are: this runs for every layer and token.
+            joined = groups[0][1](rows)
+        else:
+            ys: list[torch.Tensor] = [rows] * len(self.parts)
+            for places, multiply in groups:
+                widths = [self.part_widths[place] for place in places]
+                for place, y in zip(places, multiply(rows).split(widths, dim=1), strict=True):
+                    ys[place] = y
+            if self.padding:
+                ys.append(rows.new_zeros(rows.shape[0], self.padding))
+            joined = torch.cat(ys, dim=1)
+        return joined if x.ndim == 2 else joined.view(*x.shape[:-1], self.out_features)
 
 
 def _grouped(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) -> Groups:
@@ -123,7 +127,7 @@ def _multiplier(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) ->
     for part, bias in zip(parts, biases, strict=True):
         assert isinstance(part.weight, RepackedWeight)
         layers.append(FusedLinear(part.weight, part.factors, bias, off, part.name))  # type: ignore[arg-type]
-    return JointLinears(layers)
+    return JointLinears(layers).joined
 
 
 def _stacked(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) -> Multiply:
@@ -140,7 +144,13 @@ def _stacked(parts: Sequence[Part], biases: Sequence[torch.Tensor | None]) -> Mu
         assert part.factors is None or isinstance(part.factors, Factors)
         weights.append(part.weight)
         factors.append(part.factors)
-    return StackedLinears.prepare(weights, factors, biases)
+    multiply = StackedLinears.prepare(weights, factors, biases)
+
+    def side_by_side(x: torch.Tensor) -> torch.Tensor:
+        ys = multiply(x)
+        return ys[0] if len(ys) == 1 else torch.cat(list(ys), dim=1)
+
+    return side_by_side
 
 
 class _Dense:
@@ -149,8 +159,8 @@ class _Dense:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._weight.dtype != x.dtype:
             self._weight = self._weight.to(x.dtype)
         bias = None if self._bias is None else self._bias.to(x.dtype)
-        return [torch.nn.functional.linear(x, self._weight, bias)]
+        return torch.nn.functional.linear(x, self._weight, bias)

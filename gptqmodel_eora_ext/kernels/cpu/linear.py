@@ -93,20 +93,18 @@ class CpuLinear:
                 setattr(self._struct, name, pointer)
                 setattr(self._struct, f"{name}_bytes", nbytes)
 
-    def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def tiles(self, x: torch.Tensor, y: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> None:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
         wide = x.to(torch.float32)
         factors, weights = self._read_of(weights)
         if factors is not None:
             down, up = unpack_factors(factors).dense()
             wide = torch.cat([wide, weighed(wide @ down.T, factors, weights)], dim=1)
-        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
             if factors is not None:
                 tile[self.in_features :] = up[:, begin:end]
             product = wide @ tile
             y[:, begin:end] = product if self.bias is None else product + self.bias[begin:end]
-        return y
 
     def _read_of(self, weights: torch.Tensor | None) -> tuple[RepackedFactors | None, torch.Tensor | None]:
         """The factors that a call with these weights reads, and the weights of their members."""
@@ -161,6 +159,9 @@ class CpuLinears:
     Args:
         layers: of equal inputs, in the same order and groups.
 
+    Attributes:
+        widths: the outputs of each layer, which stand side by side in y.
+
     Raises:
         LayoutError: for others.
     """
@@ -170,13 +171,13 @@ class CpuLinears:
         if not all(layer.weight.reads_as(first) for layer in layers[1:]):
             raise LayoutError("layers that are to share an input differ in its order or its groups.")
         self._layers = tuple(layers)
-        self._pointers = ctypes.c_void_p * len(layers)
-        self._addresses = self._pointers(*(layer.address for layer in layers))
-        self._widths = [layer.out_features for layer in layers]
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+        self.widths = [layer.out_features for layer in layers]
+        self._out_features = sum(self.widths)
         self._run = layers[0].kernels.eora_linears
 
-    def codes(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """y of each layer, straight from the packed codes.
+    def codes(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """y, straight from the packed codes.
 
         Args:
             x: rows × in, contiguous, float32, float16 or bfloat16.
@@ -184,35 +185,34 @@ class CpuLinears:
             weights: rows × members of each layer's factors, float32, contiguous; None weighs all components by 1.
 
         Returns:
-            rows × out each, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at most.
+            rows × all outputs, in x's dtype. x is rounded to some 2^-15 (float32: 2^-23) of its group's largest at
+            most.
         """
         rows, dtype = x.shape[0], x.dtype
-        ys = [torch.empty(rows, width, dtype=dtype) for width in self._widths]
+        y = torch.empty(rows, self._out_features, dtype=dtype)
         if rows <= CODES_ROWS:
             # The usual call, which waits for nothing that is not needed.
-            self._codes(x, ys, rows, KINDS[dtype], isa, weights)
-            return ys
+            self._codes(x, y, rows, KINDS[dtype], isa, weights)
+            return y
         for begin in range(0, rows, CODES_ROWS):
             part = x[begin : begin + CODES_ROWS]
             own = None if weights is None else weights[begin : begin + CODES_ROWS]
-            self._codes(part, [y[begin : begin + CODES_ROWS] for y in ys], len(part), KINDS[dtype], isa, own)
-        return ys
+            self._codes(part, y[begin : begin + CODES_ROWS], len(part), KINDS[dtype], isa, own)
+        return y
 
     def _codes(
-        self, x: torch.Tensor, ys: list[torch.Tensor], rows: int, kind: int, isa: int, weights: torch.Tensor | None
+        self, x: torch.Tensor, y: torch.Tensor, rows: int, kind: int, isa: int, weights: torch.Tensor | None
     ) -> None:
         given = (None, 0) if weights is None else (weights.data_ptr(), weights.nbytes)
-        fault = self._run(
-            self._addresses, len(ys), x.data_ptr(), x.nbytes, kind, rows, *given,
-            self._pointers(*[y.data_ptr() for y in ys]), sum([y.nbytes for y in ys]), isa, torch.get_num_threads(),
-        )  # fmt: skip
+        fault = self._run(self._addresses, len(self._layers), x.data_ptr(), x.nbytes, kind, rows, *given,
+                          y.data_ptr(), y.nbytes, isa, torch.get_num_threads())  # fmt: skip
         if fault:
             require_fine(fault, self._layers[0].name)
 
-    def matmul(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """y of each layer for many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and
+    def matmul(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """y, as `codes`, of many rows of bfloat16, contiguous, on a processor that multiplies bfloat16; Ŵ, A, B and
         x Aᵀ are rounded to bfloat16, sums are float32."""
-        ys = [torch.empty(x.shape[0], layer.out_features, dtype=x.dtype) for layer in self._layers]
+        y = torch.empty(x.shape[0], self._out_features, dtype=x.dtype)
         read = [layer._read_of(weights) for layer in self._layers]
         ranks = [0 if factors is None else factors.rank for factors, _ in read]
         downs = [to_dense(unpack_down(factors), x.dtype) for factors, _ in read if factors is not None]
@@ -220,17 +220,23 @@ class CpuLinears:
         live_members = None if weights is None else (weights != 0).any(dim=0).to(torch.float32)
         for begin in range(0, x.shape[0], MATMUL_ROWS):
             rows = x[begin : begin + MATMUL_ROWS]
-            ts = [None] * len(ys) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
-            for layer, (factors, live), t, y in zip(self._layers, read, ts, ys, strict=True):
+            ts = [None] * len(read) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
+            ys = y[begin : begin + len(rows)].split(self.widths, dim=1)
+            for layer, (factors, live), t, part in zip(self._layers, read, ts, ys, strict=True):
                 own = None
                 if t is not None and factors is not None:
                     own = weighed(t, factors, None if live is None else live[begin : begin + MATMUL_ROWS]).contiguous()
+                # From the part's first value to its last; between its rows lie those of the other layers.
+                spanned = ((len(rows) - 1) * self._out_features + layer.out_features) * y.element_size()
                 fault = layer.kernels.eora_matmul(layer.address, *_memory(rows), *_memory(own), len(rows),
-                                                  *_memory(live_members), *_memory(y[begin : begin + len(rows)]),
+                                                  *_memory(live_members), part.data_ptr(), spanned, self._out_features,
                                                   torch.get_num_threads())  # fmt: skip
                 require_fine(fault, layer.name)
-        return ys
+        return y
 
-    def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """As `CpuLinear.tiles`, of each layer."""
-        return [layer.tiles(x, isa, weights) for layer in self._layers]
+    def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """y, as `CpuLinear.tiles` computes each layer's."""
+        y = torch.empty(x.shape[0], self._out_features, dtype=x.dtype)
+        for layer, part in zip(self._layers, y.split(self.widths, dim=1), strict=True):
+            layer.tiles(x, part, isa, weights)
+        return y

@@ -18,6 +18,8 @@ const Kernels& kernels(int isa) {
 
 // Pieces per thread that the strips are cut into, so that a thread that is held up leaves its rest to others.
 constexpr int PIECES = 8;
+// Bytes that a thread reads at least, some 10 µs of work: to wake one and to wait for it takes about as long.
+constexpr int64_t LEAST_SHARE = 128 << 10;
 
 // Memory of the calling thread, kept from call to call.
 template <typename T, int USE>
@@ -186,20 +188,21 @@ int eora_unpack(uint32_t* qweight, int64_t qweight_bytes, const int32_t* places,
 
 // y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
 // x becomes integers once, and the components of all their A are one row of work.
-// Each y is rows × its layer's out, `y_bytes` of them all together. With weights, rows × members, the components of each
-// member are multiplied by its weight of the row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias. A member whose weight is 0 in every
-// row is not read.
+// y is rows × the outputs of all layers, side by side. With weights, rows × members, the components of each member are
+// multiplied by its weight of the row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias. A member whose weight is 0 in every row is not
+// read.
 int eora_linears(const Linear* const* linears, int count, const char* x, int64_t x_bytes, int kind, int rows,
-                 const float* weights, int64_t weights_bytes, void* const* ys, int64_t y_bytes, int isa, int threads) {
+                 const float* weights, int64_t weights_bytes, char* y, int64_t y_bytes, int isa, int threads) {
   if (const Fault fault = check_together(linears, count)) return fault;
   if (const Fault fault = check_run(isa, threads)) return fault;
   if (!floating(kind)) return BAD_KINDS;
   if (rows < 1 || x_bytes != int64_t(rows) * linears[0]->in_features * bytes_of(kind)) return BAD_INPUT;
+  int64_t outputs = 0;
   for (int i = 0; i < count; ++i) {
     if (const Fault fault = check_weights(*linears[i], weights, weights_bytes, rows)) return fault;
-    y_bytes -= int64_t(rows) * linears[i]->out_features * bytes_of(kind);
+    outputs += linears[i]->out_features;
   }
-  if (y_bytes != 0) return BAD_OUTPUT;
+  if (y_bytes != rows * outputs * bytes_of(kind)) return BAD_OUTPUT;
   const Linear& l = *linears[0];
   const Kernels& k = kernels(isa);
   const int slices = kind == F32 ? 3 : 2;
@@ -209,24 +212,28 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
   int8_t* digits = scratch<int8_t, 1>(rows * places * slices);
   int32_t* sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
   float* steps = scratch<float, 3>(int64_t(rows) * l.segments);
-  int64_t strips = 0, rank = 0, members = 0;
+  int64_t strips = 0, rank = 0, members = 0, read = 0;
   for (int i = 0; i < count; ++i) {
     strips += linears[i]->strips, rank += linears[i]->rank;
+    read += linears[i]->codes_bytes + linears[i]->down_bytes + linears[i]->up_bytes;
     members += linears[i]->members > 0 ? linears[i]->members : 1;
   }
   Range* ranges = scratch<Range, 9>(members);
   float* all_t = scratch<float, 4>(rows * rank);
+  const int64_t most = rows * read / LEAST_SHARE;
+  if (threads > most) threads = most > 1 ? int(most) : 1;
   const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
   // Pieces of work of each layer, and where its share of t begins.
-  struct Share { Active active; int downs, pieces; float* t; };
+  struct Share { Active active; int downs, pieces; float* t; char* y; };
   Share* shares = scratch<Share, 8>(count);
   int downs = 0, pieces = 0;
   for (int i = 0; i < count; ++i) {
     const Active active = active_of(*linears[i], weights, rows, ranges);
     ranges += active.count;
-    shares[i] = {active, 0, (linears[i]->strips + chunk - 1) / chunk, all_t};
+    shares[i] = {active, 0, (linears[i]->strips + chunk - 1) / chunk, all_t, y};
     for (int r = 0; r < active.count; ++r) shares[i].downs += pieces_of(active.ranges[r]);
     downs += shares[i].downs, pieces += shares[i].pieces, all_t += int64_t(rows) * linears[i]->rank;
+    y += linears[i]->out_features * bytes_of(kind);
   }
   for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
 #pragma omp parallel num_threads(threads)
@@ -256,7 +263,7 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
       first *= chunk;
       const int end = first + chunk, most = linears[i]->strips;
       k.strips(*linears[i], slices, digits, sums, steps, shares[i].t, shares[i].active, rows, first,
-               end < most ? end : most, ys[i], kind);
+               end < most ? end : most, shares[i].y, outputs, kind);
     }
   }
   return FINE;
@@ -280,9 +287,9 @@ int eora_dequantize(const Linear* linear, int first, int last, float* out, int64
 
 // y = x Ŵᵀ + t Bᵀ + bias for many rows of bfloat16; on processors of AVX512_BF16 only. t is rows × the components that
 // are active, weighed already. `read` holds a number for each member, 0 for those whose components are not among them;
-// null where all are.
+// null where all are. A row of y begins `stride` values after the one before.
 int eora_matmul(const Linear* linear, const uint16_t* x, int64_t x_bytes, const uint16_t* t, int64_t t_bytes, int rows,
-                const float* read, int64_t read_bytes, uint16_t* y, int64_t y_bytes, int threads) {
+                const float* read, int64_t read_bytes, uint16_t* y, int64_t y_bytes, int64_t stride, int threads) {
   const Linear& l = *linear;
   if (const Fault fault = check_sizes(l)) return fault;
   if (const Fault fault = check_run(AVX512_BF16, threads)) return fault;
@@ -290,7 +297,7 @@ int eora_matmul(const Linear* linear, const uint16_t* x, int64_t x_bytes, const 
   if (const Fault fault = check_weights(l, read, read_bytes, 1)) return fault;
   const Active active = active_of(l, read, 1, scratch<Range, 10>(l.members > 0 ? l.members : 1));
   if (active.rank && !holds(t, t_bytes, int64_t(rows) * active.rank * 2)) return BAD_COMPONENTS;
-  if (y_bytes != int64_t(rows) * l.out_features * 2) return BAD_OUTPUT;
+  if (stride < l.out_features || y_bytes != ((rows - 1) * stride + l.out_features) * 2) return BAD_OUTPUT;
   const Matmul& m = *bf16_matmul();
   const int64_t block_size = input_pairs(l, active) * BLOCK_ROWS * 2;
   const int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -301,7 +308,7 @@ int eora_matmul(const Linear* linear, const uint16_t* x, int64_t x_bytes, const 
     for (int block = 0; block < blocks; ++block) m.pack(l, active, x, t, rows, block, panels + block * block_size);
     uint16_t* weights = scratch<uint16_t, 6>(input_pairs(l, active) * LANES * 4);
 #pragma omp for schedule(dynamic, 1)
-    for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, active, pair, panels, rows, weights, y);
+    for (int pair = 0; pair < (l.strips + 1) / 2; ++pair) m.outputs(l, active, pair, panels, rows, weights, y, stride);
   }
   return FINE;
 }

@@ -286,34 +286,34 @@ void add_adapter(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
 }
 
 template <int B, int S, int R>
-void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int kind) {
+void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int64_t stride, int kind) {
   const Rows from = {x.digits + int64_t(row) * l.units * LANES * S, x.sums + int64_t(row) * l.segments * S,
                      x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * l.rank, x.active};
   F out[R];
   strip_of_rows<B, S, R>(l, strip, from, out);
   if (x.active.rank) add_adapter<R>(l, strip, from, out);
   for (int r = 0; r < R; ++r) {
-    store_some(y, kind, int64_t(row + r) * l.out_features + strip * LANES, out[r], l.out_features - strip * LANES);
+    store_some(y, kind, int64_t(row + r) * stride + strip * LANES, out[r], l.out_features - strip * LANES);
   }
 }
 
 template <int B, int S>
-void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, void* y, int kind) {
+void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, void* y, int64_t stride, int kind) {
   for (int strip = first; strip < last; ++strip) {
     int row = 0;
-    for (; row + 4 <= rows; row += 4) some_rows<B, S, 4>(l, strip, x, row, y, kind);
-    for (; row < rows; ++row) some_rows<B, S, 1>(l, strip, x, row, y, kind);
+    for (; row + 4 <= rows; row += 4) some_rows<B, S, 4>(l, strip, x, row, y, stride, kind);
+    for (; row < rows; ++row) some_rows<B, S, 1>(l, strip, x, row, y, stride, kind);
   }
 }
 
 void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* sums, const float* steps, const float* t,
-            const Active& active, int rows, int first, int last, void* y, int kind) {
+            const Active& active, int rows, int first, int last, void* y, int64_t stride, int kind) {
   const Rows x = {digits, sums, steps, t, active};
   auto* run = l.bits == 2   ? (slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
               : l.bits == 3 ? (slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
               : l.bits == 4 ? (slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
                             : (slices == 2 ? strips_of<8, 2> : strips_of<8, 3>);
-  run(l, x, rows, first, last, y, kind);
+  run(l, x, rows, first, last, y, stride, kind);
 }
 
 template <int B>

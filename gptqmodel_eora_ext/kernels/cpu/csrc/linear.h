@@ -108,9 +108,10 @@ struct Kernels {
   void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
-  // y of the strips [first, last).
+  // y of the strips [first, last); a row of y begins `stride` values after the one before.
   void (*strips)(const Linear&, int slices, const int8_t* digits, const int32_t* sums, const float* steps,
-                 const float* t, const Active& active, int rows, int first, int last, void* y, int kind);
+                 const float* t, const Active& active, int rows, int first, int last, void* y, int64_t stride,
+                 int kind);
   // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
   void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
 };
@@ -120,7 +121,7 @@ struct Matmul {
   void (*pack)(const Linear&, const Active&, const uint16_t* x, const uint16_t* t, int rows, int block,
                uint16_t* panel);
   void (*outputs)(const Linear&, const Active&, int pair, const uint16_t* panels, int rows, uint16_t* weights,
-                  uint16_t* y);
+                  uint16_t* y, int64_t stride);
 };
 // Rows of x that are multiplied at a time.
 constexpr int BLOCK_ROWS = 12;

@@ -77,7 +77,7 @@ void dequantize_strip(const Linear& l, const Active& active, int strip, int half
 
 template <int R>
 void block_of_rows(const Linear& l, const Active& active, int strip, const uint16_t* panel, int64_t row, int rows,
-                   const uint16_t* weights, uint16_t* y) {
+                   const uint16_t* weights, uint16_t* y, int64_t stride) {
   const bool second = strip + 1 < l.strips;
   F acc[R][2];
   for (int r = 0; r < R; ++r) {
@@ -97,7 +97,7 @@ void block_of_rows(const Linear& l, const Active& active, int strip, const uint1
     }
   }
   for (int r = 0; r < R && r < rows; ++r) {
-    const int64_t begin = (row + r) * l.out_features + strip * LANES;
+    const int64_t begin = (row + r) * stride + strip * LANES;
     const int left = l.out_features - strip * LANES;
     store_some(y, BF16, begin, acc[r][0], left);
     if (second) store_some(y, BF16, begin + LANES, acc[r][1], left - LANES);
@@ -105,7 +105,7 @@ void block_of_rows(const Linear& l, const Active& active, int strip, const uint1
 }
 
 void outputs(const Linear& l, const Active& active, int pair, const uint16_t* panels, int rows, uint16_t* weights,
-             uint16_t* y) {
+             uint16_t* y, int64_t stride) {
   const int strip = 2 * pair;
   auto* dequantize = l.bits == 2 ? dequantize_strip<2> : l.bits == 3 ? dequantize_strip<3>
                    : l.bits == 4 ? dequantize_strip<4> : dequantize_strip<8>;
@@ -114,7 +114,7 @@ void outputs(const Linear& l, const Active& active, int pair, const uint16_t* pa
   for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
     const int left = rows - row;
     auto* run = left > 8 ? block_of_rows<12> : left > 4 ? block_of_rows<8> : block_of_rows<4>;
-    run(l, active, strip, panels + row / BLOCK_ROWS * block_size, row, left, weights, y);
+    run(l, active, strip, panels + row / BLOCK_ROWS * block_size, row, left, weights, y, stride);
   }
 }
 
