@@ -42,7 +42,9 @@ PROMPT, EXACT_PROMPTS, EXACT_TOKENS = 256, 4, 64
 BATCH = 16
 # Of the key-value cache: few and the same for all, so that it does not count in what weights take.
 BLOCKS = {"num_gpu_blocks_override": 128}
-SPEED = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": BATCH, "enable_prefix_caching": False}
+# Compiled, as vLLM is by default.
+SPEED = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": BATCH, "enable_prefix_caching": False,
+         "enforce_eager": False}  # fmt: skip
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 MIXED = {r"+:.*v_proj": {"bits": 4}, r"+:.*down_proj": {"bits": 3}, r"+:.*layers\.0\..*": {"bits": 4}}
@@ -160,25 +162,27 @@ def summary(names: list[str], found: list[list[float]], over: list[tuple[str, in
 
 
 def speed(bench: Bench) -> dict[str, Any]:
-    """Generation at batch 1, bfloat16."""
+    """Generation at batch 1, bfloat16. Presets make factors of 4 bits; those of 16 bits read four times as much."""
     tokens, rounds = bench.options.tokens or 64, bench.options.repeats
-    two, four = bench.checkpoint("2-sym-plain"), bench.checkpoint("4-sym-plain")
+    two, wide, four = (bench.checkpoint(name) for name in ("2-asym-packed4", "2-sym-plain", "4-sym-plain"))
     prompt = bench.prompts(1, 16)
     plain = {"prompts": prompt, "tokens": tokens, "options": {**SPEED, **BLOCKS}}
     lora = {**SPEED, **BLOCKS, "enable_lora": True, "max_lora_rank": RANK, "max_loras": 1,
             "lora_target_modules": LINEARS}  # fmt: skip
-    names = ["2 bits, adapter", "2 bits", "4 bits, adapter", "4 bits, vLLM's LoRA path", "bfloat16, vLLM"]
+    names = ["2 bits, 4-bit adapter", "2 bits", "2 bits, 16-bit adapter", "4 bits, 16-bit adapter",
+             "4 bits, vLLM's LoRA path", "bfloat16, vLLM"]  # fmt: skip
     questions = [
         {"model": two, **plain},
         {"model": bench.without_adapter(two), **plain},
+        {"model": wide, **plain},
         {"model": four, **plain},
         {"model": bench.without_adapter(four), **plain, "options": lora, "loras": [str(four / "eora")]},
         {"model": bench.base.folder, **plain},
     ]
-    with side_by_side(len(names), stock=(3, 4)) as servers:
+    with side_by_side(len(names), stock=(4, 5)) as servers:
         found = rates(servers, questions, rounds, tokens)
-    over = [("with the adapter / without", 0, 1), ("over vLLM's LoRA path, 4 bits", 2, 3),
-            ("over vLLM in bfloat16", 0, 4)]  # fmt: skip
+    over = [("with the adapter / without", 0, 1), ("with the 16-bit adapter / without", 2, 1),
+            ("over vLLM's LoRA path, 4 bits", 3, 4), ("over vLLM in bfloat16", 0, 5)]  # fmt: skip
     return summary(names, found, over)
 
 
@@ -186,10 +190,10 @@ def batch(bench: Bench) -> dict[str, Any]:
     """16 requests with prompts of 256 tokens at once, bfloat16: prompt and generated tokens per second."""
     tokens, rounds = bench.options.tokens or 32, bench.options.repeats
     four = bench.checkpoint("4-sym-plain")
-    names = ["2 bits, adapter", "4 bits, adapter", "4 bits, vLLM's kernel, no adapter"]
+    names = ["2 bits, 4-bit adapter", "4 bits, 16-bit adapter", "4 bits, vLLM's kernel, no adapter"]
     plain = {"prompts": bench.prompts(BATCH, PROMPT), "tokens": tokens,
              "options": {**SPEED, "num_gpu_blocks_override": 1024}}  # fmt: skip
-    models = [bench.checkpoint("2-sym-plain"), four, bench.without_adapter(four)]
+    models = [bench.checkpoint("2-asym-packed4"), four, bench.without_adapter(four)]
     with side_by_side(len(names), stock=(2,)) as servers:
         found = rates(servers, [{"model": model, **plain} for model in models], rounds, BATCH * (PROMPT + tokens))
     return summary(names, found, [("16 × 256, over vLLM's 4-bit kernel without an adapter", 1, 2)])
@@ -203,7 +207,8 @@ def memory(bench: Bench) -> dict[str, Any]:
     """
     folder = bench.checkpoint("2-sym-plain")
     first = first_layer(folder)
-    options = {**SPEED, **BLOCKS}
+    # Not compiled: the compiler would stay in memory.
+    options = {**SPEED, **BLOCKS, "enforce_eager": True}
     found = {}
     for name, one in (("whole", folder), ("first layer", first)):
         with Server() as server:
