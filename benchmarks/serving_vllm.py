@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import torch
 from vllm_reference import dense_model, greedy, losses
 from vllm_tools import MISSING, Server, is_installed, vllm_version
 
@@ -42,6 +43,8 @@ PROMPT, EXACT_PROMPTS, EXACT_TOKENS = 256, 4, 64
 BATCH = 16
 # Of the key-value cache: few and the same for all, so that it does not count in what weights take.
 BLOCKS = {"num_gpu_blocks_override": 128}
+# Tokens of it where memory is what counts, and of a block, in which vLLM reserves them.
+CACHED, CACHED_BLOCK = 256, 32
 # Compiled, as vLLM is by default.
 SPEED = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": BATCH, "enable_prefix_caching": False,
          "enforce_eager": False}  # fmt: skip
@@ -203,19 +206,24 @@ def memory(bench: Bench) -> dict[str, Any]:
     """What loading adds to the server's process, over the bytes of the checkpoint's files.
 
     A second checkpoint that holds the first of the layers alone is served as well: the difference of both is what
-    layers take, without what vLLM itself needs.
+    layers take, without what vLLM itself needs. Their keys and values are not counted.
     """
     folder = bench.checkpoint("2-sym-plain")
     first = first_layer(folder)
-    # Not compiled: the compiler would stay in memory. Keys and values of a few tokens: `BLOCKS` takes 12 MB a layer.
-    options = {**SPEED, "enforce_eager": True, "max_model_len": 256, "num_gpu_blocks_override": 4}
+    # Not compiled: the compiler would stay in memory.
+    options = {**SPEED, "enforce_eager": True, "max_model_len": CACHED, "block_size": CACHED_BLOCK,
+               "num_gpu_blocks_override": CACHED // CACHED_BLOCK}  # fmt: skip
     found = {}
     for name, one in (("whole", folder), ("first layer", first)):
         with Server() as server:
             answer = asked(server.ask(one, bench.prompts(1, 16), tokens=8, options=options))
             found[name] = {"added": answer["bytes"], "on_disk": disk_bytes(one)}
     added, on_disk = (found["whole"][key] - found["first layer"][key] for key in ("added", "on_disk"))
-    found["layers"] = {"added": added, "on_disk": on_disk, "ratio": added / on_disk if on_disk else None}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = config["num_hidden_layers"] - 1
+    cached = layers * CACHED * 2 * config["num_key_value_heads"] * config["head_dim"] * torch.bfloat16.itemsize
+    found["layers"] = {"added": added, "keys and values": cached, "on_disk": on_disk,
+                       "ratio": (added - cached) / on_disk if on_disk else None}  # fmt: skip
     print(found, flush=True)
     return found
 

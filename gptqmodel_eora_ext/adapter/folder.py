@@ -266,7 +266,9 @@ class AdapterFolder:
                 f"Adapter: `{self.weights}` holds `{key}` as {tensor.dtype} {tuple(tensor.shape)}; expected a matrix "
                 f"in float16, bfloat16, float32 or float64. Save the adapter again."
             )
-        return self._finite(tensor.to(READ_AS[tensor.dtype]), key)
+        # A copy: what the file gives is a part of its mapping, whose pages stay in memory beside the kernels' own form
+        # of the factor, and change when somebody writes the file anew.
+        return self._finite(tensor.to(READ_AS[tensor.dtype], copy=True), key)
 
     def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         if not bool(torch.isfinite(tensor).all()):

@@ -75,7 +75,8 @@ def read_packed(
     for half, width in zip(("lora_A", "lora_B"), features, strict=True):
         codes, scales = keys[f"{half}.qweight"], keys[f"{half}.scales"]
         check_packed(f"{name}, {half}", bits, width, _layout(handle, codes), _layout(handle, scales))
-        found.append(QuantizedFactor(handle.get_tensor(codes), handle.get_tensor(scales), bits, width))
+        # Copies, since what the file gives is a part of its mapping (`AdapterFolder` tells why that is let go).
+        found.append(QuantizedFactor(handle.get_tensor(codes).clone(), handle.get_tensor(scales).clone(), bits, width))
     lora_A, lora_B = found
     if lora_A.codes.shape[0] != lora_B.codes.shape[0]:
         raise LayoutError(

@@ -184,6 +184,17 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         write(tmp_path / "a")
 
 
+def test_factors_that_were_read_do_not_change_with_the_file(tmp_path: Path) -> None:
+    """They would, and end the process where the file becomes shorter, if they lay in its mapping."""
+    write(tmp_path / "adapter")
+    (_, read), = AdapterFolder.open(tmp_path / "adapter").factors([NAMES[0]])  # fmt: skip
+    before = read.lora_A.clone(), read.lora_B.clone()
+    weights = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    with weights.open("r+b") as file:
+        file.write(bytes(weights.stat().st_size))
+    assert torch.equal(read.lora_A, before[0]) and torch.equal(read.lora_B, before[1])
+
+
 def test_summary(tmp_path: Path) -> None:
     write(tmp_path, calibration={"tokens": 5})
     summary = summarize(tmp_path)
