@@ -16,6 +16,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SEQLEN = 64
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is compared with processes of one thread: products of a handful of rows depend on the number of them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def little_garbage() -> Iterator[None]:
     """Leave what imports have made, a million objects, out of garbage collection.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,15 +67,6 @@ def test_goes_on_layer_by_layer(kind: str, tmp_path: Path, monkeypatch: pytest.M
     [root] = (tmp_path / "interrupted" / "gptqmodel-eora-ext" / kept_sweep.FOLDER).iterdir()
     assert {file.name for file in root.iterdir()} == {"found.safetensors", "lock", "run.json"}
     assert same(whole, surveyed(lambda title: pytest.fail("nothing is measured again"), kind))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes have: products of a handful of rows depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

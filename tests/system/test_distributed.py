@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,15 +93,6 @@ def test_a_timeout_that_is_no_number_is_refused(value: str, monkeypatch: pytest.
     monkeypatch.setenv(WAIT_VARIABLE, value)
     with pytest.raises(ValueError, match=f"{WAIT_VARIABLE} must be a number of seconds above 0, got '{value}'"):
         wait_seconds()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Products of a handful of rows depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
