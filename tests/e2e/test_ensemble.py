@@ -62,7 +62,7 @@ def test_each_row_is_routed(model: Any) -> None:
     generated(model, ids)
     routing = ensemble_of(model).last
     assert routing is not None and routing.nearest == ("math", "code", "shared", "math")
-    assert routing.weights[0, 0] > 0.5 and routing.weights[1, 1] > 0.5 and not bool(routing.weights[2].any())
+    assert routing.weights[0, 0] > 0.5 and routing.weights[1, 1] > 0.5 and routing.weights[2].sum() < 0.5
 
 
 def test_a_row_in_a_mixed_batch_is_the_row_alone(model: Any) -> None:

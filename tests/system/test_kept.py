@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.system.files import no_room, replaced_folder
 from gptqmodel_eora_ext.system.kept import (
+    LAYOUT,
     RUN,
     InUse,
     ResumeError,
@@ -128,7 +129,7 @@ def test_layouts_of_other_versions_damage_and_other_processes_are_told(tmp_path:
         kept.read("next")
     told = json.loads((root / RUN).read_text())
     (root / RUN).write_text(json.dumps({**told, "layout": 99}))
-    with pytest.raises(ResumeError, match="keeps layout 99; this one keeps 1"):
+    with pytest.raises(ResumeError, match=f"keeps layout 99; this one keeps {LAYOUT}"):
         kept_state(root, ASKED).__enter__()
     (root / RUN).write_text("{")
     with pytest.raises(ResumeError, match="damaged"):
