@@ -26,8 +26,8 @@ pytestmark = pytest.mark.e2e
 
 EORA = ["-m", "gptqmodel_eora_ext.cli"]
 SHORT = ["--calibration", str(demo_text("calibration")), "--samples", "6", "--seqlen", "64"]
-# One process has the threads of the two that it is compared with.
-TWO_THREADS = {"OMP_NUM_THREADS": "2"}
+# As each of several has: the number of threads changes bits on some processors.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def random_model(folder: Path, tokenizer: Any, kind: str = "Llama", **more: Any) -> Path:
@@ -157,7 +157,7 @@ def test_stopped_refused_and_gone_on_with(tokenizer: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("asked", [["--rank", "16"], ["--preset", "balanced"], ["--rank", "8", "--rounds", "2"]])
 def test_four_processes_on_two_layers_of_smollm2(asked: list[str], two_layers: Path, tmp_path: Path) -> None:
     command = ["quantize", str(two_layers), "--bits", "2", *asked, *SHORT]
-    done([*command, str(tmp_path / "one")], 1, {**TWO_THREADS, "XDG_CACHE_HOME": str(tmp_path / "cache one")})
+    done([*command, str(tmp_path / "one")], 1, {**ONE_THREAD, "XDG_CACHE_HOME": str(tmp_path / "cache one")})
     done([*command, str(tmp_path / "four")], 4, {"XDG_CACHE_HOME": str(tmp_path / "cache four")})
     assert_same(tmp_path / "one", tmp_path / "four")
 
