@@ -24,8 +24,7 @@ from ..system.distributed import as_first_says, current
 from ..system.files import cache_folder
 from ..system.interrupt import asked_to_stop
 from ..system.kept import InUse, Kept, ResumeError, Stopped, kept_state
-from ..system.sent_state import joined, receive_state, send_state, shared_out
-from ..system.state_file import put_together, taken_apart
+from ..system.sent_state import from_first, joined, receive_state, send_state, shared_out
 from .forecast import Forecast
 from .layered import LayeredModel
 from .ranks import TokenCorrection
@@ -169,9 +168,7 @@ class LayersKept:
             return None
         if self._group is None:
             return read[0]
-        made = {name: taken_apart(read[0])} if read else {}
-        _, told, tensors = next(self._group.spread({name: 0}, made))
-        return put_together(told, tensors)
+        return from_first(self._group, read[0] if read else None)
 
 
 def _layer(number: int) -> str:

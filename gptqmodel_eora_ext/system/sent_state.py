@@ -54,6 +54,18 @@ def receive_state(
     return put_together(described, tensors, known, stays=stays)
 
 
+def from_first(group: Group, state: Any) -> Any:
+    """A state that rank 0 has, in every process; what the others pass does not count. All call this together.
+
+    Args:
+        group: the processes.
+        state: as `write_state` takes it.
+    """
+    made = {"state": taken_apart(state)} if group.is_first else {}
+    [(_, described, tensors)] = group.spread({"state": 0}, made)
+    return put_together(described, tensors)
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Lists of an item a window as one process would have them, of those that several have, in the order of ranks.
 

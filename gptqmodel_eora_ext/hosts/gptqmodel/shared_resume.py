@@ -20,13 +20,11 @@ from gptqmodel.looper.extension import LoopContext
 from ...loop.resume import Keeping, layer_file, read_factors
 from ...system.distributed import Group, as_first_says, share
 from ...system.kept import ResumeError, Stopped
-from ...system.sent_state import joined, receive_state, send_state, shared_out
+from ...system.sent_state import from_first, joined, receive_state, send_state, shared_out
 from ...system.state_file import put_together, taken_apart
 from .known_weights import let_go_of_weight
 from .resume import LayerKeeper, digest_of, digests
 from .run import CompensationRun
-
-FACTORS = "factors"
 
 
 def keeper_of(run: CompensationRun, keeping: Keeping, asked: Mapping[str, Any]) -> LayerKeeper:
@@ -122,14 +120,12 @@ class SharedLayerKeeper(LayerKeeper):
             factors.update(layer["factors"])
 
         as_first_says(put, ResumeError)
-        made = {FACTORS: taken_apart(factors)} if self._group.is_first else {}
-        for _, told, tensors in self._group.spread({FACTORS: 0}, made):
-            if not self._group.is_first:
-                assert self._context is not None
-                found = read_factors(put_together(told, tensors))
-                self._run.factors.update(found)
-                for name in found:
-                    let_go_of_weight(self._context.model.model.get_submodule(name))
+        found = from_first(self._group, factors)
+        if not self._group.is_first:
+            assert self._context is not None
+            self._run.factors.update(read_factors(found))
+            for name in found:
+                let_go_of_weight(self._context.model.model.get_submodule(name))
 
     def _mine(self) -> Any:
         """This process's share of what the next layer starts from."""

@@ -76,11 +76,11 @@ class ServedLinear:
             # As most layers are: this runs for every layer and token.
             joined = groups[0][1](rows)
         else:
-            ys: list[torch.Tensor] = [rows] * len(self.parts)
+            found: dict[int, torch.Tensor] = {}
             for places, multiply in groups:
                 widths = [self.part_widths[place] for place in places]
-                for place, y in zip(places, multiply(rows).split(widths, dim=1), strict=True):
-                    ys[place] = y
+                found.update(zip(places, multiply(rows).split(widths, dim=1), strict=True))
+            ys = [found[place] for place in range(len(self.parts))]
             if self.padding:
                 ys.append(rows.new_zeros(rows.shape[0], self.padding))
             joined = torch.cat(ys, dim=1)

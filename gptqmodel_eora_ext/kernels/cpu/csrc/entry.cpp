@@ -220,8 +220,8 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
   }
   Range* ranges = scratch<Range, 9>(members);
   float* all_t = scratch<float, 4>(rows * rank);
-  const int64_t most = rows * read / LEAST_SHARE;
-  if (threads > most) threads = most > 1 ? int(most) : 1;
+  const int64_t busy = rows * read / LEAST_SHARE;
+  if (threads > busy) threads = busy > 1 ? int(busy) : 1;
   const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
   // Pieces of work of each layer, and where its share of t begins.
   struct Share { Active active; int downs, pieces; float* t; char* y; };
