@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from ..system.distributed import Group
+from ..system.group import Group
 from .output_error import OutputErrorMoment
 from .second_moment import DiagonalMoment, SecondMoment, block_columns, kept_inputs
 

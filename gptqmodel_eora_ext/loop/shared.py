@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..system.distributed import Group
+from ..system.group import Group
 from .run import LIBRARIES
 
 

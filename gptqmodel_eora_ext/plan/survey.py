@@ -17,8 +17,9 @@ from .._version import __version__
 from ..adapter.budget import parse_budget
 from ..adapter.validate import validate_choice
 from ..adapter.vocabulary import SENSITIVITIES
-from ..system.distributed import Group, current
+from ..system.distributed import current
 from ..system.files import cache_folder, replaced_folder, unfinished_folder
+from ..system.group import Group
 from ..system.kept import InUse, Kept, kept_state
 from ..system.spill import spilling
 from .gradients import Progress, measure_gradients

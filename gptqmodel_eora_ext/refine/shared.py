@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..system.distributed import Group, current, share
+from ..system.distributed import current, share
+from ..system.group import Group
 from .settings import validated
 
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 60.0
 # A process that has heard of a loss, and has not come to an end of itself by then, is ended.
 GRACE_SECONDS = 10.0
+# A process that ends waits so long for its last question to the store, whose host may be gone.
+STOP_SECONDS = 5.0
 # Rank 0 tells whom it waits for once it has waited so long, and again each time that this has passed.
 TELL_SECONDS = 30.0
 # Status of a process that ends because another one was lost: "temporary failure" in sysexits.h. What was asked is
@@ -122,11 +125,13 @@ class Peers:
             self._mine = replace(self._mine, ended=how, why=why)
         self._stop = True
         self._wake.set()
-        try:
+        # Where whoever held the store is gone, the others notice that as well.
+        with suppress(RuntimeError, OSError):
             self._write()
-        except (RuntimeError, OSError):
-            # Whoever held the store is gone. The others notice that as well.
-            return
+        # Python ends a thread that comes back from the store after the interpreter's end by an exception that C++ does
+        # not let through: the process would be aborted, whatever status it ends with.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(STOP_SECONDS)
 
     def at(self, phase: str) -> None:
         """Tell what this process is at now."""
@@ -257,7 +262,6 @@ class Peers:
             self._tell(time.monotonic())
             if self._lost is not None and time.monotonic() - self._noticed > GRACE_SECONDS:
                 self.leave(self._lost)
-
 
     def _tell(self, now: float) -> None:
         """Say in the log of rank 0 whom it waits for, where it waits long."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .distributed import Group, layout, share, unfilled
+from .distributed import share
+from .group import Group, layout, unfilled
 from .state_file import put_together, taken_apart
 
 

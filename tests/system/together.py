@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from gptqmodel_eora_ext.capture import OrderedMoment, OrderedOutputError, OutputErrorMoment
-from gptqmodel_eora_ext.system.distributed import Group, as_first_says, joined, share
+from gptqmodel_eora_ext.system.distributed import as_first_says, joined, share
+from gptqmodel_eora_ext.system.group import Group
 from gptqmodel_eora_ext.system.kept import ResumeError
 from gptqmodel_eora_ext.system.peers import LOST_STATUS, PeerLost
 from gptqmodel_eora_ext.system.sent_state import receive_state, send_state

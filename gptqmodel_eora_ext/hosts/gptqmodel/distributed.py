@@ -25,7 +25,8 @@ from ...adapter.carried import carried, received
 from ...adapter.layers import is_linear, solving_cost
 from ...capture import OrderedMoment, OrderedOutputError, OutputErrorMoment, chained, panels_of
 from ...loop.shared import check_enough, check_same
-from ...system.distributed import Group, deal, share
+from ...system.distributed import deal, share
+from ...system.group import Group
 from .compensation import QUANTIZED_WEIGHT, Compensation
 from .known_weights import CheckpointProcessor, RTNProcessor, let_go
 from .run import CompensationRun

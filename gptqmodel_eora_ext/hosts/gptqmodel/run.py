@@ -15,7 +15,8 @@ from ...calibration.token_ids import require_token_ids
 from ...formats.sparsity import Pattern
 from ...loop.resume import Keeping
 from ...loop.run import Run
-from ...system.distributed import Group, current
+from ...system.distributed import current
+from ...system.group import Group
 from .adapter import EoRA
 from .full_precision_inputs import FullPrecisionInputs
 

@@ -18,7 +18,8 @@ import torch
 from gptqmodel.looper.extension import LoopContext
 
 from ...loop.resume import Keeping, layer_file, read_factors
-from ...system.distributed import Group, as_first_says, share
+from ...system.distributed import as_first_says, share
+from ...system.group import Group
 from ...system.kept import ResumeError, Stopped
 from ...system.sent_state import from_first, joined, receive_state, send_state, shared_out
 from ...system.state_file import put_together, taken_apart
