@@ -10,7 +10,7 @@ inline F load16(const void* base, int kind, int64_t offset) {
     case F16: return load_f16((const uint16_t*)base + offset);
     case BF16: return load_bf16((const uint16_t*)base + offset);
     case I8: return load_i8((const int8_t*)base + offset);
-    case I4: return fadd(to_float(load_u4((const uint8_t*)base + offset / 2)), fset(-8.0f));
+    case I4: return load_i4((const uint8_t*)base + offset / 2);
     default: return fload((const float*)base + offset);
   }
 }
@@ -26,6 +26,14 @@ inline int size_of(int kind) { return kind == F32 ? 4 : 2; }
 // Bytes of a factor's features of any kind.
 inline constexpr int64_t factor_bytes(int kind, int64_t features) {
   return features * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
+}
+
+// The first `count` of 16 values, zeros after them.
+inline F load_some(const void* base, int kind, int count) {
+  if (count >= LANES) return load16(base, kind, 0);
+  alignas(64) char lanes[64] = {};
+  __builtin_memcpy(lanes, base, count * size_of(kind));
+  return load16(lanes, kind, 0);
 }
 
 // The first `count` of 16 lanes.

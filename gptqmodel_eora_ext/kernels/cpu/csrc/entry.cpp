@@ -1,12 +1,11 @@
 // What Python calls: repacking once, then a linear layer from its codes or as a matrix product, or Ŵᵀ alone. Each
 // returns a `Fault`, and has touched nothing where that is not `FINE`.
-#include <memory>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "check.h"
+#include "multiply.h"
 
 namespace {
 
@@ -14,42 +13,6 @@ enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 const Kernels& kernels(int isa) {
   return *(isa >= AVX512 ? avx512_kernels() : isa == AVX2 ? avx2_kernels() : portable_kernels());
-}
-
-// Pieces per thread that the strips are cut into, so that a thread that is held up leaves its rest to others.
-constexpr int PIECES = 8;
-// Bytes that a thread reads at least, some 10 µs of work: to wake one and to wait for it takes about as long.
-constexpr int64_t LEAST_SHARE = 128 << 10;
-
-// Memory of the calling thread, kept from call to call.
-template <typename T, int USE>
-T* scratch(int64_t count) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local int64_t size = 0;
-  if (size < count * int64_t(sizeof(T)) + 64) {
-    size = count * int64_t(sizeof(T)) + 64;
-    memory.reset(new char[size]);
-  }
-  return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
-}
-
-// Pieces of work that the components of a member are.
-int pieces_of(const Range& range) { return (range.last - range.first + COMPONENTS - 1) / COMPONENTS; }
-
-// Components [first, last) of t times the rows' weights of their member.
-void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
-  for (int row = 0; row < rows; ++row) {
-    const float weight = weights[int64_t(row) * l.members];
-    for (int c = first; c < last; ++c) t[int64_t(row) * l.rank + c] *= weight;
-  }
-}
-
-// The inputs of a row at their places.
-const float* in_order(const Linear& l, const float* x, float* out) {
-  for (int64_t place = 0; place < int64_t(l.units) * LANES; ++place) {
-    out[place] = l.order[place] < 0 ? 0.0f : x[l.order[place]];
-  }
-  return out;
 }
 
 int best_isa() {
@@ -186,8 +149,7 @@ int eora_unpack(uint32_t* qweight, int64_t qweight_bytes, const int32_t* places,
   return FINE;
 }
 
-// y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs:
-// x becomes integers once, and the components of all their A are one row of work.
+// y = x Ŵᵀ + (x Aᵀ) Bᵀ + bias from the codes, of layers that read the same x with the same segments and order of inputs.
 // y is rows × the outputs of all layers, side by side. With weights, rows × members, the components of each member are
 // multiplied by its weight of the row: y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias. A member whose weight is 0 in every row is not
 // read.
@@ -203,69 +165,7 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
     outputs += linears[i]->out_features;
   }
   if (y_bytes != rows * outputs * bytes_of(kind)) return BAD_OUTPUT;
-  const Linear& l = *linears[0];
-  const Kernels& k = kernels(isa);
-  const int slices = kind == F32 ? 3 : 2;
-  const int64_t inputs = padded_inputs(l.in_features), places = int64_t(l.units) * LANES;
-  const int64_t row_bytes = int64_t(l.in_features) * (kind == F32 ? 4 : 2);
-  float* wide = scratch<float, 0>(rows * inputs);
-  int8_t* digits = scratch<int8_t, 1>(rows * places * slices);
-  int32_t* sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
-  float* steps = scratch<float, 3>(int64_t(rows) * l.segments);
-  int64_t strips = 0, rank = 0, members = 0, read = 0;
-  for (int i = 0; i < count; ++i) {
-    strips += linears[i]->strips, rank += linears[i]->rank;
-    read += linears[i]->codes_bytes + linears[i]->down_bytes + linears[i]->up_bytes;
-    members += linears[i]->members > 0 ? linears[i]->members : 1;
-  }
-  Range* ranges = scratch<Range, 9>(members);
-  float* all_t = scratch<float, 4>(rows * rank);
-  const int64_t busy = rows * read / LEAST_SHARE;
-  if (threads > busy) threads = busy > 1 ? int(busy) : 1;
-  const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
-  // Pieces of work of each layer, and where its share of t begins.
-  struct Share { Active active; int downs, pieces; float* t; char* y; };
-  Share* shares = scratch<Share, 8>(count);
-  int downs = 0, pieces = 0;
-  for (int i = 0; i < count; ++i) {
-    const Active active = active_of(*linears[i], weights, rows, ranges);
-    ranges += active.count;
-    shares[i] = {active, 0, (linears[i]->strips + chunk - 1) / chunk, all_t, y};
-    for (int r = 0; r < active.count; ++r) shares[i].downs += pieces_of(active.ranges[r]);
-    downs += shares[i].downs, pieces += shares[i].pieces, all_t += int64_t(rows) * linears[i]->rank;
-    y += linears[i]->out_features * bytes_of(kind);
-  }
-  for (int row = 0; row < rows; ++row) k.widen(x + row * row_bytes, kind, l.in_features, wide + row * inputs);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int work = 0; work < rows + downs; ++work) {
-      if (work < rows) {
-        const float* row = wide + work * inputs;
-        if (l.order) row = in_order(l, row, scratch<float, 7>(places));
-        k.quantize(l, row, slices, digits + work * places * slices,
-                   sums + int64_t(work) * l.segments * slices, steps + int64_t(work) * l.segments);
-      } else {
-        int i = 0, piece = work - rows;
-        for (; piece >= shares[i].downs; ++i) piece -= shares[i].downs;
-        const Range* range = shares[i].active.ranges;
-        for (; piece >= pieces_of(*range); ++range) piece -= pieces_of(*range);
-        const int first = range->first + piece * COMPONENTS, end = first + COMPONENTS;
-        const int last = end < range->last ? end : range->last;
-        k.down(*linears[i], wide, rows, first, last, shares[i].t);
-        if (range->member >= 0) weigh(*linears[i], weights + range->member, rows, first, last, shares[i].t);
-      }
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int piece = 0; piece < pieces; ++piece) {
-      int i = 0, first = piece;
-      for (; first >= shares[i].pieces; ++i) first -= shares[i].pieces;
-      first *= chunk;
-      const int end = first + chunk, most = linears[i]->strips;
-      k.strips(*linears[i], slices, digits, sums, steps, shares[i].t, shares[i].active, rows, first,
-               end < most ? end : most, shares[i].y, outputs, kind);
-    }
-  }
+  multiply({linears, count, x, kind, rows, weights, y, outputs, kernels(isa)}, threads);
   return FINE;
 }
 

@@ -20,90 +20,181 @@ void widen(const void* x, int kind, int in_features, float* out) {
 // Bytes ahead of each component of A that are asked for, as `AHEAD` is of codes.
 constexpr int DOWN_AHEAD = 2048;
 
-// Of C components from `first` on.
+// Of C components from `first` on, A in floating numbers or in integers of 8 bits.
 template <int KIND, int C>
 void dots(const Linear& l, const float* x, int first, float* t) {
   const int inputs = padded_inputs(l.in_features);
-  const int64_t base = int64_t(first) * inputs;
+  const int64_t row_bytes = factor_bytes(KIND, inputs);
   F total[C][2];
   for (int c = 0; c < C; ++c) total[c][0] = total[c][1] = fzero();
   for (int i = 0; i < inputs; i += FACTOR_GROUP) {
+    const char* begin = (const char*)l.down + first * row_bytes + factor_bytes(KIND, i);
     F xs[4];
     for (int v = 0; v < 4; ++v) xs[v] = fload(x + i + v * LANES);
-    for (int c = 0; c < C; ++c) {
-      const int64_t begin = base + int64_t(c) * inputs + i;
-      const char* ahead = (const char*)l.down + factor_bytes(KIND, begin) + DOWN_AHEAD;
-      for (int byte = 0; byte < factor_bytes(KIND, FACTOR_GROUP); byte += 64) __builtin_prefetch(ahead + byte);
-      if (KIND == I8 || KIND == I4) {
-        F group = fmul(load16(l.down, KIND, begin), xs[0]);
-        for (int v = 1; v < 4; ++v) group = fma(load16(l.down, KIND, begin + v * LANES), xs[v], group);
-        total[c][0] = fma(group, fset(half_to_float(l.down_scales[begin / FACTOR_GROUP])), total[c][0]);
+    for (int c = 0; c < C; ++c, begin += row_bytes) {
+      for (int byte = 0; byte < factor_bytes(KIND, FACTOR_GROUP); byte += 64) {
+        __builtin_prefetch(begin + DOWN_AHEAD + byte);
+      }
+      if constexpr (KIND == I8) {
+        F group = fmul(load16(begin, KIND, 0), xs[0]);
+        for (int v = 1; v < 4; ++v) group = fma(load16(begin, KIND, v * LANES), xs[v], group);
+        const int64_t scale = int64_t(first + c) * (inputs / FACTOR_GROUP) + i / FACTOR_GROUP;
+        total[c][0] = fma(group, fset_f16(l.down_scales + scale), total[c][0]);
       } else {
-        for (int v = 0; v < 4; ++v) {
-          total[c][v % 2] = fma(load16(l.down, KIND, begin + v * LANES), xs[v], total[c][v % 2]);
-        }
+        for (int v = 0; v < 4; ++v) total[c][v % 2] = fma(load16(begin, KIND, v * LANES), xs[v], total[c][v % 2]);
       }
     }
   }
   for (int c = 0; c < C; ++c) t[first + c] = sum(fadd(total[c][0], total[c][1]));
 }
 
-template <int KIND>
-void down_of(const Linear& l, const float* x, int rows, int first, int last, float* t) {
+// Of C components from `first` on, A in integers of 4 bits: two components share a vector.
+template <int S, int C>
+void dots_of_digits(const Linear& l, const Input& x, int row, int first, float* t) {
+  constexpr int PAIRS = (C + 1) / 2;
+  const int groups = padded_inputs(l.in_features) / FACTOR_GROUP;
+  const uint8_t* codes[C];
+  const uint16_t* scales[C];
+  for (int c = 0; c < C; ++c) {
+    codes[c] = (const uint8_t*)l.down + int64_t(first + c) * groups * (FACTOR_GROUP / 2);
+    scales[c] = l.down_scales + int64_t(first + c) * groups;
+  }
+  const int8_t* digits = x.down_digits + int64_t(row) * groups * S * FACTOR_GROUP;
+  const int32_t* offsets = x.down_offsets + int64_t(row) * groups * 8;
+  const float* steps = x.down_steps + int64_t(row) * groups;
+  F total[PAIRS];
+  for (F& sum : total) sum = fzero();
+  for (int group = 0; group < groups; ++group, digits += S * FACTOR_GROUP) {
+    I low[S], high[S];
+    for (int s = 0; s < S; ++s) {
+      low[s] = load_twice(digits + s * FACTOR_GROUP), high[s] = load_twice(digits + s * FACTOR_GROUP + 32);
+    }
+    const I offset = load_twice(offsets + group * 8);
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      // A component without another stands in both halves.
+      const int one = 2 * pair, other = one + 1 < C ? one + 1 : one;
+      const I both = load_both(codes[one] + group * 32, codes[other] + group * 32);
+      __builtin_prefetch(codes[one] + group * 32 + DOWN_AHEAD);
+      const I even = iand(both, bytes(0x0F)), odd = iand(shr<4>(both), bytes(0x0F));
+      // An integer of less than 2^30.
+      I exact = dot4(dot4(izero(), even, low[S - 1]), odd, high[S - 1]);
+      for (int s = S - 2; s >= 0; --s) {
+        exact = dot4(dot4(iadd(shl<8>(exact), s ? izero() : offset), even, low[s]), odd, high[s]);
+      }
+      const F scale = fmul(fset_f16(scales[one] + group, scales[other] + group), fset(steps[group]));
+      total[pair] = fma(to_float(exact), scale, total[pair]);
+    }
+  }
+  for (int c = 0; c < C; ++c) t[first + c] = c % 2 ? sum_high(total[c / 2]) : sum_low(total[c / 2]);
+}
+
+// Components [first, last), as many as an input serves while it is at hand.
+template <typename Some, typename One>
+void by_components(int rows, int first, int last, Some some, One one) {
   for (int c = first; c < last;) {
     const bool all = c + COMPONENTS <= last;
-    for (int row = 0; row < rows; ++row) {
-      (all ? dots<KIND, COMPONENTS> : dots<KIND, 1>)(l, x + int64_t(row) * padded_inputs(l.in_features), c,
-                                                   t + int64_t(row) * l.rank);
-    }
+    for (int row = 0; row < rows; ++row) all ? some(row, c) : one(row, c);
     c += all ? COMPONENTS : 1;
   }
 }
 
-void down(const Linear& l, const float* x, int rows, int first, int last, float* t) {
+template <int KIND>
+void down_of(const Linear& l, const Input& x, int first, int last, float* t) {
+  const int64_t inputs = padded_inputs(l.in_features);
+  by_components(
+      x.rows, first, last,
+      [&](int row, int c) { dots<KIND, COMPONENTS>(l, x.wide + row * inputs, c, t + int64_t(row) * l.rank); },
+      [&](int row, int c) { dots<KIND, 1>(l, x.wide + row * inputs, c, t + int64_t(row) * l.rank); });
+}
+
+template <int S>
+void down_of_digits(const Linear& l, const Input& x, int first, int last, float* t) {
+  by_components(
+      x.rows, first, last,
+      [&](int row, int c) { dots_of_digits<S, COMPONENTS>(l, x, row, c, t + int64_t(row) * l.rank); },
+      [&](int row, int c) { dots_of_digits<S, 1>(l, x, row, c, t + int64_t(row) * l.rank); });
+}
+
+void down(const Linear& l, const Input& x, int first, int last, float* t) {
   auto* run = l.down_kind == F16 ? down_of<F16> : l.down_kind == BF16 ? down_of<BF16> : l.down_kind == I8 ? down_of<I8>
-            : l.down_kind == I4 ? down_of<I4> : down_of<F32>;
-  run(l, x, rows, first, last, t);
+            : l.down_kind != I4 ? down_of<F32> : x.slices == 2 ? down_of_digits<2> : down_of_digits<3>;
+  run(l, x, first, last, t);
 }
 
 // Inputs below this in a whole segment count as zero: their reciprocal step would leave float32.
 constexpr float TINY = 0x1p-100f;
 
-void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps) {
+// What `count` inputs are multiplied by to become integers of so many bytes, a power of two, and 1 over it: 0 and 0
+// where they count as zero, 0 and NaN where one is not finite.
+inline float integer_scale(const float* x, int count, int slices, float* step) {
   // The largest integer of balanced digits: 127 · (1 + 256 + …).
   const float highest = slices == 2 ? 32639.0f : 8355711.0f;
+  F size = fzero(), poison = fzero();
+  for (int i = 0; i < count; i += LANES) {
+    size = fmax16(fabs16(fload(x + i)), size);
+    poison = fma(fload(x + i), fzero(), poison);
+  }
+  const float largest_input = largest(size), bad = sum(poison);
+  float scale = 0.0f;
+  *step = bad;
+  if (bad == 0.0f && largest_input >= TINY) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &largest_input, 4);
+    uint32_t exponent = 127 + (8 * slices - 2) + 127 - (bits >> 23);
+    bits = exponent << 23;
+    __builtin_memcpy(&scale, &bits, 4);
+    if (largest_input * scale > highest) scale *= 0.5f;
+    *step = 1.0f / scale;
+  }
+  return scale;
+}
+
+// The lowest byte of each lane as a signed number, which is taken off what is left.
+inline I next_digit(I& rest) {
+  I digit = sar<24>(shl<24>(rest));
+  rest = sar<8>(isub(rest, digit));
+  return digit;
+}
+
+void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps) {
   for (int segment = 0; segment < l.segments; ++segment) {
     const int begin = l.starts[segment] * LANES, end = l.starts[segment + 1] * LANES;
-    F size = fzero(), poison = fzero();
-    for (int place = begin; place < end; place += LANES) {
-      size = fmax16(fabs16(fload(x + place)), size);
-      poison = fma(fload(x + place), fzero(), poison);
-    }
-    const float largest_input = largest(size), bad = sum(poison);
-    float scale = 0.0f;
-    steps[segment] = bad;  // 0, or NaN where an input is not finite
-    if (bad == 0.0f && largest_input >= TINY) {
-      uint32_t bits;
-      __builtin_memcpy(&bits, &largest_input, 4);
-      uint32_t exponent = 127 + (8 * slices - 2) + 127 - (bits >> 23);
-      bits = exponent << 23;
-      __builtin_memcpy(&scale, &bits, 4);
-      if (largest_input * scale > highest) scale *= 0.5f;
-      steps[segment] = 1.0f / scale;
-    }
+    const float scale = integer_scale(x + begin, end - begin, slices, steps + segment);
     I total[3] = {izero(), izero(), izero()};
     for (int place = begin; place < end; place += LANES) {
       // A NaN times 0 is NaN, whose integer is arbitrary; the step poisons the sum anyway.
       I rest = to_int(fmul(fload(x + place), fset(scale)));
       int8_t* out = digits + int64_t(place) * slices;
       for (int s = 0; s < slices; ++s) {
-        I digit = sar<24>(shl<24>(rest));
+        I digit = next_digit(rest);
         store_i8(out + s * LANES, digit);
         total[s] = iadd(total[s], digit);
-        rest = sar<8>(isub(rest, digit));
       }
     }
     for (int s = 0; s < slices; ++s) sums[segment * slices + s] = sum(total[s]);
+  }
+}
+
+void quantize_down(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps) {
+  const int groups = padded_inputs(in_features) / FACTOR_GROUP;
+  for (int group = 0; group < groups; ++group, x += FACTOR_GROUP, digits += slices * FACTOR_GROUP, offsets += 8) {
+    const float scale = integer_scale(x, FACTOR_GROUP, slices, steps + group);
+    for (int v = 0; v < FACTOR_GROUP / LANES; ++v) {
+      I rest = to_int(fmul(by_halves(x + v * LANES), fset(scale)));
+      for (int s = 0; s < slices; ++s) {
+        alignas(16) int8_t sixteen[LANES];
+        store_i8(sixteen, next_digit(rest));
+        __builtin_memcpy(digits + s * FACTOR_GROUP + v * 8, sixteen, 8);
+        __builtin_memcpy(digits + s * FACTOR_GROUP + v * 8 + 32, sixteen + 8, 8);
+      }
+    }
+    I offset = izero();
+    for (int s = slices - 1; s >= 0; --s) {
+      const int8_t* slice = digits + s * FACTOR_GROUP;
+      const I eights = dot4(dot4(izero(), bytes(8), load_twice(slice)), bytes(8), load_twice(slice + 32));
+      offset = isub(shl<8>(offset), eights);
+    }
+    store_low(offsets, offset);
   }
 }
 
@@ -179,6 +270,10 @@ struct UpAhead {
     next = end = nullptr;
     if (range < last_range) enter();
     step = (2 * bytes(active.rank) / l.segments + 63) / 64 * 64;
+    if (active.count && (kind == I8 || kind == I4)) {
+      const char* scales = (const char*)(l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank);
+      for (int byte = 0; byte < 2 * l.rank; byte += 64) __builtin_prefetch(scales + byte);
+    }
   }
   int64_t bytes(int components) const { return factor_bytes(kind, int64_t(components) * LANES); }
   void enter() { next = strip_begin + bytes(range->first), end = strip_begin + bytes(range->last); }
@@ -247,8 +342,8 @@ void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
 }
 
 template <int KIND, int R>
-void add_up(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
-  const int64_t base = int64_t(strip) * l.rank * LANES;
+void add_up_of(const Linear& l, int strip, const float* all_t, const Active& active, F (&y)[R]) {
+  constexpr bool INTEGER = KIND == I8 || KIND == I4;
   const uint16_t* scales = l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank;
   // Sums that do not wait for each other: one row alone would have each product wait for the one before.
   constexpr int CHAINS = R == 1 ? 4 : 1;
@@ -256,42 +351,65 @@ void add_up(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
   for (int chain = 0; chain < CHAINS; ++chain) {
     for (int r = 0; r < R; ++r) sums[chain][r] = fzero();
   }
-  auto add = [&](int c, F (&to)[R]) {
-    F column = load16(l.up, KIND, base + int64_t(c) * LANES);
-    const float scale = KIND == I8 || KIND == I4 ? half_to_float(scales[c]) : 1.0f;
-    for (int r = 0; r < R; ++r) to[r] = fma(column, fset(scale * x.t[r * l.rank + c]), to[r]);
-  };
-  for (int i = 0; i < x.active.count; ++i) {
-    const int last = x.active.ranges[i].last;
-    int c = x.active.ranges[i].first;
-    for (; c + CHAINS <= last; c += CHAINS) {
-      for (int chain = 0; chain < CHAINS; ++chain) add(c + chain, sums[chain]);
+  F all[R];  // in its lanes together: the sum of what columns are multiplied by
+  for (int r = 0; r < R; ++r) all[r] = fzero();
+  // Components [c, c + count), at most a vector of them.
+  auto add = [&](int c, int count) {
+    const char* columns = (const char*)l.up + factor_bytes(KIND, (int64_t(strip) * l.rank + c) * LANES);
+    alignas(64) float scaled[R][LANES];
+    const float* t[R];
+    for (int r = 0; r < R; ++r) t[r] = all_t + int64_t(r) * l.rank + c;
+    if constexpr (INTEGER) {
+      // t takes the scales of B, for all these components at once.
+      const F scale = load_some(scales + c, F16, count);
+      for (int r = 0; r < R; ++r) {
+        const F product = fmul(load_some(t[r], F32, count), scale);
+        fstore(scaled[r], product);
+        t[r] = scaled[r];
+        all[r] = fadd(all[r], product);
+      }
     }
-    for (; c < last; ++c) add(c, sums[0]);
+    auto one = [&](int i, F (&to)[R]) {
+      const char* at = columns + factor_bytes(KIND, LANES) * i;
+      const F column = KIND == I4 ? lane_codes((const uint8_t*)at) : load16(at, KIND, 0);
+      for (int r = 0; r < R; ++r) to[r] = fma(column, fset(t[r][i]), to[r]);
+    };
+    int i = 0;
+    for (; i + CHAINS <= count; i += CHAINS) {
+      for (int chain = 0; chain < CHAINS; ++chain) one(i + chain, sums[chain]);
+    }
+    for (; i < count; ++i) one(i, sums[0]);
+  };
+  for (int i = 0; i < active.count; ++i) {
+    const int last = active.ranges[i].last;
+    for (int c = active.ranges[i].first; c < last; c += LANES) add(c, last - c < LANES ? last - c : LANES);
   }
-  for (int chain = 0; chain < CHAINS; ++chain) {
-    for (int r = 0; r < R; ++r) y[r] = fadd(y[r], sums[chain][r]);
+  for (int r = 0; r < R; ++r) {
+    for (int chain = 1; chain < CHAINS; ++chain) sums[0][r] = fadd(sums[0][r], sums[chain][r]);
+    // Codes of 4 bits were taken as they stand, 8 too large.
+    if constexpr (KIND == I4) y[r] = fma(sums[0][r], lane_units(), fma(fset(sum(all[r])), fset(-8.0f), y[r]));
+    else y[r] = fadd(y[r], sums[0][r]);
   }
 }
 
 template <int R>
-void add_adapter(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
+void add_up(const Linear& l, int strip, const float* t, const Active& active, F (&y)[R]) {
   switch (l.up_kind) {
-    case F16: return add_up<F16, R>(l, strip, x, y);
-    case BF16: return add_up<BF16, R>(l, strip, x, y);
-    case I8: return add_up<I8, R>(l, strip, x, y);
-    case I4: return add_up<I4, R>(l, strip, x, y);
-    default: return add_up<F32, R>(l, strip, x, y);
+    case F16: return add_up_of<F16, R>(l, strip, t, active, y);
+    case BF16: return add_up_of<BF16, R>(l, strip, t, active, y);
+    case I8: return add_up_of<I8, R>(l, strip, t, active, y);
+    case I4: return add_up_of<I4, R>(l, strip, t, active, y);
+    default: return add_up_of<F32, R>(l, strip, t, active, y);
   }
 }
 
 template <int B, int S, int R>
 void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int64_t stride, int kind) {
   const Rows from = {x.digits + int64_t(row) * l.units * LANES * S, x.sums + int64_t(row) * l.segments * S,
-                     x.steps + int64_t(row) * l.segments, x.t + int64_t(row) * l.rank, x.active};
+                     x.steps + int64_t(row) * l.segments, x.t, x.active};
   F out[R];
   strip_of_rows<B, S, R>(l, strip, from, out);
-  if (x.active.rank) add_adapter<R>(l, strip, from, out);
+  if (x.active.rank) add_up<R>(l, strip, x.t + int64_t(row) * l.rank, x.active, out);
   for (int r = 0; r < R; ++r) {
     store_some(y, kind, int64_t(row + r) * stride + strip * LANES, out[r], l.out_features - strip * LANES);
   }
@@ -306,14 +424,14 @@ void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, vo
   }
 }
 
-void strips(const Linear& l, int slices, const int8_t* digits, const int32_t* sums, const float* steps, const float* t,
-            const Active& active, int rows, int first, int last, void* y, int64_t stride, int kind) {
-  const Rows x = {digits, sums, steps, t, active};
-  auto* run = l.bits == 2   ? (slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
-              : l.bits == 3 ? (slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
-              : l.bits == 4 ? (slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
-                            : (slices == 2 ? strips_of<8, 2> : strips_of<8, 3>);
-  run(l, x, rows, first, last, y, stride, kind);
+void strips(const Linear& l, const Input& x, const float* t, const Active& active, int first, int last, void* y,
+            int64_t stride, int kind) {
+  const Rows rows = {x.digits, x.sums, x.steps, t, active};
+  auto* run = l.bits == 2   ? (x.slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
+              : l.bits == 3 ? (x.slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
+              : l.bits == 4 ? (x.slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
+                            : (x.slices == 2 ? strips_of<8, 2> : strips_of<8, 3>);
+  run(l, rows, x.rows, first, last, y, stride, kind);
 }
 
 template <int B>
@@ -343,6 +461,6 @@ void dequantize(const Linear& l, int strip, float* out, int64_t stride) {
   run(l, strip, out, stride);
 }
 
-const Kernels table = {down, quantize, widen, strips, dequantize};
+const Kernels table = {down, quantize, quantize_down, widen, strips, dequantize};
 
 }  // namespace

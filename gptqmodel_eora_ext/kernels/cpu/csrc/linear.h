@@ -100,18 +100,34 @@ static inline float half_to_float(uint16_t half) {
   return value;
 }
 
-// One instruction set's kernels. x is rows × padded_inputs in float32.
+// x in the forms that the kernels read; each has the rows one after the other.
+struct Input {
+  int rows, slices;
+  float* wide;      // padded_inputs values a row
+  // Inputs at their places as integers: x ≈ step · Σ digit · 256^slice, per segment.
+  int8_t* digits;   // units · 16 · slices a row
+  int32_t* sums;    // segments × slices a row: of the digits
+  float* steps;     // segments a row
+  // The same for A of 4 bits, whose groups are not those of the weight. Of 64 inputs, a slice holds those in the low
+  // halves of A's bytes first, then those in the high halves.
+  int8_t* down_digits;    // groups × slices × 64 a row
+  int32_t* down_offsets;  // groups × 8 a row: what the 8 that codes are too large by adds to each lane, less than 0
+  float* down_steps;      // groups a row
+};
+
+// One instruction set's kernels.
 struct Kernels {
   // t = x Aᵀ, rows × rank, for the components [first, last).
-  void (*down)(const Linear&, const float* x, int rows, int first, int last, float* t);
-  // One row, its inputs at their places, as integers of 8 bits: x ≈ step · Σ digit · 256^slice, per segment.
+  void (*down)(const Linear&, const Input& x, int first, int last, float* t);
+  // One row, its inputs at their places, as integers.
   void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
+  // One row, as it is in `wide`, for A of 4 bits.
+  void (*quantize_down)(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
   // y of the strips [first, last); a row of y begins `stride` values after the one before.
-  void (*strips)(const Linear&, int slices, const int8_t* digits, const int32_t* sums, const float* steps,
-                 const float* t, const Active& active, int rows, int first, int last, void* y, int64_t stride,
-                 int kind);
+  void (*strips)(const Linear&, const Input& x, const float* t, const Active& active, int first, int last, void* y,
+                 int64_t stride, int kind);
   // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
   void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
 };

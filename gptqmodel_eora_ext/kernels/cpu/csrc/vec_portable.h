@@ -14,6 +14,13 @@ constexpr bool WIDE_CODES = true;
 #define LANEWISE(T, ...) T r; for (int l = 0; l < 16; ++l) r.v[l] = (__VA_ARGS__); return r
 
 inline I load(const uint8_t* p) { I r; std::memcpy(r.v, p, 64); return r; }
+inline I load_both(const uint8_t* low, const uint8_t* high) {
+  I r;
+  std::memcpy(r.v, low, 32);
+  std::memcpy(r.v + 8, high, 32);
+  return r;
+}
+inline I load_twice(const void* p) { return load_both((const uint8_t*)p, (const uint8_t*)p); }
 inline I iset(int32_t x) { LANEWISE(I, x); }
 inline I izero() { return iset(0); }
 inline I iand(I a, I b) { LANEWISE(I, a.v[l] & b.v[l]); }
@@ -29,6 +36,14 @@ inline I dot4(I sum, I codes, const int8_t* digits) {
   LANEWISE(I, sum.v[l] + (codes.v[l] & 255) * digits[0] + (codes.v[l] >> 8 & 255) * digits[1] +
                   (codes.v[l] >> 16 & 255) * digits[2] + (codes.v[l] >> 24 & 255) * digits[3]);
 }
+inline I dot4(I sum, I codes, I digits) {
+  I r;
+  for (int l = 0; l < 16; ++l) {
+    r.v[l] = sum.v[l];
+    for (int j = 0; j < 32; j += 8) r.v[l] += (codes.v[l] >> j & 255) * int8_t(digits.v[l] >> j);
+  }
+  return r;
+}
 
 inline F fset(float x) { LANEWISE(F, x); }
 inline F fzero() { return fset(0); }
@@ -42,6 +57,8 @@ inline I to_int(F a) { LANEWISE(I, int32_t(std::nearbyint(a.v[l]))); }
 inline F fload(const float* p) { LANEWISE(F, p[l]); }
 inline void fstore(float* p, F a) { std::memcpy(p, a.v, 64); }
 inline float sum(F a) { float t = 0; for (float x : a.v) t += x; return t; }
+inline float sum_low(F a) { float t = 0; for (int l = 0; l < 8; ++l) t += a.v[l]; return t; }
+inline float sum_high(F a) { float t = 0; for (int l = 8; l < 16; ++l) t += a.v[l]; return t; }
 inline int32_t sum(I a) { int32_t t = 0; for (int32_t x : a.v) t += x; return t; }
 inline float largest(F a) { float t = 0; for (float x : a.v) t = x > t ? x : t; return t; }
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -59,6 +76,16 @@ inline F load_bf16(const uint16_t* p) { LANEWISE(F, from_bits(uint32_t(p[l]) << 
 inline F load_i8(const int8_t* p) { LANEWISE(F, float(p[l])); }
 inline I load_u8(const uint8_t* p) { LANEWISE(I, p[l]); }
 inline I load_u4(const uint8_t* p) { LANEWISE(I, p[l % 2 * 4 + l / 4] >> (l / 2 % 2 * 4) & 15); }
+inline F lane_codes(const uint8_t* p) { return to_float(load_u4(p)); }
+inline F lane_units() { return fset(1.0f); }
+inline F load_i4(const uint8_t* p) { return fadd(to_float(load_u4(p)), fset(-8.0f)); }
+inline F fset_f16(const uint16_t* p) { return fset(half_to_float(*p)); }
+inline F fset_f16(const uint16_t* low, const uint16_t* high) {
+  LANEWISE(F, half_to_float(l < 8 ? *low : *high));
+}
+inline void store_low(int32_t* p, I a) { std::memcpy(p, a.v, 32); }
+// 16 floats in the order of `load_u4`'s halves of bytes: what stands in the low halves first.
+inline F by_halves(const float* p) { LANEWISE(F, p[l % 4 * 4 + l / 4]); }
 inline void store_i8(int8_t* p, I a) { for (int l = 0; l < 16; ++l) p[l] = int8_t(a.v[l]); }
 inline void store_f16(uint16_t* p, F a) { for (int l = 0; l < 16; ++l) p[l] = to_f16(a.v[l]); }
 inline void store_bf16(uint16_t* p, F a) {

@@ -1,0 +1,194 @@
+// Layers that read the same x, from their codes: who computes what when.
+#pragma once
+#include <memory>
+
+#include "check.h"
+
+namespace {
+
+// Pieces per thread that the strips are cut into, so that a thread that is held up leaves its rest to others.
+constexpr int PIECES = 8;
+// Bytes that a thread reads at least, some 10 µs of work: to wake one and to wait for it takes about as long.
+constexpr int64_t LEAST_SHARE = 128 << 10;
+
+// Memory of the calling thread, kept from call to call.
+template <typename T, int USE>
+T* scratch(int64_t count) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local int64_t size = 0;
+  if (size < count * int64_t(sizeof(T)) + 64) {
+    size = count * int64_t(sizeof(T)) + 64;
+    memory.reset(new char[size]);
+  }
+  return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
+}
+
+// Pieces of work that the components of a member are.
+int pieces_of(const Range& range) { return (range.last - range.first + COMPONENTS - 1) / COMPONENTS; }
+
+// Components [first, last) of t times the rows' weights of their member.
+void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
+  for (int row = 0; row < rows; ++row) {
+    const float weight = weights[int64_t(row) * l.members];
+    for (int c = first; c < last; ++c) t[int64_t(row) * l.rank + c] *= weight;
+  }
+}
+
+// The inputs of a row at their places.
+const float* in_order(const Linear& l, const float* x, float* out) {
+  for (int64_t place = 0; place < int64_t(l.units) * LANES; ++place) {
+    out[place] = l.order[place] < 0 ? 0.0f : x[l.order[place]];
+  }
+  return out;
+}
+
+// A call of `eora_linears`, checked. y is rows × `outputs`, the layers' side by side.
+struct Call {
+  const Linear* const* linears;
+  int count;
+  const char* x;
+  int kind, rows;
+  const float* weights;
+  char* y;
+  int64_t outputs;
+  const Kernels& kernels;
+};
+
+// A layer's part of a call: the pieces that its components and its strips are cut into, its t, and its y.
+struct Share {
+  Active active;
+  int downs, pieces;
+  float* t;
+  char* y;
+};
+
+// All layers' parts together.
+struct Work {
+  const Call& call;
+  const Share* shares;
+  int chunk, downs, pieces;  // chunk: strips of a piece
+};
+
+// Memory for x of the calling thread, and which forms are needed.
+struct Reading {
+  Input input;
+  bool down_digits;
+};
+
+Reading reading_of(const Call& c) {
+  const Linear& l = *c.linears[0];
+  const int rows = c.rows, slices = c.kind == F32 ? 3 : 2;
+  const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
+  bool four_bits = false;
+  for (int i = 0; i < c.count; ++i) four_bits |= c.linears[i]->rank && c.linears[i]->down_kind == I4;
+  const int64_t down_rows = four_bits ? rows : 0;
+  return {{rows, slices, scratch<float, 0>(rows * inputs), scratch<int8_t, 1>(int64_t(rows) * l.units * LANES * slices),
+           scratch<int32_t, 2>(int64_t(rows) * l.segments * slices), scratch<float, 3>(int64_t(rows) * l.segments),
+           scratch<int8_t, 11>(down_rows * inputs * slices), scratch<int32_t, 12>(down_rows * groups * 8),
+           scratch<float, 13>(down_rows * groups)},
+          four_bits};
+}
+
+// A row of x in all forms that are needed.
+void read_row(const Call& c, const Reading& reading, int row) {
+  const Linear& l = *c.linears[0];
+  const Input& to = reading.input;
+  const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
+  const int64_t places = int64_t(l.units) * LANES, row_bytes = int64_t(l.in_features) * (c.kind == F32 ? 4 : 2);
+  float* wide = to.wide + row * inputs;
+  c.kernels.widen(c.x + row * row_bytes, c.kind, l.in_features, wide);
+  const float* ordered = l.order ? in_order(l, wide, scratch<float, 7>(places)) : wide;
+  c.kernels.quantize(l, ordered, to.slices, to.digits + row * places * to.slices,
+                     to.sums + int64_t(row) * l.segments * to.slices, to.steps + int64_t(row) * l.segments);
+  if (!reading.down_digits) return;
+  c.kernels.quantize_down(wide, l.in_features, to.slices, to.down_digits + row * inputs * to.slices,
+                          to.down_offsets + row * groups * 8, to.down_steps + row * groups);
+}
+
+// A piece of the components: of which layer, which ones, and the weights of their member, null for 1.
+struct Components { int layer, first, last; const float* weights; };
+
+Components components_of(const Work& w, int piece) {
+  int i = 0;
+  for (; piece >= w.shares[i].downs; ++i) piece -= w.shares[i].downs;
+  const Range* range = w.shares[i].active.ranges;
+  for (; piece >= pieces_of(*range); ++range) piece -= pieces_of(*range);
+  const int first = range->first + piece * COMPONENTS, end = first + COMPONENTS;
+  return {i, first, end < range->last ? end : range->last, range->member < 0 ? nullptr : w.call.weights + range->member};
+}
+
+void multiply_down(const Work& w, const Input& x, const Components& some) {
+  const Linear& l = *w.call.linears[some.layer];
+  float* t = w.shares[some.layer].t;
+  w.call.kernels.down(l, x, some.first, some.last, t);
+  if (some.weights) weigh(l, some.weights, x.rows, some.first, some.last, t);
+}
+
+// A piece of the strips: of which layer, and which ones.
+struct Strips { int layer, first, last; };
+
+Strips strips_of(const Work& w, int piece) {
+  int i = 0;
+  for (; piece >= w.shares[i].pieces; ++i) piece -= w.shares[i].pieces;
+  const int first = piece * w.chunk, end = first + w.chunk, most = w.call.linears[i]->strips;
+  return {i, first, end < most ? end : most};
+}
+
+// Rows that each thread reads for itself, which takes less than to wait for another that does.
+constexpr int FEW_ROWS = 4;
+
+void multiply_all(const Work& w, int threads) {
+  const Call& c = w.call;
+  const Reading shared = reading_of(c);
+  const bool few = c.rows <= FEW_ROWS;
+#pragma omp parallel num_threads(threads)
+  {
+    const Reading reading = few ? reading_of(c) : shared;
+    if (few) {
+      for (int row = 0; row < c.rows; ++row) read_row(c, reading, row);
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int row = 0; row < c.rows; ++row) read_row(c, reading, row);
+    }
+    if (w.downs) {
+#pragma omp for schedule(dynamic, 1)
+      for (int piece = 0; piece < w.downs; ++piece) multiply_down(w, reading.input, components_of(w, piece));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int piece = 0; piece < w.pieces; ++piece) {
+      const Strips some = strips_of(w, piece);
+      const Share& share = w.shares[some.layer];
+      c.kernels.strips(*c.linears[some.layer], reading.input, share.t, share.active, some.first, some.last, share.y,
+                       c.outputs, c.kind);
+    }
+  }
+}
+
+void multiply(const Call& c, int threads) {
+  int64_t strips = 0, rank = 0, members = 0, read = 0;
+  for (int i = 0; i < c.count; ++i) {
+    const Linear& l = *c.linears[i];
+    strips += l.strips, rank += l.rank, members += l.members > 0 ? l.members : 1;
+    read += l.codes_bytes + l.down_bytes + l.up_bytes;
+  }
+  const int64_t busy = c.rows * read / LEAST_SHARE;
+  if (threads > busy) threads = busy > 1 ? int(busy) : 1;
+  const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
+  Range* ranges = scratch<Range, 9>(members);
+  Share* shares = scratch<Share, 8>(c.count);
+  float* t = scratch<float, 4>(c.rows * rank);
+  char* y = c.y;
+  Work work = {c, shares, chunk, 0, 0};
+  for (int i = 0; i < c.count; ++i) {
+    const Linear& l = *c.linears[i];
+    const Active active = active_of(l, c.weights, c.rows, ranges);
+    Share& share = shares[i] = {active, 0, (l.strips + chunk - 1) / chunk, t, y};
+    for (int r = 0; r < active.count; ++r) share.downs += pieces_of(active.ranges[r]);
+    work.downs += share.downs, work.pieces += share.pieces;
+    ranges += active.count, t += int64_t(c.rows) * l.rank;
+    y += l.out_features * bytes_of(c.kind);
+  }
+  multiply_all(work, threads);
+}
+
+}  // namespace
