@@ -208,6 +208,34 @@ def test_the_largest_rank(factor_bits: int) -> None:
     assert error(codes(prepared(weight, factors), x, best_isa()), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("isa", HERE, ids=lambda isa: ISAS[isa])
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
+@pytest.mark.parametrize("rank", [1, 3, 16, 23, 40])
+def test_components_that_fill_no_vector(isa: int, factor_bits: int, rank: int) -> None:
+    # Two groups of A and a part of one; two groups of B; rows that each thread reads for itself, and more.
+    weight = packed_weight(4, 100, 150, 32, sym=False, desc_act=True)
+    factors = random_factors(weight, rank, factor_bits)
+    layer = prepared(weight, factors)
+    for dtype, tolerance in TOLERANCE.items():
+        for rows in (1, 4, 5):
+            x = random_input(rows, 150, dtype)
+            x[:, 70:] *= 100  # a group's own step
+            expected = linear(x.double(), weight, factors, accumulate=torch.float64)
+            assert error(codes(layer, x, isa), expected) < tolerance
+
+
+@pytest.mark.parametrize("isa", HERE, ids=lambda isa: ISAS[isa])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_input_is_not_hidden_by_the_adapter(isa: int, bad: float) -> None:
+    # The weight is nothing, so that what is seen went through A and B.
+    weight = packed_weight(4, 20, 128, 64)
+    weight = replace(weight, scales=torch.zeros_like(weight.scales))
+    x = random_input(2, 128)
+    x[1, 100] = bad
+    y = codes(prepared(weight, random_factors(weight, 5, 4)), x, isa)
+    assert bool(y[0].isfinite().all()) and not bool(y[1].isfinite().any())
+
+
 @pytest.mark.skipif(not HAS_BF16, reason="the processor does not multiply bfloat16")
 @pytest.mark.parametrize("rows", [1, 4, 5, 11, 12, 13, 40])
 def test_blocks_of_rows_that_are_not_full(rows: int) -> None:

@@ -28,14 +28,6 @@ inline constexpr int64_t factor_bytes(int kind, int64_t features) {
   return features * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
 }
 
-// The first `count` of 16 values, zeros after them.
-inline F load_some(const void* base, int kind, int count) {
-  if (count >= LANES) return load16(base, kind, 0);
-  alignas(64) char lanes[64] = {};
-  __builtin_memcpy(lanes, base, count * size_of(kind));
-  return load16(lanes, kind, 0);
-}
-
 // The first `count` of 16 lanes.
 inline void store_some(void* base, int kind, int64_t offset, F value, int count) {
   if (count >= LANES) return store16(base, kind, offset, value);

@@ -69,30 +69,31 @@ struct Work {
   int chunk, downs, pieces;  // chunk: strips of a piece
 };
 
-// Memory for x of the calling thread, and which forms are needed.
-struct Reading {
-  Input input;
-  bool down_digits;
-};
-
-Reading reading_of(const Call& c) {
+// Memory for x of the calling thread; that for A of 4 bits where a layer has one.
+Input input_of(const Call& c) {
   const Linear& l = *c.linears[0];
   const int rows = c.rows, slices = c.kind == F32 ? 3 : 2;
   const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
+  Input input = {rows,
+                 slices,
+                 scratch<float, 0>(rows * inputs),
+                 scratch<int8_t, 1>(int64_t(rows) * l.units * LANES * slices),
+                 scratch<int32_t, 2>(int64_t(rows) * l.segments * slices),
+                 scratch<float, 3>(int64_t(rows) * l.segments),
+                 nullptr, nullptr, nullptr};
   bool four_bits = false;
   for (int i = 0; i < c.count; ++i) four_bits |= c.linears[i]->rank && c.linears[i]->down_kind == I4;
-  const int64_t down_rows = four_bits ? rows : 0;
-  return {{rows, slices, scratch<float, 0>(rows * inputs), scratch<int8_t, 1>(int64_t(rows) * l.units * LANES * slices),
-           scratch<int32_t, 2>(int64_t(rows) * l.segments * slices), scratch<float, 3>(int64_t(rows) * l.segments),
-           scratch<int8_t, 11>(down_rows * inputs * slices), scratch<int32_t, 12>(down_rows * groups * 8),
-           scratch<float, 13>(down_rows * groups)},
-          four_bits};
+  if (four_bits) {
+    input.down_digits = scratch<int8_t, 11>(rows * inputs * slices);
+    input.down_offsets = scratch<int32_t, 12>(rows * groups * 8);
+    input.down_steps = scratch<float, 13>(rows * groups);
+  }
+  return input;
 }
 
 // A row of x in all forms that are needed.
-void read_row(const Call& c, const Reading& reading, int row) {
+void read_row(const Call& c, const Input& to, int row) {
   const Linear& l = *c.linears[0];
-  const Input& to = reading.input;
   const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
   const int64_t places = int64_t(l.units) * LANES, row_bytes = int64_t(l.in_features) * (c.kind == F32 ? 4 : 2);
   float* wide = to.wide + row * inputs;
@@ -100,7 +101,7 @@ void read_row(const Call& c, const Reading& reading, int row) {
   const float* ordered = l.order ? in_order(l, wide, scratch<float, 7>(places)) : wide;
   c.kernels.quantize(l, ordered, to.slices, to.digits + row * places * to.slices,
                      to.sums + int64_t(row) * l.segments * to.slices, to.steps + int64_t(row) * l.segments);
-  if (!reading.down_digits) return;
+  if (!to.down_digits) return;
   c.kernels.quantize_down(wide, l.in_features, to.slices, to.down_digits + row * inputs * to.slices,
                           to.down_offsets + row * groups * 8, to.down_steps + row * groups);
 }
@@ -139,26 +140,26 @@ constexpr int FEW_ROWS = 4;
 
 void multiply_all(const Work& w, int threads) {
   const Call& c = w.call;
-  const Reading shared = reading_of(c);
   const bool few = c.rows <= FEW_ROWS;
+  const Input shared = few ? Input{} : input_of(c);
 #pragma omp parallel num_threads(threads)
   {
-    const Reading reading = few ? reading_of(c) : shared;
+    const Input input = few ? input_of(c) : shared;
     if (few) {
-      for (int row = 0; row < c.rows; ++row) read_row(c, reading, row);
+      for (int row = 0; row < c.rows; ++row) read_row(c, input, row);
     } else {
 #pragma omp for schedule(dynamic, 1)
-      for (int row = 0; row < c.rows; ++row) read_row(c, reading, row);
+      for (int row = 0; row < c.rows; ++row) read_row(c, input, row);
     }
     if (w.downs) {
 #pragma omp for schedule(dynamic, 1)
-      for (int piece = 0; piece < w.downs; ++piece) multiply_down(w, reading.input, components_of(w, piece));
+      for (int piece = 0; piece < w.downs; ++piece) multiply_down(w, input, components_of(w, piece));
     }
 #pragma omp for schedule(dynamic, 1)
     for (int piece = 0; piece < w.pieces; ++piece) {
       const Strips some = strips_of(w, piece);
       const Share& share = w.shares[some.layer];
-      c.kernels.strips(*c.linears[some.layer], reading.input, share.t, share.active, some.first, some.last, share.y,
+      c.kernels.strips(*c.linears[some.layer], input, share.t, share.active, some.first, some.last, share.y,
                        c.outputs, c.kind);
     }
   }

@@ -97,6 +97,17 @@ inline I load_u4(const uint8_t* p) {
 inline F lane_codes(const uint8_t* p) { return to_float(load_u4(p)); }
 inline F lane_units() { return fset(1.0f); }
 inline F load_i4(const uint8_t* p) { return fadd(to_float(load_u4(p)), fset(-8.0f)); }
+// The first of 16 values, zeros after them.
+inline F fload(const float* p, int count) {
+  float lanes[16] = {};
+  __builtin_memcpy(lanes, p, count * 4);
+  return fload(lanes);
+}
+inline F load_f16(const uint16_t* p, int count) {
+  uint16_t lanes[16] = {};
+  __builtin_memcpy(lanes, p, count * 2);
+  return load_f16(lanes);
+}
 // One float16 in all lanes.
 inline F fset_f16(const uint16_t* p) {
   __m256 x = _mm256_cvtph_ps(_mm_set1_epi16(*(const int16_t*)p));

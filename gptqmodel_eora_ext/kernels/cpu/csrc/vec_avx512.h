@@ -62,6 +62,11 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline F load_i8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 inline I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// The first of 16 values, zeros after them.
+inline F fload(const float* p, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline F load_f16(const uint16_t* p, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+}
 // One float16 in all lanes.
 inline F fset_f16(const uint16_t* p) {
   uint16_t half;

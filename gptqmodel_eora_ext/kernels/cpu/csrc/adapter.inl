@@ -1,0 +1,206 @@
+// t = x Aᵀ and y += t Bᵀ. Included after one of the `vec_*.h`.
+#pragma once
+#include "codes.inl"
+
+namespace {
+
+// Bytes ahead of each component of A that are asked for, as `AHEAD` is of codes.
+constexpr int DOWN_AHEAD = 2048;
+
+// Of C components from `first` on, A in floating numbers or in integers of 8 bits.
+template <int KIND, int C>
+void dots(const Linear& l, const float* x, int first, float* t) {
+  const int inputs = padded_inputs(l.in_features);
+  const int64_t row_bytes = factor_bytes(KIND, inputs);
+  F total[C][2];
+  for (int c = 0; c < C; ++c) total[c][0] = total[c][1] = fzero();
+  for (int i = 0; i < inputs; i += FACTOR_GROUP) {
+    const char* begin = (const char*)l.down + first * row_bytes + factor_bytes(KIND, i);
+    F xs[4];
+    for (int v = 0; v < 4; ++v) xs[v] = fload(x + i + v * LANES);
+    for (int c = 0; c < C; ++c, begin += row_bytes) {
+      for (int byte = 0; byte < factor_bytes(KIND, FACTOR_GROUP); byte += 64) {
+        __builtin_prefetch(begin + DOWN_AHEAD + byte);
+      }
+      if constexpr (KIND == I8) {
+        F group = fmul(load16(begin, KIND, 0), xs[0]);
+        for (int v = 1; v < 4; ++v) group = fma(load16(begin, KIND, v * LANES), xs[v], group);
+        const int64_t scale = int64_t(first + c) * (inputs / FACTOR_GROUP) + i / FACTOR_GROUP;
+        total[c][0] = fma(group, fset_f16(l.down_scales + scale), total[c][0]);
+      } else {
+        for (int v = 0; v < 4; ++v) total[c][v % 2] = fma(load16(begin, KIND, v * LANES), xs[v], total[c][v % 2]);
+      }
+    }
+  }
+  for (int c = 0; c < C; ++c) t[first + c] = sum(fadd(total[c][0], total[c][1]));
+}
+
+// Of C components from `first` on, A in integers of 4 bits: two components share a vector.
+template <int S, int C>
+void dots_of_digits(const Linear& l, const Input& x, int row, int first, float* t) {
+  constexpr int PAIRS = (C + 1) / 2;
+  const int groups = padded_inputs(l.in_features) / FACTOR_GROUP;
+  const uint8_t* codes[C];
+  const uint16_t* scales[C];
+  for (int c = 0; c < C; ++c) {
+    codes[c] = (const uint8_t*)l.down + int64_t(first + c) * groups * (FACTOR_GROUP / 2);
+    scales[c] = l.down_scales + int64_t(first + c) * groups;
+  }
+  const int8_t* digits = x.down_digits + int64_t(row) * groups * S * FACTOR_GROUP;
+  const int32_t* offsets = x.down_offsets + int64_t(row) * groups * 8;
+  const float* steps = x.down_steps + int64_t(row) * groups;
+  F total[PAIRS];
+  for (F& sum : total) sum = fzero();
+  for (int group = 0; group < groups; ++group, digits += S * FACTOR_GROUP) {
+    I low[S], high[S];
+    for (int s = 0; s < S; ++s) {
+      low[s] = load_twice(digits + s * FACTOR_GROUP), high[s] = load_twice(digits + s * FACTOR_GROUP + 32);
+    }
+    const I offset = load_twice(offsets + group * 8);
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      // A component without another stands in both halves.
+      const int one = 2 * pair, other = one + 1 < C ? one + 1 : one;
+      const I both = load_both(codes[one] + group * 32, codes[other] + group * 32);
+      __builtin_prefetch(codes[one] + group * 32 + DOWN_AHEAD);
+      const I even = iand(both, bytes(0x0F)), odd = iand(shr<4>(both), bytes(0x0F));
+      // An integer of less than 2^30.
+      I exact = dot4(dot4(izero(), even, low[S - 1]), odd, high[S - 1]);
+      for (int s = S - 2; s >= 0; --s) {
+        exact = dot4(dot4(iadd(shl<8>(exact), s ? izero() : offset), even, low[s]), odd, high[s]);
+      }
+      const F scale = fmul(fset_f16(scales[one] + group, scales[other] + group), fset(steps[group]));
+      total[pair] = fma(to_float(exact), scale, total[pair]);
+    }
+  }
+  for (int c = 0; c < C; ++c) t[first + c] = c % 2 ? sum_high(total[c / 2]) : sum_low(total[c / 2]);
+}
+
+// Components [first, last), as many as an input serves while it is at hand.
+template <typename Some, typename One>
+void by_components(int rows, int first, int last, Some some, One one) {
+  for (int c = first; c < last;) {
+    const bool all = c + COMPONENTS <= last;
+    for (int row = 0; row < rows; ++row) all ? some(row, c) : one(row, c);
+    c += all ? COMPONENTS : 1;
+  }
+}
+
+template <int KIND>
+void down_of(const Linear& l, const Input& x, int first, int last, float* t) {
+  const int64_t inputs = padded_inputs(l.in_features);
+  by_components(
+      x.rows, first, last,
+      [&](int row, int c) { dots<KIND, COMPONENTS>(l, x.wide + row * inputs, c, t + int64_t(row) * l.rank); },
+      [&](int row, int c) { dots<KIND, 1>(l, x.wide + row * inputs, c, t + int64_t(row) * l.rank); });
+}
+
+template <int S>
+void down_of_digits(const Linear& l, const Input& x, int first, int last, float* t) {
+  by_components(
+      x.rows, first, last,
+      [&](int row, int c) { dots_of_digits<S, COMPONENTS>(l, x, row, c, t + int64_t(row) * l.rank); },
+      [&](int row, int c) { dots_of_digits<S, 1>(l, x, row, c, t + int64_t(row) * l.rank); });
+}
+
+void down(const Linear& l, const Input& x, int first, int last, float* t) {
+  auto* run = l.down_kind == F16 ? down_of<F16> : l.down_kind == BF16 ? down_of<BF16> : l.down_kind == I8 ? down_of<I8>
+            : l.down_kind != I4 ? down_of<F32> : x.slices == 2 ? down_of_digits<2> : down_of_digits<3>;
+  run(l, x, first, last, t);
+}
+
+// Asks for a strip's columns of Bᵀ, which are too short a run for the processor to foresee, and needed last: some with
+// each segment, all by the middle of the strip. All at once, they would keep the codes waiting.
+struct UpAhead {
+  const char *strip_begin, *next, *end;
+  const Range *range, *last_range;
+  int64_t step;
+  int kind;
+
+  UpAhead(const Linear& l, const Active& active, int strip) : kind(l.up_kind) {
+    strip_begin = (const char*)l.up + strip * bytes(l.rank);
+    range = active.ranges, last_range = range + active.count;
+    next = end = nullptr;
+    if (range < last_range) enter();
+    step = (2 * bytes(active.rank) / l.segments + 63) / 64 * 64;
+    if (active.count && (kind == I8 || kind == I4)) {
+      const char* scales = (const char*)(l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank);
+      for (int byte = 0; byte < 2 * l.rank; byte += 64) __builtin_prefetch(scales + byte);
+    }
+  }
+  int64_t bytes(int components) const { return factor_bytes(kind, int64_t(components) * LANES); }
+  void enter() { next = strip_begin + bytes(range->first), end = strip_begin + bytes(range->last); }
+  void fetch() {
+    for (int64_t left = step; left > 0 && next < end; left -= 64) {
+      __builtin_prefetch(next);
+      next += 64;
+      if (next >= end && ++range < last_range) enter();
+    }
+  }
+};
+
+template <int KIND, int R>
+void add_up_of(const Linear& l, int strip, const float* all_t, const Active& active, F (&y)[R]) {
+  constexpr bool INTEGER = KIND == I8 || KIND == I4;
+  const uint16_t* scales = l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank;
+  // Sums that do not wait for each other: one row alone would have each product wait for the one before.
+  constexpr int CHAINS = R == 1 ? 4 : 1;
+  F sums[CHAINS][R];
+  for (int chain = 0; chain < CHAINS; ++chain) {
+    for (int r = 0; r < R; ++r) sums[chain][r] = fzero();
+  }
+  F all[R];  // in its lanes together: the sum of what columns are multiplied by
+  for (int r = 0; r < R; ++r) all[r] = fzero();
+  // Components [c, c + count). Of integers at most a vector's, and a whole one is counted when compiled.
+  auto add = [&](int c, auto whole, int rest) {
+    const int count = whole ? LANES : rest;
+    const char* columns = (const char*)l.up + factor_bytes(KIND, (int64_t(strip) * l.rank + c) * LANES);
+    alignas(64) float scaled[R][LANES];
+    const float* t[R];
+    for (int r = 0; r < R; ++r) t[r] = all_t + int64_t(r) * l.rank + c;
+    if constexpr (INTEGER) {
+      // t takes the scales of B, for all these components at once.
+      const F scale = whole ? load_f16(scales + c) : load_f16(scales + c, count);
+      for (int r = 0; r < R; ++r) {
+        const F product = fmul(whole ? fload(t[r]) : fload(t[r], count), scale);
+        fstore(scaled[r], product);
+        t[r] = scaled[r];
+        all[r] = fadd(all[r], product);
+      }
+    }
+    auto one = [&](int i, F (&to)[R]) {
+      const char* at = columns + factor_bytes(KIND, LANES) * i;
+      const F column = KIND == I4 ? lane_codes((const uint8_t*)at) : load16(at, KIND, 0);
+      for (int r = 0; r < R; ++r) to[r] = fma(column, fset(t[r][i]), to[r]);
+    };
+    int i = 0;
+    for (; i + CHAINS <= count; i += CHAINS) {
+      for (int chain = 0; chain < CHAINS; ++chain) one(i + chain, sums[chain]);
+    }
+    for (; i < count; ++i) one(i, sums[0]);
+  };
+  for (int i = 0; i < active.count; ++i) {
+    const int last = active.ranges[i].last;
+    int c = active.ranges[i].first;
+    for (; INTEGER && c + LANES <= last; c += LANES) add(c, std::true_type{}, 0);
+    if (c < last) add(c, std::false_type{}, last - c);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int chain = 1; chain < CHAINS; ++chain) sums[0][r] = fadd(sums[0][r], sums[chain][r]);
+    // Codes of 4 bits were taken as they stand, 8 too large.
+    if constexpr (KIND == I4) y[r] = fma(sums[0][r], lane_units(), fma(fset(sum(all[r])), fset(-8.0f), y[r]));
+    else y[r] = fadd(y[r], sums[0][r]);
+  }
+}
+
+template <int R>
+void add_up(const Linear& l, int strip, const float* t, const Active& active, F (&y)[R]) {
+  switch (l.up_kind) {
+    case F16: return add_up_of<F16, R>(l, strip, t, active, y);
+    case BF16: return add_up_of<BF16, R>(l, strip, t, active, y);
+    case I8: return add_up_of<I8, R>(l, strip, t, active, y);
+    case I4: return add_up_of<I4, R>(l, strip, t, active, y);
+    default: return add_up_of<F32, R>(l, strip, t, active, y);
+  }
+}
+
+}  // namespace
