@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from ...formats.factors import Factors, QuantizedFactor, pack
 from ...formats.packed_weights import WORD_BITS, PackedWeight, pack_words, words
 from .build import library, require_fine
+from .memory import kept, zeros
 
 # As in csrc/linear.h.
 LANES = 16
@@ -20,10 +20,6 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INTEGER_KINDS = {8: 3, 4: 4}
 # Inputs of a group that share one step when x is turned into integers.
 LONGEST_SEGMENT = 1024
-# Of x86-64 and arm64. One row by 4096 × 4096 at 2 bits takes 0.21 ms instead of 0.25 when page tables are out of cache.
-LARGE_PAGE = 2 << 20
-# Of an anonymous mapping: one that processes share, which is the default, gets no large pages. Windows knows no flags.
-PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
     units = int(starts[-1])
     strips = -(-weight.out_features // LANES)
     unit_bytes = -(-units // 2) * 192 if weight.bits == 3 else units * 32 * weight.bits
-    codes = _zeros(strips * unit_bytes)
+    codes = zeros(strips * unit_bytes)
     kernels = library()
     assert kernels is not None
     qweight = weight.qweight.contiguous()
@@ -161,15 +157,15 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
         weight.out_features, units, codes.data_ptr(), codes.nbytes, torch.get_num_threads(),
     )  # fmt: skip
     require_fine(fault, weight.name)
-    zeros = weight.zeros()
-    zero = int(zeros[0, 0])
-    uniform = bool((zeros == zero).all())
+    zero_codes = weight.zeros()
+    zero = int(zero_codes[0, 0])
+    uniform = bool((zero_codes == zero).all())
     identity = torch.arange(weight.in_features, dtype=torch.int32)
     ordered = len(places) == weight.in_features and torch.equal(places, identity)
     return RepackedWeight(
         codes=codes,
-        scales=_strips(_narrow(weight.scales)[group_of_segment]),
-        zeros=None if uniform else _pack_zeros(_strips(zeros[group_of_segment]), weight.bits),
+        scales=kept(_strips(_narrow(weight.scales)[group_of_segment])),
+        zeros=None if uniform else kept(_pack_zeros(_strips(zero_codes[group_of_segment]), weight.bits)),
         zero=zero,
         starts=starts,
         order=None if ordered else places,
@@ -241,14 +237,17 @@ def repack_factors(factors: Factors) -> RepackedFactors:
     """Reorder factors, on the CPU. No value changes."""
     inputs = -(-factors.in_features // FACTOR_GROUP) * FACTOR_GROUP
     down, down_scales, down_kind = _numbers(factors.down)
+    factor_memory = down.data_ptr()
     up, up_scales, up_kind = _numbers(factors.up)
     if inputs > factors.in_features:  # padding by nothing would copy all of it
         down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
     up = _strips(up)
+    packed = _pack_factor(down, down_kind)
     return RepackedFactors(
-        down=_pack_factor(down, down_kind),
+        # Where nothing was changed, the adapter holds the very same memory.
+        down=packed if packed.data_ptr() == factor_memory else kept(packed),
         down_scales=down_scales,
-        up=_pack_factor(up, up_kind),
+        up=kept(_pack_factor(up, up_kind)),
         up_scales=None if up_scales is None else up_scales.T.contiguous(),
         down_kind=down_kind,
         up_kind=up_kind,
@@ -327,21 +326,6 @@ def _segments(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.T
             groups.append(index)
             taken += length
     return torch.tensor(starts, dtype=torch.int32), torch.cat(pieces), torch.tensor(groups)
-
-
-def _zeros(size: int) -> torch.Tensor:
-    """Zeroed bytes; many of them on large pages where the system gives them."""
-    if size < LARGE_PAGE:
-        return torch.zeros(size, dtype=torch.uint8)
-    kernels = library()
-    assert kernels is not None
-    # Of the system and not of an allocator: nobody has touched it, so that it is zero, may still get large pages, and
-    # takes no memory before and after the part that is used.
-    memory = mmap.mmap(-1, size + LARGE_PAGE, **PRIVATE)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
-    aligned = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=size)
-    kernels.eora_large_pages(aligned.data_ptr(), size // LARGE_PAGE * LARGE_PAGE)
-    return aligned
 
 
 def _narrow(scales: torch.Tensor) -> torch.Tensor:
