@@ -20,7 +20,7 @@ from .factors import balance, balance_together, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
-from .pruning import MAGNITUDE, METHODS, SPARSEGPT, prune, sparsegpt, sparsegpt_codes
+from .pruning import MAGNITUDE, METHODS, SPARSEGPT, WANDA, prune, sparsegpt, sparsegpt_codes
 from .quantized import quantize_factors, stored_B
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "METHODS",
     "MOST_STEPS",
     "SPARSEGPT",
+    "WANDA",
     "ColumnOrder",
     "Curve",
     "Grid",
