@@ -15,6 +15,7 @@ from .allocate import (
     price,
     rank_curve,
 )
+from .decompositions import NotDefinite, invert_upper, one_thread, orthonormal, upper_root
 from .error import energy_left, multiplies_bfloat16, square_root, weighted_energy
 from .factors import balance, balance_together, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
@@ -33,6 +34,7 @@ __all__ = [
     "Curve",
     "Grid",
     "Moment",
+    "NotDefinite",
     "RowMoment",
     "allocate",
     "balance",
@@ -49,7 +51,10 @@ __all__ = [
     "gptq",
     "halves",
     "halves_loss",
+    "invert_upper",
     "multiplies_bfloat16",
+    "one_thread",
+    "orthonormal",
     "output",
     "output_error",
     "output_gains",
@@ -67,5 +72,6 @@ __all__ = [
     "square_root",
     "stored_B",
     "svd",
+    "upper_root",
     "weighted_energy",
 ]
