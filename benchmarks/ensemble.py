@@ -132,11 +132,15 @@ def losses(options: argparse.Namespace, base: common.Subject, folder: Path) -> d
     }  # fmt: skip
     means = {name: sum(one.values()) / len(one) for name, one in shares.items()}
     over = {
-        name: {"mean": means[ROUTED] / means[name], "least": min(shares[ROUTED][one] / shares[name][one] for one in full)}
+        name: {
+            "mean": means[ROUTED] / means[name],
+            "least": min(shares[ROUTED][one] / shares[name][one] for one in full),
+        }
         for name in controls
     }
     opened = EnsembleFolder.open(folder / "checkpoint" / "eora")
-    return {"full": full, **dataclasses.asdict(found), "recovered": shares, "mean recovered": means, "routed over": over,
+    return {"full": full, **dataclasses.asdict(found), "recovered": shares, "mean recovered": means,
+            "routed over": over,
             "bytes": {"ensemble": opened.nbytes, **{name: path.joinpath("adapter_model.safetensors").stat().st_size
                                                     for name, path in controls.items()}}}  # fmt: skip
 
