@@ -6,8 +6,8 @@ checkpoints are the same.
 
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
 count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
-GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So the
-seconds of 1 and 2 processes may be compared on two quiet cores; 4 share two cores, so only their counts tell anything.
+GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So one and
+two processes are timed, which wants two quiet cores; what is counted is run apart, since counting takes time.
 """
 
 from __future__ import annotations
@@ -188,15 +188,16 @@ def main() -> None:
         for adapter in options.adapters:
             rows = []
             for processes in options.processes:
-                timed = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}", False)
-                counts = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}-c", True)
-                row = {**timed, "each": counts["each"]}
-                row["seconds"] = max(one["seconds"] for one in timed["each"])
+                folder = work / f"{adapter}-{processes}"
+                row = measure(options, model.folder, processes, adapter, folder, True)
                 if rows:
-                    first = work / f"{adapter}-{options.processes[0]}"
-                    row["compared"] = compared(first, work / f"{adapter}-{processes}")
+                    row["compared"] = compared(work / f"{adapter}-{options.processes[0]}", folder)
                     row["busiest over its share"] = shares(rows[0], row)
-                    row["time over one process"] = row["seconds"] / rows[0]["seconds"]
+                if processes <= THREADS_ALONE:
+                    timed = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}-t", False)
+                    row["seconds"] = max(one["seconds"] for one in timed["each"])
+                    if rows:
+                        row["time over one process"] = row["seconds"] / rows[0]["seconds"]
                 rows.append(row)
                 print(json.dumps({"adapter": adapter, **{k: v for k, v in row.items() if k != "each"}}, indent=2))
             results[adapter] = rows

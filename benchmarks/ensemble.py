@@ -29,7 +29,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 
 from gptqmodel_eora_ext.adapter.ensemble.folder import SHARED, EnsembleFolder
 from gptqmodel_eora_ext.adapter.errors import read_json
-from gptqmodel_eora_ext.evaluate.ensemble import NONE, PROMPT, continuation_nats, ensemble_losses, windows_of
+from gptqmodel_eora_ext.evaluate.ensemble import NONE, PROMPT, ROUTED, continuation_nats, ensemble_losses, windows_of
 from gptqmodel_eora_ext.hosts.ensemble import ensemble_of
 from gptqmodel_eora_ext.hosts.ensemble_making import EnsembleJob, make_ensemble
 from gptqmodel_eora_ext.hosts.registry import loader
@@ -130,9 +130,17 @@ def losses(options: argparse.Namespace, base: common.Subject, folder: Path) -> d
         contender: {name: (found.losses[NONE][name] - one[name]) / (found.losses[NONE][name] - full[name]) for name in
         full} for contender, one in found.losses.items()
     }  # fmt: skip
+    means = {name: sum(one.values()) / len(one) for name, one in shares.items()}
+    over = {
+        name: {
+            "mean": means[ROUTED] / means[name],
+            "least": min(shares[ROUTED][one] / shares[name][one] for one in full),
+        }
+        for name in controls
+    }
     opened = EnsembleFolder.open(folder / "checkpoint" / "eora")
-    return {"full": full, **dataclasses.asdict(found), "recovered": shares,
-            "mean recovered": {name: sum(one.values()) / len(one) for name, one in shares.items()},
+    return {"full": full, **dataclasses.asdict(found), "recovered": shares, "mean recovered": means,
+            "routed over": over,
             "bytes": {"ensemble": opened.nbytes, **{name: path.joinpath("adapter_model.safetensors").stat().st_size
                                                     for name, path in controls.items()}}}  # fmt: skip
 

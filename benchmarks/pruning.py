@@ -6,8 +6,9 @@ article prunes, and afterwards makes a 16-bit adapter of one rank for all module
 of ΔW in place of EoRA, made as the article makes its adapter. With `--parts peers` the pruned model alone is also held
 against what llm-compressor's modifiers make of the same model and data, in a virtual environment of its own. With
 `--parts joint`, weights are pruned and quantised to 4 bits at once, and the checkpoint is evaluated without its adapter
-and with it. With `--parts cost`, pruning alone is timed against pruning with compensation in the loop; that wants a
-quiet machine. Results are kept after every run, so that an interrupted benchmark goes on.
+and with it. With `--parts cost`, pruning alone, and pruning and quantising at once, are timed against the same with
+compensation in the loop; that wants a quiet machine. Results are kept after every run, so that an interrupted benchmark
+goes on.
 
     python benchmarks/pruning.py --json
     python benchmarks/pruning.py --methods wanda --budgets 0.5bpw
@@ -60,7 +61,7 @@ JOINT_METHOD, JOINT_BITS = "sparsegpt", 4
 # What is timed: pruning alone, and with one rank for all in the loop, of no more bytes than this budget. Choosing ranks
 # takes a survey before the loop, whose time `survey.py` tells.
 COST_BUDGET = "0.5bpw"
-TIMED = ("alone", "with adapter", "joint with adapter")
+TIMED = ("alone", "with adapter", "joint alone", "joint with adapter")
 # It pins other versions of transformers and auto-round than this project has.
 PEER = "llmcompressor==0.14.0.1"
 
@@ -200,6 +201,7 @@ def measure_cost(base: common.Subject, repeats: int) -> dict[str, Any]:
     given: dict[str, dict[str, Any]] = {
         "alone": {},
         "with adapter": {"adapter": adapter},
+        "joint alone": {"bits": JOINT_BITS},
         "joint with adapter": {"adapter": adapter, "bits": JOINT_BITS},
     }
 
@@ -218,8 +220,8 @@ def measure_cost(base: common.Subject, repeats: int) -> dict[str, Any]:
         for kind in TIMED:
             times[kind].append(seconds(kind, windows))
     median = {kind: statistics.median(taken) for kind, taken in times.items()}
-    return {"rank": rank, "seconds": times, "ratio": {kind: median[kind] / median["alone"] for kind in TIMED},
-            "measured": common.measured(base)}  # fmt: skip
+    ratio = {kind: median[kind] / median["joint alone" if "joint" in kind else "alone"] for kind in TIMED}
+    return {"rank": rank, "seconds": times, "ratio": ratio, "measured": common.measured(base)}
 
 
 def peer_environment() -> Path:

@@ -18,6 +18,7 @@ from ..solve import (
     energy_left,
     eora,
     eora_from_outputs,
+    orthonormal,
     output_target,
     quantize_factors,
     refit_A,
@@ -185,7 +186,7 @@ def _by_outputs(
         return made(lora_A=lora_A, lora_B=lora_B, error_after=before)
     lora_A, lora_B = _round(*eora_from_outputs(delta, error_moment, rank), delta, dtype)
     wide_B = lora_B.to(torch.float64)
-    basis = torch.linalg.qr(wide_B).Q
+    basis = orthonormal(wide_B)
     outside = before - float((basis * (wide_moment @ basis)).sum())
     rounding = lora_A.to(torch.float64) - refit_A(delta, lora_B)
     energies = moment.energies(delta.device).to(torch.float64)

@@ -88,7 +88,7 @@ def prune(
         validate_choice(method, METHODS, what="--method")
         Pattern.parse(pattern, what="--pattern")
     if bits is not None:
-        _check_bits(bits, method, adapter)
+        _check_bits(bits, method)
         check_group_size(group_size)
     elif given(context, "group_size"):
         fail("--group-size is of scales, which weights that are not quantised do not have. Pass --bits as well.")
@@ -133,11 +133,9 @@ def prune(
         say(f'     and  PeftModel.from_pretrained(model, "{output}/eora")')
 
 
-def _check_bits(bits: int, method: str, adapter: bool) -> None:
+def _check_bits(bits: int, method: str) -> None:
     """Fail unless pruning and quantising at once can be done so."""
     if bits not in QUANTIZED_BITS:
         fail(f"--bits must be one of {', '.join(map(str, QUANTIZED_BITS))}, got {bits}.")
     if method != SPARSEGPT:
         fail(f"--bits quantises as SparseGPT prunes; got --method {method}. Pass --method {SPARSEGPT}.")
-    if not adapter:
-        fail("--bits makes a checkpoint with an adapter; leave --no-adapter out.")

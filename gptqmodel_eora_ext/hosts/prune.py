@@ -43,8 +43,8 @@ def prune(
             mappings of `input_ids` and `attention_mask`.
         method: "sparsegpt", "wanda" or "magnitude".
         pattern: "2:4", "4:8", or the share of zeros, "0.5".
-        bits: with "sparsegpt" and an adapter, quantise the weights that are kept as well: 2, 3, 4 or 8. The folder is
-            then a checkpoint of GPTQModel whose zeros are exact.
+        bits: with "sparsegpt", quantise the weights that are kept as well: 2, 3, 4 or 8. The folder is then a
+            checkpoint of GPTQModel whose zeros are exact.
         group_size: weights per scale, with ``bits``.
         adapter: what `EoRA` takes, `{"rank": 64}` or `{"budget": "0.5bpw", "factor_bits": 4}`; None to prune alone.
         dynamic: as in GPTQModel's `QuantizeConfig`: `{r"-:.*down_proj": {}}` leaves modules as they are.
@@ -69,6 +69,11 @@ def prune(
     """
     validate_choice(method, METHODS, what="method")
     Pattern.parse(pattern)
+    if adapter is None and (named := _names_a_rank(dynamic)) is not None:
+        raise ValueError(
+            f"EoRA: dynamic[{named!r}] names the rank of an adapter, and `adapter` is None: the model is pruned alone. "
+            f"Pass `adapter` too, or leave the rank out."
+        )
     documents: Any = read_texts(calibration) if isinstance(calibration, str) else list(calibration)
     if isinstance(documents, list) and documents and isinstance(documents[0], Mapping) and "input_ids" in documents[0]:
         cut: Windows = documents
@@ -89,3 +94,10 @@ def prune(
         report=report,
     )
     return pruner(method)(job)
+
+
+def _names_a_rank(dynamic: Mapping[str, Any] | None) -> str | None:
+    """The first entry of `dynamic` that asks for an adapter of some rank."""
+    return next((pattern for pattern, override in (dynamic or {}).items()
+                 if isinstance(override, Mapping) and isinstance(override.get("adapter"), Mapping)
+                 and override["adapter"].get("rank")), None)  # fmt: skip

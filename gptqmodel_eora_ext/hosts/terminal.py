@@ -6,6 +6,7 @@ It stands outside `hosts.gptqmodel`, whose import brings in GPTQModel and with i
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -52,25 +53,35 @@ def without_noise() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_library_bars() -> Iterator[None]:
-    """Keep transformers' progress bars from being shown within the block, where a command has a bar of its own.
+    """Keep bars of transformers and AutoRound from being shown within the block, where a command has one of its own.
 
-    They are about files that are written within a second.
+    transformers' are about files that are written within a second; AutoRound's would share their line with the events
+    of `--log-json`.
     """
+    from tqdm.std import tqdm
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    begin = tqdm.__init__
+
+    @functools.wraps(begin)
+    def hidden(bar: tqdm, *args: Any, **kwargs: Any) -> None:
+        begin(bar, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
     try:
         yield
     finally:
+        tqdm.__init__ = begin
         if shown:
             transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show only errors of GPTQModel and AutoRound within the block: no banner, table or print of GPTQModel's own, none
-    of its and transformers' bars, and no `NOISE`.
+    """Show only errors of GPTQModel and AutoRound within the block: no banner, table or print of GPTQModel's own, no
+    bars but the command's, and no `NOISE`.
 
     Of this package's own log, warnings and errors are shown: a command says itself what it does.
     """

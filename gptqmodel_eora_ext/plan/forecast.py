@@ -16,6 +16,7 @@ from ..solve import (
     directions,
     halves,
     halves_loss,
+    orthonormal,
     output_error,
     output_gains,
     output_loss,
@@ -150,7 +151,7 @@ def _by_inputs(delta: torch.Tensor, known: ModuleMoments, rank: int, factors: in
     inner = root.T @ (delta.T @ delta) @ root if len(root) == root.shape[1] else _gram(delta @ root)
     vectors = root @ directions(inner, _most(delta, known, rank), tolerance=TOLERANCE)
     # These columns are √λ u. QR makes them orthonormal, also where λ is too small to divide by.
-    lora_B = torch.linalg.qr(delta @ vectors[:, :factors]).Q
+    lora_B = orthonormal(delta @ vectors[:, :factors])
     left, right = halves(known.output, delta)
     gains = ((left @ vectors) * (right @ vectors)).sum(0, dtype=torch.float64) / 2
     total = halves_loss(left, right, known.inputs)

@@ -15,12 +15,13 @@ from .allocate import (
     price,
     rank_curve,
 )
+from .decompositions import NotDefinite, invert_upper, one_thread, orthonormal, upper_root
 from .error import energy_left, multiplies_bfloat16, square_root, weighted_energy
 from .factors import balance, balance_together, refit_A, refit_B, round_to
 from .gptq import ColumnOrder, Grid, column_order, gptq
 from .moments import Moment, RowMoment, diagonal_of
 from .objectives import diagonal, eora, eora_from_outputs, output, output_target, svd
-from .pruning import MAGNITUDE, METHODS, SPARSEGPT, prune, sparsegpt, sparsegpt_codes
+from .pruning import MAGNITUDE, METHODS, SPARSEGPT, WANDA, prune, sparsegpt, sparsegpt_codes
 from .quantized import quantize_factors, stored_B
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "METHODS",
     "MOST_STEPS",
     "SPARSEGPT",
+    "WANDA",
     "ColumnOrder",
     "Curve",
     "Grid",
     "Moment",
+    "NotDefinite",
     "RowMoment",
     "allocate",
     "balance",
@@ -48,7 +51,10 @@ __all__ = [
     "gptq",
     "halves",
     "halves_loss",
+    "invert_upper",
     "multiplies_bfloat16",
+    "one_thread",
+    "orthonormal",
     "output",
     "output_error",
     "output_gains",
@@ -66,5 +72,6 @@ __all__ = [
     "square_root",
     "stored_B",
     "svd",
+    "upper_root",
     "weighted_energy",
 ]

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 
 import torch
 
+from .decompositions import NotDefinite, eigh, upper_root
 from .moments import Moment, RowMoment, diagonal_of, times
 
 # A symmetric moment is multiplied in so many block columns, each from the diagonal down: with 8 of them that takes 9/16
@@ -192,15 +193,15 @@ def _rounded_times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def square_root(second_moment: Moment) -> torch.Tensor:
-    """Any L with L Lᵀ = C, float64: of the rows; by Cholesky where C is definite; or by eigenvectors, which is slow."""
+    """Any R with R Rᵀ = C, float64: of the rows; by Cholesky where C is definite; or by eigenvectors, which is slow."""
     if isinstance(second_moment, RowMoment):
         return second_moment.root()
     moment = second_moment.to(torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(moment)
-    if not failed:
-        return lower
-    values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp_min(0).sqrt()
+    try:
+        return upper_root(moment)
+    except NotDefinite:
+        values, vectors = eigh(moment)
+        return vectors * values.clamp_min(0).sqrt()
 
 
 def weighted_energy(matrix: torch.Tensor, second_moment: torch.Tensor) -> float:

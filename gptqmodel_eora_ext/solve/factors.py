@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .decompositions import eigh
 from .error import WeightedError
 from .moments import Moment, times
 
@@ -75,7 +76,7 @@ def refit_B(delta: torch.Tensor, second_moment: Moment | None, lora_A: torch.Ten
 def _solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``matrix⁺ right`` for a small positive semidefinite matrix, float64."""
     scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
-    values, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale[None, :])
+    values, vectors = eigh(matrix * scale[:, None] * scale[None, :])
     inverse = torch.where(values > REFIT_CUTOFF * values[-1].clamp_min(0), 1 / values, torch.zeros_like(values))
     return scale[:, None] * (vectors @ (inverse[:, None] * (vectors.T @ (scale[:, None] * right))))
 

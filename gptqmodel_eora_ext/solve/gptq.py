@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .decompositions import invert_upper, upper_root
 from .moments import Moment, RowMoment, diagonal_of
 
 # Share of C's mean diagonal that is added to it; GPTQModel's default.
@@ -22,8 +23,6 @@ SCALE_BLOCK = 128
 # Within so many columns errors are spread column by column, to later ones by one matrix product. The result is the same
 # for any width; only the time differs.
 SPREAD_BLOCK = 32
-# A triangular matrix of at most this side is inverted directly; a larger one by halves.
-SMALLEST_HALF = 128
 # The search for scales tries these shares of a group's largest value as the end of the grid, then finer steps about the
 # best of them. GPTQModel tries 80 shares.
 SHRINKING = tuple(1 - 0.1 * step for step in range(8))
@@ -83,36 +82,20 @@ def column_order(
     if second_moment.ndim == 1:
         damped_diagonal = diagonal[order].masked_fill(dead, 1.0)
         return ColumnOrder(order, None, (damped_diagonal + damping * damped_diagonal.mean()).rsqrt(), dead)
-    # Read backwards: C = U Uᵀ with U upper comes from the Cholesky factor of the reversed C, and R = U⁻¹.
-    backwards = order.flip(0)
     if isinstance(second_moment, RowMoment):
-        damped = RowMoment(second_moment.rows[:, backwards], second_moment.count).dense()
+        damped = RowMoment(second_moment.rows[:, order], second_moment.count).dense()
     else:
-        damped = second_moment.to(torch.float32)[backwards][:, backwards]
+        damped = second_moment.to(torch.float32)[order][:, order]
     steps = damped.diagonal()
-    steps.masked_fill_(dead.flip(0), 1.0)
+    steps.masked_fill_(dead, 1.0)
     steps += damping * steps.mean()
-    lower = torch.linalg.cholesky(damped)
+    upper = upper_root(damped)
     # Each takes as much as C; no more than three of them are there at a time.
     del damped, steps
-    upper = lower.flip(0, 1)
-    del lower
-    factor = _inverse(upper)
+    factor = invert_upper(upper)
     del upper
     pivots = factor.diagonal().clone()
     return ColumnOrder(order, factor.div_(pivots[:, None]), pivots, dead)
-
-
-def _inverse(upper: torch.Tensor) -> torch.Tensor:
-    """Of an upper triangular matrix, by halves: a third of the work of a triangular solve with the identity."""
-    size, half = len(upper), len(upper) // 2
-    if size <= SMALLEST_HALF:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    result = torch.zeros_like(upper)
-    result[:half, :half], result[half:, half:] = first, last
-    result[:half, half:] = (first @ (upper[:half, half:] @ last)).neg_()
-    return result
 
 
 def _by_energy(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:

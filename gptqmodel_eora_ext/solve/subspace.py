@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .decompositions import eigh, orthonormal
 from .error import OutputError, WeightedError
 from .moments import RowMoment
 
@@ -116,12 +117,12 @@ def _dense(error: WeightedError | OutputError, rank: int) -> torch.Tensor:
         image = error.root()
     # The Gram matrix squares the condition number; QR of the image restores orthonormal columns, and fills
     # directions of no energy (C of lower rank than asked) with arbitrary ones that A then weighs by Uᵀ ΔW.
-    return torch.linalg.qr(image @ _top_eigenvectors(image.T @ image, rank).T).Q.T
+    return orthonormal(image @ _top_eigenvectors(image.T @ image, rank).T).T
 
 
 def _top_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     """As rows, largest eigenvalue first."""
-    return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1).T
+    return eigh((gram + gram.T) / 2)[1][:, -rank:].flip(1).T
 
 
 def _block_krylov(
@@ -315,7 +316,7 @@ def _ratio(last: float, before: float) -> float:
 
 def _ritz(small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (float64) and eigenvectors, as rows, of a small symmetric matrix, largest first."""
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    values, vectors = eigh((small + small.T) / 2)
     return values.flip(0).to(torch.float64), vectors.flip(1).T
 
 
@@ -334,7 +335,7 @@ def _energy_outside(
 def _orthonormal(block: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
     """Orthonormal rows that span the block's part outside ``basis``; two passes, for the rounding of the first."""
     if basis is None:
-        return torch.linalg.qr(block.T).Q.T
+        return orthonormal(block.T).T
     for _ in range(2):
-        block = torch.linalg.qr((block - block @ basis.T @ basis).T).Q.T
+        block = orthonormal((block - block @ basis.T @ basis).T).T
     return block

@@ -96,13 +96,18 @@ def test_widths_that_autoround_was_not_given_are_refused_before_work(
                 refused()
 
 
-def test_a_plan_without_adapters_is_quantised_without_any(plan: Plan, tiny: Path, tmp_path: Path) -> None:
+def test_a_plan_without_adapters_is_quantised_without_any(
+    plan: Plan, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its progress is told in lines of their own, which no bar of AutoRound's shares."""
     without = {name: replace(one, rank=0) for name, one in plan.modules.items()}
     bare = replace(plan, quantizer="autoround", modules=without)
     bare.write(tmp_path / "plan.json")
-    result = run(tiny, tmp_path / "out", "--plan", str(tmp_path / "plan.json"))
+    result = run(tiny, tmp_path / "out", "--plan", str(tmp_path / "plan.json"), "--log-json")
     assert result.exit_code == 0, result.output
     assert "was planned for" not in result.output
+    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith('{"time"')]
+    assert [one["done"] for one in told if one.get("what") == "quantising layers"] == [1, 2]
     assert not (tmp_path / "out/eora").exists()
     loaded = kernels(load(tmp_path / "out"))
     assert {name: one.bits for name, one in loaded.items()} == {name: one.bits for name, one in plan.modules.items()}

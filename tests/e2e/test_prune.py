@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from gptqmodel_eora_ext import cli, prune
+from gptqmodel_eora_ext import cli, prune, solve
 from gptqmodel_eora_ext.evaluate.sparsity import examine_model
 from gptqmodel_eora_ext.formats.names import ADAPTER_DETAILS, PRUNING_DETAILS
-from gptqmodel_eora_ext.formats.sparsity import examine
+from gptqmodel_eora_ext.formats.sparsity import Pattern, examine
 from gptqmodel_eora_ext.hosts.gptqmodel.known_weights import dequantize
 from gptqmodel_eora_ext.hosts.terminal import quiet
 
@@ -115,6 +115,36 @@ def test_without_an_adapter(two_layers: Path, calibration: Batches, tmp_path: Pa
     assert "by magnitude to 50%" in output and "a layout with a bit for each weight" in output
 
 
+def test_wanda_alone_goes_by_what_the_whole_layer_was(
+    two_layers: Path, calibration: Batches, tmp_path: Path
+) -> None:
+    """As it was published: o is masked by inputs that q, k and v as they were have made."""
+    folder = pruned(two_layers, tmp_path / "model", calibration[:4], method="wanda")
+    model = AutoModelForCausalLM.from_pretrained(two_layers, dtype=torch.bfloat16)
+    name = "model.layers.0.self_attn.o_proj"
+    linear, rows = model.get_submodule(name), list[torch.Tensor]()
+    linear.register_forward_pre_hook(lambda _, given: rows.append(given[0].flatten(0, 1).float()))
+    with torch.no_grad():
+        for batch in calibration[:4]:
+            model(torch.tensor(batch["input_ids"])[None])
+    expected = solve.prune(linear.weight.data, torch.cat(rows).square().mean(0), Pattern.parse("2:4"), "wanda") != 0
+    found = load_file(folder / "model.safetensors")[f"{name}.weight"] != 0
+    # Batches of one window round otherwise than batches of four.
+    assert (found != expected).float().mean() < 1e-3
+
+
+def test_quantised_at_once_without_an_adapter(two_layers: Path, calibration: Batches, tmp_path: Path) -> None:
+    dynamic = {r"-:.*layers\.1\..*": {}}
+    folder = pruned(two_layers, tmp_path / "model", calibration[:2], bits=4, group_size=64, dynamic=dynamic)
+    assert not (folder / "eora").exists()
+    told = json.loads((folder / "quantize_config.json").read_text())
+    assert not told.get("adapter") and told["dynamic"] == dynamic
+    found = kernels(load(folder))
+    assert len(found) == 7
+    for name, kernel in found.items():
+        assert examine(dequantize(kernel)).pattern == "2:4", name
+
+
 def test_inspect_tells_the_pattern_and_checks_it(made: Path, tmp_path: Path) -> None:
     shown = " ".join(runner.invoke(cli.app, ["inspect", str(made)]).output.split())
     assert "50.0% of the weights of 13 modules; 1 are as they were" in shown
@@ -145,6 +175,7 @@ def test_what_cannot_be_pruned_is_named_before_work(
         ({"pattern": "2:5:1"}, 'pattern must be "2:4"'),
         ({"pattern": "3:7"}, r"layers\.0\.self_attn\.q_proj: 576 inputs cannot be cut into groups of 7"),
         ({"adapter": {"rank": 0}}, "`rank` must be at least 1"),
+        ({"dynamic": {"down": {"adapter": {"rank": 8}}}}, r"dynamic\['down'\] names the rank of an adapter"),
         ({"calibration": []}, "0 tokens do not fill one window"),
     ):
         given = {"calibration": calibration, **options}

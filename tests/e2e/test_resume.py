@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ ADAPTERS = {"rank": ["--rank", "16"], "budget": ["--budget", "0.5bpw", "--factor
 QUANTIZERS = {"gptq": [], "autoround": ["--quantizer", "autoround", "--iters", "3"]}
 # Earlier a process only imports its libraries.
 EARLIEST = 0.15
+# A run that ended before it was to be killed is killed at this share of that moment.
+SOONER = 0.8
 QUANTISING = "quantising layers"
 
 
@@ -173,7 +176,11 @@ def test_killed_at_random_moments(
         out, home = tmp_path / f"out-{number}", tmp_path / f"home-{number}"
         arguments = quantising(six_layers, out, text, *options)
         after = undisturbed.seconds * moments.uniform(EARLIEST, 1.0)
-        killed = command(home, *arguments, kill_after=after)
+        while (killed := command(home, *arguments, kill_after=after)).status == 0:
+            # The machine was less busy than before, and the run has ended first.
+            shutil.rmtree(out)
+            after *= SOONER
+        assert killed.status == -signal.SIGKILL, killed.stderr
         resumed = command(home, *arguments)
         with capsys.disabled():
             print(f"\n{quantizer}, {adapter}: killed after {after:.1f} of {undisturbed.seconds:.1f} s, "
@@ -182,7 +189,8 @@ def test_killed_at_random_moments(
         assert written(out) == expected
         assert not resume_folder(out).exists()
         if killed.layers and resumed.layers:
-            assert resumed.layers[0] >= killed.layers[-1] - 1
+            # The first that is told of is done; the last that was may not have been kept yet.
+            assert resumed.layers[0] >= killed.layers[-1]
 
 
 @pytest.mark.resume

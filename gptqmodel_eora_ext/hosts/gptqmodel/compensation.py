@@ -23,6 +23,7 @@ from ...adapter.layers import is_linear, oriented
 from ...capture import CrossMoment, OutputErrorMoment, RoutedRows, SecondMoment, require_finite, shared_leaders
 from ...loop.place import put_in_place
 from ...system.memory import release_free_memory
+from .hessian import invert_by_products
 from .rounds import JointRounds
 from .run import CompensationRun
 from .sparse_gptq import prune_jointly
@@ -220,6 +221,8 @@ class Compensation:
         weight = linear.weight.data
         moment = self._moment(module.name)
         solve = functools.partial(self._solve, module, weight, moment)
+        if isinstance(task := self.tasks.get(module.name), GPTQ):
+            invert_by_products(task)
         if self.run.pattern is not None:
             prune_jointly(self.tasks[module.name], self.run.pattern)
         rounds = JointRounds(self.tasks[module.name], self.run.rounds, solve) if self.run.rounds > 1 else None

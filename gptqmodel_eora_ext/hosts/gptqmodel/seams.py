@@ -30,6 +30,7 @@ and, on the objects of one run, from its start to its end:
 | `model.prepare_dataset` | `run.py` | calibration data of which nothing is left is refused |
 | `GPTQ.quantize` of a task | `rounds.py` | a module is quantised several times, for its adapter |
 | the same | `sparse_gptq.py` | a module is pruned and quantised at once |
+| `GPTQ.hessian_inverse` of a task | `hessian.py` | its factor has the same bits with any number of threads |
 | `loop_processor._PROJECT_LOG_DIR` | `quantize.py` | logs go to a temporary folder, not to `./logs` |
 | `model.layer_callback` | `terminal.py` | a command's own progress bar hears of finished layers |
 | `logger._suppress_live_renderables` | `terminal.py` | no tables and bars of GPTQModel's beside that |
