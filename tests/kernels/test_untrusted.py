@@ -269,19 +269,24 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
     halves = x.to(torch.bfloat16)
     y_halves = torch.empty(len(x), OUT, dtype=torch.bfloat16)
     weights, read = torch.ones(len(x), len(MEMBERS)), torch.ones(len(MEMBERS))
-    given = (weights.data_ptr(), weights.nbytes) if layer._struct.members else (None, 0)
-    live = (read.data_ptr(), read.nbytes) if layer._struct.members else (None, 0)
+
+    def of_members(tensor: torch.Tensor) -> tuple[int | None, int]:
+        # Asked for in each call, which keeps the tensor alive until then.
+        return (tensor.data_ptr(), tensor.nbytes) if layer._struct.members else (None, 0)
+
+    def linears() -> int:
+        return kernels.eora_linears(one, 1, *memory, 0, len(x), *of_members(weights), *out, best_isa(), 1)
 
     def dequantize() -> int:
         return kernels.eora_dequantize(layer.address, 0, 3, tile.data_ptr(), tile.nbytes, 48, best_isa(), 1)
 
     def matmul() -> int:
         return kernels.eora_matmul(layer.address, halves.data_ptr(), halves.nbytes, t.data_ptr(), t.nbytes, len(x),
-                                   *live, y_halves.data_ptr(), y_halves.nbytes, OUT, 1)  # fmt: skip
+                                   *of_members(read), y_halves.data_ptr(), y_halves.nbytes, OUT, 1)  # fmt: skip
 
     return {
         "check": lambda: kernels.eora_check(layer.address),
-        "linears": lambda: kernels.eora_linears(one, 1, *memory, 0, len(x), *given, *out, best_isa(), 1),
+        "linears": linears,
         "dequantize": dequantize,
         "matmul": matmul,
     }
