@@ -7,9 +7,8 @@ checkpoints are the same.
 
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
 count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
-GPTQ and the adapter; a budget's survey is not counted. Counting takes some 15 s a layer, so the first layers are
-counted, with 1, 2 and 4 processes. One process has two threads, each of several has one: one and two are timed, on all
-layers, which wants two quiet cores.
+GPTQ and the adapter; a budget's survey is not counted. They are counted with 1, 2 and 4
+processes. One process has two threads, each of several has one: one and two are timed, which wants two quiet cores.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import common
 import torch
-from common import Subject, add_model, calibration, first_layers, scratch, subject
+from common import Subject, add_model, calibration, scratch, subject
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.looper.module_looper import ModuleLooper
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.distributed import SharedCompensation
@@ -44,8 +44,8 @@ GROUP_SIZE, BITS, RANK = 64, 2, 32
 # One process of two threads stands beside two of one.
 THREADS_ALONE = 2
 PARTS, ADAPTERS = ("times", "counts"), ("rank", "budget")
-# Numbers of processes, and layers that are counted: enough for modules to be dealt out evenly over them.
-COUNTED, COUNTED_LAYERS = (1, 2, 4), 12
+# Numbers of processes whose operations are counted.
+COUNTED = (1, 2, 4)
 # Each process's share of the operations may differ from 1/N by so much.
 TOLERANCE = 0.1
 aten = torch.ops.aten
@@ -61,13 +61,39 @@ def _qr(shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return int(4 * rows * columns**2 - 4 / 3 * columns**3)
 
 
-# Not among those that torch counts. The eigenvalues' 9 n³ are those of the symmetric QR method with vectors.
+# Besides those that torch counts. The eigenvalues' 9 n³ are those of the symmetric QR method with vectors.
 ROUTINES = {
-    aten.linalg_cholesky_ex.default: _cube(1 / 3),
-    aten.cholesky_inverse.default: _cube(2 / 3),
-    aten._linalg_eigh.default: _cube(9),
-    aten.linalg_qr.default: _qr,
+    aten.linalg_cholesky_ex: _cube(1 / 3),
+    aten.cholesky_inverse: _cube(2 / 3),
+    aten._linalg_eigh: _cube(9),
+    aten.linalg_qr: _qr,
 }
+FORMULAS = {**flop_registry, **{routine: shape_wrapper(count) for routine, count in ROUTINES.items()}}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within its block, as torch's `FlopCounterMode` does, at a sixth of what that one costs: GPTQ
+    calls millions of small functions, and which of them are made of others is asked once."""
+
+    _whole: ClassVar[set[Any]] = set()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None and func not in self._whole:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+            self._whole.add(func)
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 class Counted:
@@ -87,12 +113,12 @@ class Counted:
                 return original(*args, **kwargs)
             self._inside.yes = True
             try:
-                with FlopCounterMode(display=False, custom_mapping=ROUTINES) as counter:
+                with Operations() as counter:
                     return original(*args, **kwargs)
             finally:
                 self._inside.yes = False
                 with self._lock:
-                    self.operations[kind] += counter.get_total_flops()
+                    self.operations[kind] += counter.total
 
         setattr(owner, name, counted)
 
@@ -184,10 +210,9 @@ def times(options: argparse.Namespace, model: Subject, adapter: str, work: Path)
 
 
 def counts(options: argparse.Namespace, model: Subject, adapter: str, work: Path) -> dict[str, Any]:
-    """Operations and bytes of each process, of some layers."""
-    cut = first_layers(model, options.layers or COUNTED_LAYERS, work / "cut")
-    runs = [measure(options, cut.folder, count, adapter, work / f"{adapter} {count}", True) for count in COUNTED]
-    return {"runs": runs, "measured": common.measured(cut),
+    """Operations and bytes of each process."""
+    runs = [measure(options, model.folder, count, adapter, work / f"{adapter} {count}", True) for count in COUNTED]
+    return {"runs": runs, "measured": common.measured(model),
             "busiest over its share": {str(run["processes"]): shares(runs[0], run) for run in runs[1:]}}  # fmt: skip
 
 
