@@ -1,13 +1,14 @@
 """What several processes share, counted and compared: operations of each, bytes sent, seconds, and whether the
 checkpoints are the same.
 
-    python benchmarks/distributed.py                # SmolLM2, 1, 2 and 4 processes; writes results/distributed.json
-    python benchmarks/distributed.py --layers 2 --samples 4 --seqlen 64 --processes 1 2   # a dry run
+    python benchmarks/distributed.py                # SmolLM2; writes results/distributed.json
+    python benchmarks/distributed.py --parts counts --adapters rank
+    python benchmarks/distributed.py --layers 2 --samples 4 --seqlen 64   # a dry run
 
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
 count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
-GPTQ and the adapter; a budget's survey is not counted. One process has two threads, each of several has one. So one and
-two processes are timed, which wants two quiet cores; what is counted is run apart, since counting takes time.
+GPTQ and the adapter; a budget's survey is not counted. They are counted with 1, 2 and 4
+processes. One process has two threads, each of several has one: one and two are timed, which wants two quiet cores.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import common
 import torch
-from common import Subject, add_model, calibration, environment, scratch, subject
+from common import Subject, add_model, calibration, scratch, subject
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.looper.module_looper import ModuleLooper
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from gptqmodel_eora_ext import EoRA
 from gptqmodel_eora_ext.hosts.gptqmodel.distributed import SharedCompensation
@@ -40,6 +43,9 @@ from gptqmodel_eora_ext.system.files import write_json
 GROUP_SIZE, BITS, RANK = 64, 2, 32
 # One process of two threads stands beside two of one.
 THREADS_ALONE = 2
+PARTS, ADAPTERS = ("times", "counts"), ("rank", "budget")
+# Numbers of processes whose operations are counted.
+COUNTED = (1, 2, 4)
 # Each process's share of the operations may differ from 1/N by so much.
 TOLERANCE = 0.1
 aten = torch.ops.aten
@@ -55,13 +61,39 @@ def _qr(shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return int(4 * rows * columns**2 - 4 / 3 * columns**3)
 
 
-# Not among those that torch counts. The eigenvalues' 9 n³ are those of the symmetric QR method with vectors.
+# Besides those that torch counts. The eigenvalues' 9 n³ are those of the symmetric QR method with vectors.
 ROUTINES = {
-    aten.linalg_cholesky_ex.default: _cube(1 / 3),
-    aten.cholesky_inverse.default: _cube(2 / 3),
-    aten._linalg_eigh.default: _cube(9),
-    aten.linalg_qr.default: _qr,
+    aten.linalg_cholesky_ex: _cube(1 / 3),
+    aten.cholesky_inverse: _cube(2 / 3),
+    aten._linalg_eigh: _cube(9),
+    aten.linalg_qr: _qr,
 }
+FORMULAS = {**flop_registry, **{routine: shape_wrapper(count) for routine, count in ROUTINES.items()}}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within its block, as torch's `FlopCounterMode` does, at a sixth of what that one costs: GPTQ
+    calls millions of small functions, and which of them are made of others is asked once."""
+
+    _whole: ClassVar[set[Any]] = set()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None and func not in self._whole:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+            self._whole.add(func)
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 class Counted:
@@ -81,12 +113,12 @@ class Counted:
                 return original(*args, **kwargs)
             self._inside.yes = True
             try:
-                with FlopCounterMode(display=False, custom_mapping=ROUTINES) as counter:
+                with Operations() as counter:
                     return original(*args, **kwargs)
             finally:
                 self._inside.yes = False
                 with self._lock:
-                    self.operations[kind] += counter.get_total_flops()
+                    self.operations[kind] += counter.total
 
         setattr(owner, name, counted)
 
@@ -168,14 +200,29 @@ def shares(one: dict[str, Any], several: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def times(options: argparse.Namespace, model: Subject, adapter: str, work: Path) -> dict[str, Any]:
+    """One process of two threads and two of one: seconds, and what they have made."""
+    one, two = (measure(options, model.folder, count, adapter, work / f"{adapter} {count}", False) for count in (1, 2))
+    seconds = [max(process["seconds"] for process in run["each"]) for run in (one, two)]
+    return {"seconds": seconds, "time over one process": seconds[1] / seconds[0],
+            "compared": compared(work / f"{adapter} 1", work / f"{adapter} 2"),
+            "measured": common.measured(model)}  # fmt: skip
+
+
+def counts(options: argparse.Namespace, model: Subject, adapter: str, work: Path) -> dict[str, Any]:
+    """Operations and bytes of each process."""
+    runs = [measure(options, model.folder, count, adapter, work / f"{adapter} {count}", True) for count in COUNTED]
+    return {"runs": runs, "measured": common.measured(model),
+            "busiest over its share": {str(run["processes"]): shares(runs[0], run) for run in runs[1:]}}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--adapters", nargs="+", choices=("rank", "budget"), default=["rank", "budget"])
-    parser.add_argument("--out", type=Path, help="file for the results; by default none in a dry run on some layers")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--adapter", default="rank", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
@@ -183,35 +230,25 @@ def main() -> None:
     if options.output:
         run_one(options)
         return
-    results: dict[str, Any] = {}
-    with subject(options) as model, scratch() as work:
-        for adapter in options.adapters:
-            rows = []
-            for processes in options.processes:
-                folder = work / f"{adapter}-{processes}"
-                row = measure(options, model.folder, processes, adapter, folder, True)
-                if rows:
-                    row["compared"] = compared(work / f"{adapter}-{options.processes[0]}", folder)
-                    row["busiest over its share"] = shares(rows[0], row)
-                if processes <= THREADS_ALONE:
-                    timed = measure(options, model.folder, processes, adapter, work / f"{adapter}-{processes}-t", False)
-                    row["seconds"] = max(one["seconds"] for one in timed["each"])
-                    if rows:
-                        row["time over one process"] = row["seconds"] / rows[0]["seconds"]
-                rows.append(row)
-                print(json.dumps({"adapter": adapter, **{k: v for k, v in row.items() if k != "each"}}, indent=2))
-            results[adapter] = rows
-        measured = {"environment": environment(model), "samples": options.samples, "seqlen": options.seqlen,
-                    "bits": BITS, "group size": GROUP_SIZE, "rank": RANK, "results": results}  # fmt: skip
-        out = options.out or (None if options.layers else model.results("distributed"))
-        if out is not None:
-            write_json(out, measured)
-    for adapter, rows in results.items():
-        for row in rows[1:]:
-            over = {kind: value for kind, value in row["busiest over its share"].items() if value > 1 + TOLERANCE}
+    setup = {"samples": options.samples, "seqlen": options.seqlen, "bits": BITS, "group size": GROUP_SIZE, "rank": RANK}
+    with subject(options) as model:
+        path = model.results("distributed")
+        result = {**common.kept(path, setup), "setup": setup}
+        for part in options.parts:
+            for adapter in options.adapters:
+                with scratch() as work:
+                    found = {"times": times, "counts": counts}[part](options, model, adapter, work)
+                result.setdefault(part, {})[adapter] = found
+                common.keep(path, result)
+    for adapter, found in result.get("times", {}).items():
+        differing = found["compared"]["tensors that differ"]
+        print(f"{adapter}: {differing} tensors differ, {found['time over one process']:.3f} of the time of one process")
+    for adapter, found in result.get("counts", {}).items():
+        for processes, busiest in found["busiest over its share"].items():
+            over = {kind: value for kind, value in busiest.items() if value > 1 + TOLERANCE}
             falls = f"more than 1/N by over {TOLERANCE:.0%}: {over}" if over else "operations fall as 1/N"
-            differing = row["compared"]["tensors that differ"]
-            print(f"{adapter}, {row['processes']} processes: {differing} tensors differ; {falls}")
+            told = ", ".join(f"{kind} {value:.3f}" for kind, value in busiest.items())
+            print(f"{adapter}, {processes} processes: {falls} (busiest over 1/N: {told})")
 
 
 if __name__ == "__main__":
