@@ -7,8 +7,8 @@ checkpoints are the same.
 
 Operations are counted, not timed: two for each multiplication of a matrix product, and what LAPACK's working notes
 count for Cholesky, inverse, QR and eigenvalues. "capture" are the layers' forwards and the sums of inputs, "solve" is
-GPTQ and the adapter; a budget's survey is not counted. They are counted with 1, 2 and 4
-processes. One process has two threads, each of several has one: one and two are timed, which wants two quiet cores.
+GPTQ and the adapter; a budget's survey is not counted. They are counted with 1, 2 and 4 processes. One process has two
+threads, each of several has one: one and two are timed, which wants two quiet cores.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ FORMULAS = {**flop_registry, **{routine: shape_wrapper(count) for routine, count
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations within its block, as torch's `FlopCounterMode` does, at a sixth of what that one costs: GPTQ
-    calls millions of small functions, and which of them are made of others is asked once."""
+    """Counts the operations within its block, as torch's `FlopCounterMode` does, at a sixth of what that one costs.
+
+    GPTQ calls millions of small functions; which of them are made of others is asked once.
+    """
 
     _whole: ClassVar[set[Any]] = set()
 
