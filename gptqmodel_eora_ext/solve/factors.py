@@ -68,9 +68,33 @@ def refit_B(delta: torch.Tensor, second_moment: Moment | None, lora_A: torch.Ten
     Returns:
         out × rank, float64.
     """
-    wide = lora_A.to(torch.float64)
-    weighted = WeightedError(delta, second_moment).weigh(wide)
-    return _solve_symmetric(weighted @ wide.T, times(weighted, delta.T)).T
+    return NormalEquations(WeightedError(delta, second_moment), lora_A.to(torch.float64)).solution()
+
+
+class NormalEquations:
+    """What B beside a given A is solved from, and told the error of: A C Aᵀ and A C ΔWᵀ.
+
+    Args:
+        error: ΔW and C.
+        lora_A: rank × in, float64.
+
+    Attributes:
+        gram: A C Aᵀ, rank × rank.
+        cross: A C ΔWᵀ, rank × out.
+    """
+
+    def __init__(self, error: WeightedError, lora_A: torch.Tensor) -> None:
+        weighted = error.weigh(lora_A)
+        self.gram = weighted @ lora_A.T
+        self.cross = times(weighted, error.delta.T)
+
+    def solution(self) -> torch.Tensor:
+        """The best B: ΔW C Aᵀ (A C Aᵀ)⁺, out × rank."""
+        return _solve_symmetric(self.gram, self.cross).T
+
+    def relative_energy(self, lora_B: torch.Tensor) -> float:
+        """‖(ΔW − B A) C^½‖² − ‖ΔW C^½‖² of any B, out × rank, float64."""
+        return float((lora_B.T @ lora_B * self.gram).sum() - 2 * (lora_B * self.cross.T).sum())
 
 
 def _solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,7 @@ import torch
 
 from ..formats.factors import GROUP_SIZE, PACKED_LAYOUT, FactorLayout, QuantizedFactor, pack
 from .error import WeightedError
-from .factors import refit_A, refit_B
-from .moments import times
+from .factors import NormalEquations, refit_A
 
 # Clipping thresholds tried per group, as shares of its largest value. At 8 bits rounding is negligible.
 CLIPPING = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
@@ -78,9 +77,9 @@ def quantize_factors(
     Returns:
         A (rank × in) and Bᵀ (rank × out), the best pair of all rounds; B (out × rank) where groups run along the rank.
     """
-    error = WeightedError(target, second_moment)
-    candidates = _rounds(error, lora_A, bits, layout)
-    return min(candidates, key=lambda pair: _relative_energy(error, pair[0], stored_B(pair[1], layout, torch.float64)))
+    candidates = _rounds(WeightedError(target, second_moment), lora_A, bits, layout)
+    packed_A, packed_B, _ = min(candidates, key=lambda candidate: candidate[2])
+    return packed_A, packed_B
 
 
 def stored_B(packed_B: QuantizedFactor, layout: FactorLayout, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -91,25 +90,17 @@ def stored_B(packed_B: QuantizedFactor, layout: FactorLayout, dtype: torch.dtype
 
 def _rounds(
     error: WeightedError, lora_A: torch.Tensor, bits: int, layout: FactorLayout
-) -> Iterator[tuple[QuantizedFactor, QuantizedFactor]]:
+) -> Iterator[tuple[QuantizedFactor, QuantizedFactor, float]]:
+    """Pairs, and ‖(ΔW − B A) C^½‖² − ‖ΔW C^½‖² of each: what it leaves, apart from what all pairs share."""
     importance = error.channel_energies()
     for _ in range(ROUNDS):
         packed_A = quantize_factor(lora_A, bits, importance, layout.group_size)
-        stored_A = packed_A.dequantize()
-        lora_B = refit_B(error.delta, error.second_moment, stored_A)
+        normal = NormalEquations(error, packed_A.dequantize(torch.float64))
+        lora_B = normal.solution()
         if layout.along_rank:
             # Components share a scale, and an error in the first of them costs the most: its weight is A C Aᵀ there.
-            energies = (error.weigh(stored_A) * stored_A).sum(1)
-            packed_B = quantize_factor(lora_B, bits, energies, layout.group_size)
+            packed_B = quantize_factor(lora_B, bits, normal.gram.diagonal(), layout.group_size)
         else:
             packed_B = quantize_factor(lora_B.T, bits, group_size=layout.group_size)
-        yield packed_A, packed_B
+        yield packed_A, packed_B, normal.relative_energy(stored_B(packed_B, layout, torch.float64))
         lora_A = refit_A(error.delta, stored_B(packed_B, layout))
-
-
-def _relative_energy(error: WeightedError, packed_A: QuantizedFactor, lora_B: torch.Tensor) -> float:
-    """‖(ΔW − B A) C^½‖² − ‖ΔW C^½‖²: what a pair leaves, apart from what all pairs share."""
-    lora_A = packed_A.dequantize(torch.float64)
-    weighted = error.weigh(lora_A)
-    cross = (lora_B * times(weighted, error.delta.T).T).sum()
-    return float((lora_B.T @ lora_B * (weighted @ lora_A.T)).sum() - 2 * cross)
