@@ -54,7 +54,6 @@ def test_version() -> None:
         (["--rank", "0"], "--rank must be at least 1, got 0"),
         (["--bits", "5", "--rank", "8"], "--bits must be one of 2, 3, 4, 8, got 5"),
         (["--bits", "4", "--method", "wanda", "--rank", "8"], "--bits quantises as SparseGPT prunes"),
-        (["--bits", "4", "--no-adapter"], "--bits makes a checkpoint with an adapter"),
         (["--group-size", "32", "--rank", "8"], "Pass --bits as well"),
         (["--no-adapter", "--rank", "8"], "--no-adapter makes no adapter, and --rank says"),
         (["--rank", "8", "--force"], "which is read from and must stay as it is"),

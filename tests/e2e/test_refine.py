@@ -24,14 +24,18 @@ from .helpers import Batches, Made, quantize
 
 pytestmark = pytest.mark.e2e
 
-WINDOW, SETTINGS = 64, {"tokens": 16 * 64, "window": 64, "learning_rate": 5e-4}
+# On a thousand tokens, whose validation is three windows, 4-bit factors get no better.
+WINDOW, WINDOWS = 64, 60
+SETTINGS = {"tokens": WINDOWS * WINDOW, "window": WINDOW, "learning_rate": 5e-4}
 
 
 @pytest.fixture(scope="module")
-def made(two_layers: Path, calibration: Batches, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(two_layers: Path, token_ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Two layers of SmolLM2 at 2 bits, refined when they are saved."""
     folder = tmp_path_factory.mktemp("refined") / "model"
     adapter = EoRA(rank=16, factor_bits=4, refine=SETTINGS)
+    cut = [token_ids[start : start + WINDOW] for start in range(0, WINDOWS * WINDOW, WINDOW)]
+    calibration = [{"input_ids": one, "attention_mask": [1] * WINDOW} for one in cut]
     return quantize(two_layers, folder, QuantizeConfig(bits=2, group_size=64), calibration, adapter=adapter)
 
 
@@ -43,7 +47,7 @@ def test_saving_refines_and_names_the_result(made: Made) -> None:
         name: (one.shape, one.dtype) for name, one in refined.items()
     }
     told = json.loads((made.folder / "eora-refined" / "eora.json").read_text())["refinement"]
-    assert told["after"] < told["before"] and 0 < told["best_step"] <= told["steps"] <= 13
+    assert told["after"] < told["before"] and 0 < told["best_step"] <= told["steps"] <= WINDOWS
 
 
 def test_the_loaded_model_is_nearer_to_full_precision(made: Made, two_layers: Path, token_ids: list[int]) -> None:
