@@ -198,13 +198,15 @@ def test_adapters_plans_and_refinement(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_what_cannot_be_shared_is_refused_before_work(tiny: Path, tmp_path: Path) -> None:
-    quantize = ["quantize", str(tiny), str(tmp_path / "out"), "--bits", "2", "--group-size", "32", *SHORT]
+    # A recipe picks widths and groups itself.
+    recipe = ["quantize", str(tiny), str(tmp_path / "out"), *SHORT]
+    quantize = [*recipe, "--bits", "2", "--group-size", "32"]
     cases = [
         (["eval", str(tiny), "--text", "x.txt"], "error: `eora eval` runs in one process, and 2 were started."),
         ([*quantize, "--rank", "8", "--samples", "1"], "1 calibration batches cannot be shared out between 2"),
         ([*quantize, "--rank", "8", "--objective", "output"], 'objective "output" cannot be shared out'),
         ([*quantize, "--quantizer", "autoround", "--rank", "8"], "AutoRound's tuning, each step of which begins"),
-        ([*quantize, "--total", "3bpw"], "a recipe (--total) cannot be shared out between processes"),
+        ([*recipe, "--total", "3bpw"], "a recipe (--total) cannot be shared out between processes"),
     ]  # fmt: skip
     for command, message in cases:
         first, second = run([*EORA, *command], 2)
