@@ -5,8 +5,8 @@ matrices keep theirs with one thread and two, where sides are multiples of 64, a
 `tests/solve/test_decompositions.py`). GPTQ turns a last bit into other codes, and a run that is shared between
 processes, or resumed with other threads, should end with the same ones. So LAPACK is called on one thread, where more
 win little: on some hundred rows. Triangular factors of large matrices are made of products, which take all threads.
-Eigenvectors of large ones take one thread as well, but are only what the solvers fall back to. On a GPU everything is
-left to torch.
+Eigenvectors of large ones take one thread as well, but are only what the solvers fall back to. On a GPU threads decide
+nothing, and Cholesky's factor is torch's.
 """
 
 from __future__ import annotations

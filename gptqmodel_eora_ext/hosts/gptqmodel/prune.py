@@ -48,9 +48,10 @@ def prune_model(job: PruneJob) -> Path:
         ModuleError: when pruning or compensating a module fails.
     """
     pattern = Pattern.parse(job.pattern)
-    if job.bits is not None:
-        return _prune_and_quantise(job, pattern)
+    # The loop compensates by an adapter; where none is wanted, every module's rank becomes 0.
     adapter = EoRA(**(job.adapter if job.adapter is not None else {"rank": 1}))
+    if job.bits is not None:
+        return _prune_and_quantise(job, pattern, adapter)
     adapter.settle_for_making()
     with logs_out_of_the_way():
         # Pruned alone, Wanda's modules see what their layer computes before any of them is pruned, as its authors have
@@ -90,7 +91,7 @@ def prune_model(job: PruneJob) -> Path:
     return job.output
 
 
-def _prune_and_quantise(job: PruneJob, pattern: Pattern) -> Path:
+def _prune_and_quantise(job: PruneJob, pattern: Pattern, adapter: EoRA) -> Path:
     """SparseGPT's joint form, in the loop of GPTQModel's own GPTQ; the checkpoint is saved as any that it makes."""
     if job.method != SPARSEGPT:
         raise ValueError(
@@ -108,7 +109,6 @@ def _prune_and_quantise(job: PruneJob, pattern: Pattern) -> Path:
     if job.report is not None:
         watch_layers(host, job.report)
     setattr(host, PATTERN_ATTRIBUTE, pattern)
-    adapter = EoRA(**(job.adapter if job.adapter is not None else {"rank": 1}))
     host.quantize(list(job.windows), batch_size=job.batch_size, adapter=adapter)
     run = getattr(host, RUN_ATTRIBUTE)
     if job.adapter is None:
