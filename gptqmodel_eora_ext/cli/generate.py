@@ -108,7 +108,7 @@ def generate(
 
     start = time.perf_counter()
     target = output or (checkpoint if checkpoint.is_file() else checkpoint / DEFAULT_FOLDER)
-    keeping = keeping_for(target, resume, restart, lasting=refine is not None)
+    keeping = keeping_for(target, resume, restart)
     with errors(resumable=keeping is not None), progress_bars() as bar, quiet():
         request = request_of(context)
         make = adapter_maker(checkpoint)
@@ -126,19 +126,19 @@ def generate(
             keeping=keeping,
         )
         folder = target if keeping is not None and keeping.is_written(request) else make(job)
+        if keeping is not None:
+            keeping.mark_written(request)
         if refine is not None:
-            if keeping is not None:
-                keeping.mark_written(request)
             made, folder = folder, refined_beside(folder)
             outcome = refine_checkpoint(
                 checkpoint, model, read_calibration(calibration), adapter=made, output=folder, tokens=refine,
                 trust_remote_code=trust_remote_code, teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
             check_complete(outcome)
-        if keeping is not None:
-            keeping.remove()
     if is_first():
         print_summary(summarize(folder), time.perf_counter() - start)
+    if keeping is not None:
+        keeping.remove()
 
 
 def _planned(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

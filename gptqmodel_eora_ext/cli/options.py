@@ -168,10 +168,10 @@ def check_out(folder: Path, force: bool, *sources: str | Path) -> None:
         fail(f"`{folder}` is not empty. Choose another folder, or pass --force to write into it.")
 
 
-def keeping_for(target: Path, resume: bool, restart: bool, *, lasting: bool = False) -> Keeping | None:
-    """Where the command that writes ``target`` keeps its state; None with --no-resume."""
+def keeping_for(target: Path, resume: bool, restart: bool) -> Keeping | None:
+    """Where the command that writes ``target`` keeps its state, which it has to remove; None with --no-resume."""
     if resume:
-        return Keeping(resume_folder(target), begin_anew=restart, lasting=lasting)
+        return Keeping(resume_folder(target), begin_anew=restart, lasting=True)
     if restart:
         fail(
             "--restart removes what an interrupted run has left, and --no-resume looks for none. Leave one of them out."

@@ -106,7 +106,7 @@ def quantize(
     """Quantise a model, and compensate each module right after it is quantised. Killed at any moment, the same command
     goes on after the last finished layer."""
     check_recipe(context, total)
-    keeping = keeping_for(output, resume, restart, lasting=total is not None or refine is not None)
+    keeping = keeping_for(output, resume, restart)
     if total is not None:
         quantize_by_recipe(
             model, output, calibration, total=total, effort=effort, dry_run=dry_run,
@@ -161,19 +161,20 @@ def quantize(
         )
         if keeping is None or not keeping.is_written(request):
             serving(quantizer)(job)
+        if keeping is not None:
+            keeping.mark_written(request)
         if refine is not None:
-            if keeping is not None:
-                keeping.mark_written(request)
             outcome = refine_checkpoint(
                 output, model, read_calibration(calibration), tokens=refine, trust_remote_code=trust_remote_code,
                 teaching=bar("full precision"), training=bar("refining"),
             )  # fmt: skip
             check_complete(outcome)
-        if keeping is not None:
-            keeping.remove()
     if is_first() and (planned is None or planned.largest_rank):
         print_summary(summarize(output), time.perf_counter() - start)
     say(f'Load it:  GPTQModel.load("{output}")')
+    if keeping is not None:
+        # Last: from here on the same command would find a folder that is not empty, and no run to go on with.
+        keeping.remove()
 
 
 def _check_quantizer(context: typer.Context, quantizer: str) -> None:

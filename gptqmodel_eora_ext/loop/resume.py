@@ -136,10 +136,12 @@ class Keeping:
     def mark_written(self, request: Mapping[str, Any]) -> None:
         """Called once a checkpoint is written and more is to be done with it: its layers are wanted no more.
 
+        Of a run that has kept nothing, as where no module gets an adapter, there is nothing to mark.
+
         Args:
             request: all that was asked, ready for JSON, by which `is_written` recognises the same call.
         """
-        if not is_first():
+        if not is_first() or not self.exists:
             return
         write_json(self.root / WRITTEN, request)
         for file in self.root.glob("*.safetensors"):

@@ -93,7 +93,7 @@ def _rounds(
 ) -> Iterator[tuple[QuantizedFactor, QuantizedFactor, float]]:
     """Pairs, and ‖(ΔW − B A) C^½‖² − ‖ΔW C^½‖² of each: what it leaves, apart from what all pairs share."""
     importance = error.channel_energies()
-    for _ in range(ROUNDS):
+    for left in reversed(range(ROUNDS)):
         packed_A = quantize_factor(lora_A, bits, importance, layout.group_size)
         normal = NormalEquations(error, packed_A.dequantize(torch.float64))
         lora_B = normal.solution()
@@ -103,4 +103,5 @@ def _rounds(
         else:
             packed_B = quantize_factor(lora_B.T, bits, group_size=layout.group_size)
         yield packed_A, packed_B, normal.relative_energy(stored_B(packed_B, layout, torch.float64))
-        lora_A = refit_A(error.delta, stored_B(packed_B, layout))
+        if left:
+            lora_A = refit_A(error.delta, stored_B(packed_B, layout))

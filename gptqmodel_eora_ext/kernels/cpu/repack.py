@@ -16,6 +16,7 @@ from .memory import kept, zeros
 # As in csrc/linear.h.
 LANES = 16
 FACTOR_GROUP = 64
+UP_BLOCK = 8
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INTEGER_KINDS = {8: 3, 4: 4}
 # Inputs of a group that share one step when x is turned into integers.
@@ -107,7 +108,7 @@ class RepackedFactors:
     Attributes:
         down: A, rank × in rounded up to `FACTOR_GROUP`; two 4-bit codes to a byte.
         down_scales: float16, rank × groups; None for floating factors.
-        up: Bᵀ, strips × rank × 16, likewise.
+        up: Bᵀ, strips × rank × 16; of 4-bit codes strips × blocks of 8 components × 64.
         up_scales: float16, groups × rank; None for floating factors.
         down_kind: dtype of A as csrc/linear.h numbers them.
         up_kind: dtype of Bᵀ.
@@ -242,12 +243,12 @@ def repack_factors(factors: Factors) -> RepackedFactors:
     if inputs > factors.in_features:  # padding by nothing would copy all of it
         down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
     up = _strips(up)
-    packed = _pack_factor(down, down_kind)
+    packed = _pack_down(down, down_kind)
     return RepackedFactors(
         # Where nothing was changed, the adapter holds the very same memory.
         down=packed if packed.data_ptr() == factor_memory else kept(packed),
         down_scales=down_scales,
-        up=kept(_pack_factor(up, up_kind)),
+        up=kept(_pack_up(up, up_kind)),
         up_scales=None if up_scales is None else up_scales.T.contiguous(),
         down_kind=down_kind,
         up_kind=up_kind,
@@ -277,7 +278,7 @@ def unpack_factors(factors: RepackedFactors) -> Factors:
 
 
 def selected(factors: RepackedFactors, members: Sequence[int]) -> RepackedFactors:
-    """The factors of some members alone, copied; nothing of the others is read.
+    """The factors of some members alone, copied.
 
     Args:
         factors: of several members.
@@ -291,7 +292,7 @@ def selected(factors: RepackedFactors, members: Sequence[int]) -> RepackedFactor
         factors,
         down=factors.down[kept],
         down_scales=None if factors.down_scales is None else factors.down_scales[kept],
-        up=factors.up[:, kept],
+        up=_pack_up(_unpack_columns(factors.up, factors.up_kind, factors.rank)[:, kept], factors.up_kind),
         up_scales=None if up_scales is None else up_scales[:, kept],
         rank=len(kept),
         members=ranks,
@@ -300,12 +301,13 @@ def selected(factors: RepackedFactors, members: Sequence[int]) -> RepackedFactor
 
 def unpack_down(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
     """A alone, as `unpack_factors`."""
-    values = _unpack_factor(factors.down, factors.down_kind)[:, : factors.in_features]
+    values = _unpack_rows(factors.down, factors.down_kind)[:, : factors.in_features]
     return _factor(values.contiguous(), factors.down_scales, factors.down_kind)
 
 
 def _unpack_up(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
-    values = _from_strips(_unpack_factor(factors.up, factors.up_kind), factors.out_features)
+    columns = _unpack_columns(factors.up, factors.up_kind, factors.rank)
+    values = _from_strips(columns, factors.out_features)
     scales = None if factors.up_scales is None else factors.up_scales.T
     return _factor(values.contiguous(), scales, factors.up_kind)
 
@@ -373,17 +375,35 @@ def _numbers(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torc
     return values, None, KINDS[values.dtype]
 
 
-def _pack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
+def _pack_down(values: torch.Tensor, kind: int) -> torch.Tensor:
     if kind != INTEGER_KINDS[4]:
         return values.contiguous()
     return _nibbles((values + 8).to(torch.uint8).unflatten(-1, (-1, LANES))).flatten(-2)
 
 
-def _unpack_factor(values: torch.Tensor, kind: int) -> torch.Tensor:
-    """The inverse of `_pack_factor`."""
+def _unpack_rows(values: torch.Tensor, kind: int) -> torch.Tensor:
+    """The inverse of `_pack_down`."""
     if kind != INTEGER_KINDS[4]:
         return values
     return _from_nibbles(values.unflatten(-1, (-1, LANES // 2))).flatten(-2).to(torch.int8) - 8
+
+
+def _pack_up(columns: torch.Tensor, kind: int) -> torch.Tensor:
+    """Of strips × rank × 16; at 4 bits uint8, strips × blocks × 64."""
+    if kind != INTEGER_KINDS[4]:
+        return columns.contiguous()
+    codes = torch.nn.functional.pad((columns + 8).to(torch.uint8), (0, 0, 0, -columns.shape[1] % UP_BLOCK), value=8)
+    low, high = codes.unflatten(1, (-1, 2, UP_BLOCK // 2)).unbind(2)
+    return (low | high << 4).transpose(-1, -2).flatten(2)
+
+
+def _unpack_columns(up: torch.Tensor, kind: int, rank: int) -> torch.Tensor:
+    """The inverse of `_pack_up`."""
+    if kind != INTEGER_KINDS[4]:
+        return up
+    both = up.unflatten(2, (LANES, UP_BLOCK // 2)).transpose(-1, -2)
+    codes = torch.stack([both & 15, both >> 4], dim=2).flatten(1, 3)[:, :rank]
+    return codes.to(torch.int8) - 8
 
 
 def _factor(values: torch.Tensor, scales: torch.Tensor | None, kind: int) -> torch.Tensor | QuantizedFactor:

@@ -117,18 +117,18 @@ struct UpAhead {
   int kind;
 
   UpAhead(const Linear& l, const Active& active, int strip) : kind(l.up_kind) {
-    strip_begin = (const char*)l.up + strip * bytes(l.rank);
+    strip_begin = (const char*)l.up + strip * up_bytes(kind, l.rank);
     range = active.ranges, last_range = range + active.count;
     next = end = nullptr;
+    if (kind == I4) range = last_range;
     if (range < last_range) enter();
-    step = (2 * bytes(active.rank) / l.segments + 63) / 64 * 64;
-    if (active.count && (kind == I8 || kind == I4)) {
+    step = (2 * up_bytes(kind, active.rank) / l.segments + 63) / 64 * 64;
+    if (active.count && kind == I8) {
       const char* scales = (const char*)(l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank);
       for (int byte = 0; byte < 2 * l.rank; byte += 64) __builtin_prefetch(scales + byte);
     }
   }
-  int64_t bytes(int components) const { return factor_bytes(kind, int64_t(components) * LANES); }
-  void enter() { next = strip_begin + bytes(range->first), end = strip_begin + bytes(range->last); }
+  void enter() { next = strip_begin + up_bytes(kind, range->first), end = strip_begin + up_bytes(kind, range->last); }
   void fetch() {
     for (int64_t left = step; left > 0 && next < end; left -= 64) {
       __builtin_prefetch(next);
@@ -140,7 +140,7 @@ struct UpAhead {
 
 template <int KIND, int R>
 void add_up_of(const Linear& l, int strip, const float* all_t, const Active& active, F (&y)[R]) {
-  constexpr bool INTEGER = KIND == I8 || KIND == I4;
+  constexpr bool INTEGER = KIND == I8;
   const uint16_t* scales = l.up_scales + int64_t(strip * LANES / FACTOR_GROUP) * l.rank;
   // Sums that do not wait for each other: one row alone would have each product wait for the one before.
   constexpr int CHAINS = R == 1 ? 4 : 1;
@@ -148,8 +148,6 @@ void add_up_of(const Linear& l, int strip, const float* all_t, const Active& act
   for (int chain = 0; chain < CHAINS; ++chain) {
     for (int r = 0; r < R; ++r) sums[chain][r] = fzero();
   }
-  F all[R];  // in its lanes together: the sum of what columns are multiplied by
-  for (int r = 0; r < R; ++r) all[r] = fzero();
   // Components [c, c + count). Of integers at most a vector's, and a whole one is counted when compiled.
   auto add = [&](int c, auto whole, int rest) {
     const int count = whole ? LANES : rest;
@@ -161,15 +159,12 @@ void add_up_of(const Linear& l, int strip, const float* all_t, const Active& act
       // t takes the scales of B, for all these components at once.
       const F scale = whole ? load_f16(scales + c) : load_f16(scales + c, count);
       for (int r = 0; r < R; ++r) {
-        const F product = fmul(whole ? fload(t[r]) : fload(t[r], count), scale);
-        fstore(scaled[r], product);
+        fstore(scaled[r], fmul(whole ? fload(t[r]) : fload(t[r], count), scale));
         t[r] = scaled[r];
-        all[r] = fadd(all[r], product);
       }
     }
     auto one = [&](int i, F (&to)[R]) {
-      const char* at = columns + factor_bytes(KIND, LANES) * i;
-      const F column = KIND == I4 ? lane_codes((const uint8_t*)at) : load16(at, KIND, 0);
+      const F column = load16(columns, KIND, i * LANES);
       for (int r = 0; r < R; ++r) to[r] = fma(column, fset(t[r][i]), to[r]);
     };
     int i = 0;
@@ -186,19 +181,48 @@ void add_up_of(const Linear& l, int strip, const float* all_t, const Active& act
   }
   for (int r = 0; r < R; ++r) {
     for (int chain = 1; chain < CHAINS; ++chain) sums[0][r] = fadd(sums[0][r], sums[chain][r]);
-    // Codes of 4 bits were taken as they stand, 8 too large.
-    if constexpr (KIND == I4) y[r] = fma(sums[0][r], lane_units(), fma(fset(sum(all[r])), fset(-8.0f), y[r]));
-    else y[r] = fadd(y[r], sums[0][r]);
+    y[r] = fadd(y[r], sums[0][r]);
   }
 }
 
-template <int R>
-void add_up(const Linear& l, int strip, const float* t, const Active& active, F (&y)[R]) {
+// The same of 4 bits, by byte products with t in integers.
+template <int S, int R>
+void add_up_of_blocks(const Linear& l, int strip, const UpInput& up, int row, const Active& active, F (&y)[R]) {
+  const uint8_t* blocks = (const uint8_t*)l.up + strip * up_bytes(I4, l.rank);
+  const int64_t row_stride = int64_t(up_places(l.rank)) * S;
+  const int8_t* digits = up.digits + row * row_stride;
+  I once[R][S], shifted[R][S];
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
+  }
+  int block = 0;
+  for (int i = 0; i < active.count; ++i) {
+    const int first = active.ranges[i].first / UP_BLOCK, end = (active.ranges[i].last + UP_BLOCK - 1) / UP_BLOCK;
+    // A block that two members share is taken once: the digits of both are in it.
+    for (block = block > first ? block : first; block < end; ++block) {
+      __builtin_prefetch(blocks + block * int64_t(64) + up_bytes(I4, l.rank));
+      const int8_t* of_block = digits + block / 2 * LANES * S + block % 2 * UP_BLOCK;
+      take_halves<S, R>(once, shifted, load(blocks + block * int64_t(64)), of_block, row_stride);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    F value = fzero();
+    for (int s = S - 1; s >= 0; --s) {
+      // Codes are 8 too large.
+      const I eights = iset(up.sums[(row + r) * S + s] * 8);
+      value = fma(value, fset(256.0f), to_float(isub(together_of_halves(once[r][s], shifted[r][s]), eights)));
+    }
+    y[r] = fma(value, fset(up.steps[row + r]), y[r]);
+  }
+}
+
+template <int S, int R>
+void add_up(const Linear& l, int strip, const float* t, const UpInput& up, int row, const Active& active, F (&y)[R]) {
   switch (l.up_kind) {
     case F16: return add_up_of<F16, R>(l, strip, t, active, y);
     case BF16: return add_up_of<BF16, R>(l, strip, t, active, y);
     case I8: return add_up_of<I8, R>(l, strip, t, active, y);
-    case I4: return add_up_of<I4, R>(l, strip, t, active, y);
+    case I4: return add_up_of_blocks<S, R>(l, strip, up, row, active, y);
     default: return add_up_of<F32, R>(l, strip, t, active, y);
   }
 }

@@ -22,17 +22,15 @@ inline bool readable_bits(int bits) { return bits == 2 || bits == 3 || bits == 4
 inline bool floating(int kind) { return kind == F32 || kind == F16 || kind == BF16; }
 inline bool integer(int kind) { return kind == I8 || kind == I4; }
 inline int64_t bytes_of(int kind) { return kind == F32 ? 4 : 2; }
-inline int64_t bytes_of_factor(int kind, int64_t values) {
-  return kind == I4 ? values / 2 : kind == I8 ? values : values * bytes_of(kind);
-}
 // Whether there are exactly so many bytes.
 inline bool holds(const void* memory, int64_t bytes, int64_t expected) { return memory && bytes == expected; }
 // Words of 32 bits that a stream of so many codes takes.
 inline int64_t stream_words(int64_t codes, int bits) { return (codes * bits + 31) / 32; }
 
-inline Fault check_factor(const void* values, int64_t bytes, const uint16_t* scales, int64_t scale_bytes, int kind,
-                          int64_t rank, int64_t padded, int64_t groups, Fault bad_values, Fault bad_scales) {
-  if (!holds(values, bytes, bytes_of_factor(kind, rank * padded))) return bad_values;
+inline Fault check_factor(const void* values, int64_t bytes, int64_t expected, const uint16_t* scales,
+                          int64_t scale_bytes, int kind, int64_t rank, int64_t groups, Fault bad_values,
+                          Fault bad_scales) {
+  if (!holds(values, bytes, expected)) return bad_values;
   if (integer(kind) && !holds(scales, scale_bytes, rank * groups * 2)) return bad_scales;
   return FINE;
 }
@@ -44,11 +42,12 @@ inline Fault check_adapter(const Linear& l) {
   if (!(floating(l.down_kind) || integer(l.down_kind)) || !(floating(l.up_kind) || integer(l.up_kind)))
     return BAD_KINDS;
   const int64_t inputs = padded_inputs(l.in_features), outputs = int64_t(l.strips) * LANES;
-  if (Fault fault = check_factor(l.down, l.down_bytes, l.down_scales, l.down_scales_bytes, l.down_kind, l.rank, inputs,
-                                 inputs / FACTOR_GROUP, BAD_DOWN, BAD_DOWN_SCALES))
+  if (Fault fault = check_factor(l.down, l.down_bytes, factor_bytes(l.down_kind, l.rank * inputs), l.down_scales,
+                                 l.down_scales_bytes, l.down_kind, l.rank, inputs / FACTOR_GROUP, BAD_DOWN,
+                                 BAD_DOWN_SCALES))
     return fault;
-  return check_factor(l.up, l.up_bytes, l.up_scales, l.up_scales_bytes, l.up_kind, l.rank, outputs,
-                      (outputs + FACTOR_GROUP - 1) / FACTOR_GROUP, BAD_UP, BAD_UP_SCALES);
+  return check_factor(l.up, l.up_bytes, l.strips * up_bytes(l.up_kind, l.rank), l.up_scales, l.up_scales_bytes,
+                      l.up_kind, l.rank, (outputs + FACTOR_GROUP - 1) / FACTOR_GROUP, BAD_UP, BAD_UP_SCALES);
 }
 
 // Sizes alone.

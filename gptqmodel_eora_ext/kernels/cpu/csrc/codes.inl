@@ -10,7 +10,6 @@ inline F load16(const void* base, int kind, int64_t offset) {
     case F16: return load_f16((const uint16_t*)base + offset);
     case BF16: return load_bf16((const uint16_t*)base + offset);
     case I8: return load_i8((const int8_t*)base + offset);
-    case I4: return load_i4((const uint8_t*)base + offset / 2);
     default: return fload((const float*)base + offset);
   }
 }
@@ -22,11 +21,6 @@ inline void store16(void* base, int kind, int64_t offset, F value) {
 }
 
 inline int size_of(int kind) { return kind == F32 ? 4 : 2; }
-
-// Bytes of a factor's features of any kind.
-inline constexpr int64_t factor_bytes(int kind, int64_t features) {
-  return features * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
-}
 
 // The first `count` of 16 lanes.
 inline void store_some(void* base, int kind, int64_t offset, F value, int count) {
@@ -45,6 +39,25 @@ inline I zeros_of(const Linear& l, int64_t index) {
   if (!l.zeros) return iset(l.zero);
   return l.bits == 8 ? load_u8(l.zeros + index * LANES) : load_u4(l.zeros + index * LANES / 2);
 }
+
+// Dot products of the four codes in each lane's bytes with the digits of four inputs, for all rows and slices.
+template <int S, int R>
+inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) sums[r][s] = dot4(sums[r][s], codes, digits + r * row_stride + s * LANES);
+  }
+}
+
+// The same of eight codes of 4 bits, four in the low halves of the bytes and the next four in the high ones; those sums
+// that are in `shifted` are 16 times too large.
+template <int S, int R>
+inline void take_halves(I (&once)[R][S], I (&shifted)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
+  take<S, R>(once, iand(codes, bytes(0x0F)), digits, row_stride);
+  if constexpr (WIDE_CODES) take<S, R>(shifted, iand(codes, bytes(0xF0)), digits + 4, row_stride);
+  else take<S, R>(once, iand(shr<4>(codes), bytes(0x0F)), digits + 4, row_stride);
+}
+
+inline I together_of_halves(I once, I shifted) { return WIDE_CODES ? iadd(once, sar<4>(shifted)) : once; }
 
 // The codes of a unit: four[k] holds in its lanes' bytes the inputs 4k to 4k + 3.
 template <int B>

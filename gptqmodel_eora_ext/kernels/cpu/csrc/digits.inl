@@ -20,17 +20,22 @@ void widen(const void* x, int kind, int in_features, float* out) {
 // Inputs below this in a whole segment count as zero: their reciprocal step would leave float32.
 constexpr float TINY = 0x1p-100f;
 
-// What `count` inputs are multiplied by to become integers of so many bytes, a power of two, and 1 over it: 0 and 0
-// where they count as zero, 0 and NaN where one is not finite.
-inline float integer_scale(const float* x, int count, int slices, float* step) {
+// How large some numbers are, and whether all are finite.
+struct Extent {
+  F size = fzero(), poison = fzero();
+
+  void take(F x) {
+    size = fmax16(fabs16(x), size);
+    poison = fma(x, fzero(), poison);
+  }
+};
+
+// What numbers are multiplied by to become integers of so many bytes, a power of two, and 1 over it: 0 and 0 where they
+// count as zero, 0 and NaN where one is not finite.
+inline float integer_scale(const Extent& extent, int slices, float* step) {
   // The largest integer of balanced digits: 127 · (1 + 256 + …).
   const float highest = slices == 2 ? 32639.0f : 8355711.0f;
-  F size = fzero(), poison = fzero();
-  for (int i = 0; i < count; i += LANES) {
-    size = fmax16(fabs16(fload(x + i)), size);
-    poison = fma(fload(x + i), fzero(), poison);
-  }
-  const float largest_input = largest(size), bad = sum(poison);
+  const float largest_input = largest(extent.size), bad = sum(extent.poison);
   float scale = 0.0f;
   *step = bad;
   if (bad == 0.0f && largest_input >= TINY) {
@@ -45,6 +50,12 @@ inline float integer_scale(const float* x, int count, int slices, float* step) {
   return scale;
 }
 
+inline float integer_scale(const float* x, int count, int slices, float* step) {
+  Extent extent;
+  for (int i = 0; i < count; i += LANES) extent.take(fload(x + i));
+  return integer_scale(extent, slices, step);
+}
+
 // The lowest byte of each lane as a signed number, which is taken off what is left.
 inline I next_digit(I& rest) {
   I digit = sar<24>(shl<24>(rest));
@@ -52,23 +63,63 @@ inline I next_digit(I& rest) {
   return digit;
 }
 
+// Inputs as integers of so many bytes, a multiple of 16 of them: of each 16 one slice after the other, and sums of slices.
+inline void write_digits(const float* x, int count, float scale, int slices, int8_t* digits, int32_t* sums) {
+  I total[3] = {izero(), izero(), izero()};
+  for (int place = 0; place < count; place += LANES) {
+    // A NaN times 0 is NaN, whose integer is arbitrary; the step poisons the sum anyway.
+    I rest = to_int(fmul(fload(x + place), fset(scale)));
+    for (int s = 0; s < slices; ++s) {
+      const I digit = next_digit(rest);
+      store_i8(digits + place * slices + s * LANES, digit);
+      total[s] = iadd(total[s], digit);
+    }
+  }
+  for (int s = 0; s < slices; ++s) sums[s] = sum(total[s]);
+}
+
 void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps) {
   for (int segment = 0; segment < l.segments; ++segment) {
     const int begin = l.starts[segment] * LANES, end = l.starts[segment + 1] * LANES;
     const float scale = integer_scale(x + begin, end - begin, slices, steps + segment);
-    I total[3] = {izero(), izero(), izero()};
-    for (int place = begin; place < end; place += LANES) {
-      // A NaN times 0 is NaN, whose integer is arbitrary; the step poisons the sum anyway.
-      I rest = to_int(fmul(fload(x + place), fset(scale)));
-      int8_t* out = digits + int64_t(place) * slices;
-      for (int s = 0; s < slices; ++s) {
-        I digit = next_digit(rest);
-        store_i8(out + s * LANES, digit);
-        total[s] = iadd(total[s], digit);
-      }
-    }
-    for (int s = 0; s < slices; ++s) sums[segment * slices + s] = sum(total[s]);
+    write_digits(x + begin, end - begin, scale, slices, digits + int64_t(begin) * slices, sums + segment * slices);
   }
+}
+
+// t times the scales of Bᵀ's active columns in a group of outputs: of each 16, the first component and the products.
+template <typename Take>
+inline void scaled_by_group(const Linear& l, const Active& active, const float* t, int group, Take take) {
+  const uint16_t* scales = l.up_scales + int64_t(group) * l.rank;
+  for (int i = 0; i < active.count; ++i) {
+    const int last = active.ranges[i].last;
+    int c = active.ranges[i].first;
+    for (; c + LANES <= last; c += LANES) take(c, fmul(fload(t + c), load_f16(scales + c)));
+    if (c < last) take(c, fmul(fload(t + c, last - c), load_f16(scales + c, last - c)));
+  }
+}
+
+// One scale for all groups of outputs: to find one for each would take longer than to multiply with it.
+void scale_up(const Linear& l, const Active& active, const float* t, int rows, int slices, float* scales, float* steps) {
+  const int groups = (l.strips * LANES + FACTOR_GROUP - 1) / FACTOR_GROUP;
+  for (int row = 0; row < rows; ++row, t += l.rank) {
+    Extent extent;
+    for (int group = 0; group < groups; ++group) {
+      scaled_by_group(l, active, t, group, [&](int, F product) { extent.take(product); });
+    }
+    scales[row] = integer_scale(extent, slices, steps + row);
+  }
+}
+
+// t times the scales of a group of outputs as integers, 0 for components that are not active.
+void quantize_up(const Linear& l, const Active& active, const float* t, int group, int slices, const UpInput& up,
+                 int row) {
+  const int places = up_places(l.rank);
+  if (active.count != 1 || active.rank != places) {
+    for (int place = 0; place < places; place += LANES) fstore(up.scaled + place, fzero());
+  }
+  scaled_by_group(l, active, t, group, [&](int c, F product) { fstore(up.scaled + c, product); });
+  write_digits(up.scaled, places, up.scales[row], slices, up.digits + int64_t(row) * places * slices,
+               up.sums + row * slices);
 }
 
 void quantize_down(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps) {

@@ -11,14 +11,6 @@ namespace {
 using Even = std::integral_constant<int, 0>;
 using Odd = std::integral_constant<int, 1>;
 
-// Dot products of the four codes in each lane's bytes with the digits of four inputs, for all rows and slices.
-template <int S, int R>
-inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
-  for (int r = 0; r < R; ++r) {
-    for (int s = 0; s < S; ++s) sums[r][s] = dot4(sums[r][s], codes, digits + r * row_stride + s * LANES);
-  }
-}
-
 // The unit's share of the sums: `once` for codes that stand in place, `shifted` for those that stand higher (`together`).
 template <int B, int S, int R, int ODD>
 inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip, int unit, const int8_t* d, int64_t rs) {
@@ -40,10 +32,7 @@ inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip,
     take<S, R>(shifted, three(low, high, 0x0C, 0x1C), d + 12, rs);
   } else if constexpr (B == 4) {
     for (int half = 0; half < 2; ++half) {
-      I v = load(strip + unit * 128 + half * 64);
-      take<S, R>(once, iand(v, bytes(0x0F)), d + half * 8, rs);
-      if constexpr (WIDE_CODES) take<S, R>(shifted, iand(v, bytes(0xF0)), d + half * 8 + 4, rs);
-      else take<S, R>(once, iand(shr<4>(v), bytes(0x0F)), d + half * 8 + 4, rs);
+      take_halves<S, R>(once, shifted, load(strip + unit * 128 + half * 64), d + half * 8, rs);
     }
   } else {
     for (int quarter = 0; quarter < 4; ++quarter) {
@@ -62,7 +51,7 @@ inline void take_unit(I (&once)[R][S], I (&shifted)[R][S], const uint8_t* strip,
 template <int B>
 inline I together(I once, I shifted) {
   if constexpr (B == 2 || B == 3) return iadd(once, sar<2>(shifted));
-  if constexpr (B == 4) return WIDE_CODES ? iadd(once, sar<4>(shifted)) : once;
+  if constexpr (B == 4) return together_of_halves(once, shifted);
   return WIDE_CODES ? once : iadd(once, shl<4>(shifted));
 }
 
@@ -81,6 +70,7 @@ struct Rows {
   const int32_t* sums;
   const float* steps;
   const float* t;
+  const UpInput& up;
   const Active& active;
 };
 
@@ -124,10 +114,10 @@ void strip_of_rows(const Linear& l, int strip, const Rows& x, F (&y)[R]) {
 template <int B, int S, int R>
 void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int64_t stride, int kind) {
   const Rows from = {x.digits + int64_t(row) * l.units * LANES * S, x.sums + int64_t(row) * l.segments * S,
-                     x.steps + int64_t(row) * l.segments, x.t, x.active};
+                     x.steps + int64_t(row) * l.segments, x.t, x.up, x.active};
   F out[R];
   strip_of_rows<B, S, R>(l, strip, from, out);
-  if (x.active.rank) add_up<R>(l, strip, x.t + int64_t(row) * l.rank, x.active, out);
+  if (x.active.rank) add_up<S, R>(l, strip, x.t + int64_t(row) * l.rank, x.up, row, x.active, out);
   for (int r = 0; r < R; ++r) {
     store_some(y, kind, int64_t(row + r) * stride + strip * LANES, out[r], l.out_features - strip * LANES);
   }
@@ -135,16 +125,22 @@ void some_rows(const Linear& l, int strip, const Rows& x, int row, void* y, int6
 
 template <int B, int S>
 void strips_of(const Linear& l, const Rows& x, int rows, int first, int last, void* y, int64_t stride, int kind) {
+  const bool in_blocks = x.active.rank && l.up_kind == I4;
   for (int strip = first; strip < last; ++strip) {
+    if (in_blocks && (strip == first || strip * LANES % FACTOR_GROUP == 0)) {
+      for (int row = 0; row < rows; ++row) {
+        quantize_up(l, x.active, x.t + int64_t(row) * l.rank, strip * LANES / FACTOR_GROUP, S, x.up, row);
+      }
+    }
     int row = 0;
     for (; row + 4 <= rows; row += 4) some_rows<B, S, 4>(l, strip, x, row, y, stride, kind);
     for (; row < rows; ++row) some_rows<B, S, 1>(l, strip, x, row, y, stride, kind);
   }
 }
 
-void strips(const Linear& l, const Input& x, const float* t, const Active& active, int first, int last, void* y,
-            int64_t stride, int kind) {
-  const Rows rows = {x.digits, x.sums, x.steps, t, active};
+void strips(const Linear& l, const Input& x, const float* t, const UpInput& up, const Active& active, int first,
+            int last, void* y, int64_t stride, int kind) {
+  const Rows rows = {x.digits, x.sums, x.steps, t, up, active};
   auto* run = l.bits == 2   ? (x.slices == 2 ? strips_of<2, 2> : strips_of<2, 3>)
               : l.bits == 3 ? (x.slices == 2 ? strips_of<3, 2> : strips_of<3, 3>)
               : l.bits == 4 ? (x.slices == 2 ? strips_of<4, 2> : strips_of<4, 3>)
@@ -179,6 +175,6 @@ void dequantize(const Linear& l, int strip, float* out, int64_t stride) {
   run(l, strip, out, stride);
 }
 
-const Kernels table = {down, quantize, quantize_down, widen, strips, dequantize};
+const Kernels table = {down, quantize, quantize_down, widen, scale_up, strips, dequantize};
 
 }  // namespace

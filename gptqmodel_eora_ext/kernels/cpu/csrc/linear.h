@@ -13,7 +13,9 @@
 //                      high bit of both (see `repack.cpp`); an odd number of units ends in half a pair
 //   scales   strips × segments × 16
 //   zeros    strips × segments × 16, 4 bits each (8 at 8 bits), or one value for all
-//   up       strips × rank × 16, Bᵀ
+//   up       strips × rank × 16, Bᵀ. Codes of 4 bits: strips × blocks of 8 components × 64 bytes, the last block filled
+//            up with zeros. A 32-bit lane is an output; its byte j holds component j of the block in the low half, and
+//            j + 4 in the high one, so that one dot product takes four components of 16 outputs
 //   down     rank × padded_inputs(in), A
 #pragma once
 #include <cstdint>
@@ -26,6 +28,8 @@ enum Kind : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3, I4 = 4 };
 constexpr int LANES = 16;
 // Features that share a scale of 8- and 4-bit factors.
 constexpr int FACTOR_GROUP = 64;
+// Components of Bᵀ of 4 bits that fill a vector.
+constexpr int UP_BLOCK = 8;
 // Components of A in a piece of work, multiplied with an input while it is at hand: 12,288 inputs in float32 do not fit
 // the first cache.
 constexpr int COMPONENTS = 4;
@@ -85,6 +89,20 @@ constexpr int64_t strip_bytes(int bits, int units) {
 // Rows of A, and of x beside them, end in zeros.
 constexpr int padded_inputs(int in_features) { return (in_features + FACTOR_GROUP - 1) / FACTOR_GROUP * FACTOR_GROUP; }
 
+// Bytes of a factor's values of any kind.
+constexpr int64_t factor_bytes(int kind, int64_t values) {
+  return values * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
+}
+
+// Bytes of a strip's columns of Bᵀ, of so many components.
+constexpr int64_t up_bytes(int kind, int64_t components) {
+  if (kind == I4) components = (components + UP_BLOCK - 1) / UP_BLOCK * UP_BLOCK;
+  return factor_bytes(kind, components * LANES);
+}
+
+// Components of Bᵀ of 4 bits, filled up to whole vectors of t.
+constexpr int up_places(int rank) { return (rank + LANES - 1) / LANES * LANES; }
+
 static inline float half_to_float(uint16_t half) {
   uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7FFF, bits;
   // Shifted into a float's place the exponent is 112 too small, subnormal or not.
@@ -115,6 +133,16 @@ struct Input {
   float* down_steps;      // groups a row
 };
 
+// For Bᵀ of 4 bits: what t times the scales of its columns is multiplied by to become integers, and memory of a thread
+// for a group of outputs.
+struct UpInput {
+  const float* scales;  // one a row
+  const float* steps;   // 1 over it
+  float* scaled;        // `up_places` and a vector: a row at a time
+  int8_t* digits;       // `up_places` · slices a row: of 16 components one slice after the other
+  int32_t* sums;        // slices a row: of the digits
+};
+
 // One instruction set's kernels.
 struct Kernels {
   // t = x Aᵀ, rows × rank, for the components [first, last).
@@ -125,9 +153,12 @@ struct Kernels {
   void (*quantize_down)(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
+  // What t is multiplied by for Bᵀ of 4 bits, and 1 over it, of each row.
+  void (*scale_up)(const Linear&, const Active& active, const float* t, int rows, int slices, float* scales,
+                   float* steps);
   // y of the strips [first, last); a row of y begins `stride` values after the one before.
-  void (*strips)(const Linear&, const Input& x, const float* t, const Active& active, int first, int last, void* y,
-                 int64_t stride, int kind);
+  void (*strips)(const Linear&, const Input& x, const float* t, const UpInput& up, const Active& active, int first,
+                 int last, void* y, int64_t stride, int kind);
   // Ŵᵀ of a strip to a matrix in × stride, a row to an input.
   void (*dequantize)(const Linear&, int strip, float* out, int64_t stride);
 };

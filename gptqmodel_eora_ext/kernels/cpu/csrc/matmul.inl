@@ -40,6 +40,14 @@ inline void store_pair(uint16_t* weights, int64_t pair, int half, F even, F odd)
   _mm512_storeu_si512(weights + (pair * 2 + half) * LANES * 2, both);
 }
 
+// A component of 16 outputs, from codes of 4 bits.
+inline F column_of_block(const char* columns, int component) {
+  const int place = component % UP_BLOCK;
+  const I block = load((const uint8_t*)columns + component / UP_BLOCK * 64);
+  const I code = _mm512_srlv_epi32(block, iset(place % 4 * 8 + place / 4 * 4));
+  return to_float(isub(iand(code, iset(15)), iset(8)));
+}
+
 template <int B>
 void dequantize_strip(const Linear& l, const Active& active, int strip, int half, uint16_t* weights) {
   const uint8_t* codes = l.codes + strip * strip_bytes(B, l.units);
@@ -65,7 +73,9 @@ void dequantize_strip(const Linear& l, const Active& active, int strip, int half
     if (range == active.ranges + active.count) return fzero();
     const int component = next++;
     if (next == range->last && ++range < active.ranges + active.count) next = range->first;
-    F values = load16(l.up, l.up_kind, (int64_t(strip) * l.rank + component) * LANES);
+    const char* columns = (const char*)l.up + strip * up_bytes(l.up_kind, l.rank);
+    const F values = l.up_kind == I4 ? column_of_block(columns, component)
+                                     : load16(columns, l.up_kind, int64_t(component) * LANES);
     if (l.up_kind != I8 && l.up_kind != I4) return values;
     return fmul(values, fset(half_to_float(l.up_scales[int64_t(strip * LANES / FACTOR_GROUP) * l.rank + component])));
   };

@@ -91,6 +91,20 @@ Input input_of(const Call& c) {
   return input;
 }
 
+bool has_blocks(const Linear& l) { return l.rank && l.up_kind == I4; }
+
+// Memory of the calling thread for t and Bᵀ of 4 bits; none where no layer has it.
+UpInput up_input_of(const Call& c, int slices) {
+  int64_t places = 0;
+  for (int i = 0; i < c.count; ++i) {
+    const Linear& l = *c.linears[i];
+    if (has_blocks(l) && up_places(l.rank) > places) places = up_places(l.rank);
+  }
+  if (!places) return {};
+  return {nullptr, nullptr, scratch<float, 14>(places + LANES), scratch<int8_t, 15>(c.rows * places * slices),
+          scratch<int32_t, 16>(c.rows * slices)};
+}
+
 // A row of x in all forms that are needed.
 void read_row(const Call& c, const Input& to, int row) {
   const Linear& l = *c.linears[0];
@@ -155,11 +169,21 @@ void multiply_all(const Work& w, int threads) {
 #pragma omp for schedule(dynamic, 1)
       for (int piece = 0; piece < w.downs; ++piece) multiply_down(w, input, components_of(w, piece));
     }
+    UpInput up = up_input_of(c, input.slices);
+    float* scales = scratch<float, 17>(int64_t(c.count) * c.rows * 2);
+    for (int i = 0; up.digits && i < c.count; ++i) {
+      const Linear& l = *c.linears[i];
+      float* of_layer = scales + int64_t(i) * c.rows * 2;
+      if (has_blocks(l)) {
+        c.kernels.scale_up(l, w.shares[i].active, w.shares[i].t, c.rows, input.slices, of_layer, of_layer + c.rows);
+      }
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int piece = 0; piece < w.pieces; ++piece) {
       const Strips some = strips_of(w, piece);
       const Share& share = w.shares[some.layer];
-      c.kernels.strips(*c.linears[some.layer], input, share.t, share.active, some.first, some.last, share.y,
+      up.scales = scales + int64_t(some.layer) * c.rows * 2, up.steps = up.scales + c.rows;
+      c.kernels.strips(*c.linears[some.layer], input, share.t, up, share.active, some.first, some.last, share.y,
                        c.outputs, c.kind);
     }
   }

@@ -94,9 +94,6 @@ inline I load_u4(const uint8_t* p) {
   __m256i high = _mm256_srlv_epi32(both, _mm256_set_epi32(28, 28, 24, 24, 20, 20, 16, 16));
   return {_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)};
 }
-inline F lane_codes(const uint8_t* p) { return to_float(load_u4(p)); }
-inline F lane_units() { return fset(1.0f); }
-inline F load_i4(const uint8_t* p) { return fadd(to_float(load_u4(p)), fset(-8.0f)); }
 // The first of 16 values, zeros after them.
 inline F fload(const float* p, int count) {
   float lanes[16] = {};

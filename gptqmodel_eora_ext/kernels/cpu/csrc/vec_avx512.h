@@ -81,30 +81,11 @@ inline F fset_f16(const uint16_t* low, const uint16_t* high) {
   return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(one)), _mm_set1_epi16(other), 1));
 }
 // 16 values of 4 bits: even lanes in the first four bytes, odd lanes in the next.
-inline I in_low_bits(const uint8_t* p) {
+inline I load_u4(const uint8_t* p) {
   const I shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
   int64_t both;
   __builtin_memcpy(&both, p, 8);
-  return _mm512_srlv_epi32(_mm512_set1_epi64(both), shifts);
-}
-// The same in the place where they stand: each lane counts `lane_units` of it.
-inline F lane_codes(const uint8_t* p) {
-  const I masks = _mm512_set_epi32(15 << 28, 15 << 28, 15 << 24, 15 << 24, 15 << 20, 15 << 20, 15 << 16, 15 << 16,
-                                   15 << 12, 15 << 12, 15 << 8, 15 << 8, 15 << 4, 15 << 4, 15, 15);
-  int64_t both;
-  __builtin_memcpy(&both, p, 8);
-  return _mm512_cvtepu32_ps(_mm512_and_si512(_mm512_set1_epi64(both), masks));
-}
-inline F lane_units() {
-  return _mm512_set_ps(0x1p-28f, 0x1p-28f, 0x1p-24f, 0x1p-24f, 0x1p-20f, 0x1p-20f, 0x1p-16f, 0x1p-16f, 0x1p-12f,
-                       0x1p-12f, 0x1p-8f, 0x1p-8f, 0x1p-4f, 0x1p-4f, 1.0f, 1.0f);
-}
-inline I load_u4(const uint8_t* p) { return _mm512_and_si512(in_low_bits(p), _mm512_set1_epi32(15)); }
-// The same less 8. A permutation looks at the low four bits of a lane alone, so that one instruction drops the others
-// and gives the number as a float.
-inline F load_i4(const uint8_t* p) {
-  const F values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  return _mm512_permutexvar_ps(in_low_bits(p), values);
+  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi64(both), shifts), _mm512_set1_epi32(15));
 }
 // Eight numbers of a lane each.
 inline void store_low(int32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(a)); }

@@ -76,12 +76,9 @@ inline F load_bf16(const uint16_t* p) { LANEWISE(F, from_bits(uint32_t(p[l]) << 
 inline F load_i8(const int8_t* p) { LANEWISE(F, float(p[l])); }
 inline I load_u8(const uint8_t* p) { LANEWISE(I, p[l]); }
 inline I load_u4(const uint8_t* p) { LANEWISE(I, p[l % 2 * 4 + l / 4] >> (l / 2 % 2 * 4) & 15); }
-inline F lane_codes(const uint8_t* p) { return to_float(load_u4(p)); }
-inline F lane_units() { return fset(1.0f); }
 // The first of 16 values, zeros after them.
 inline F fload(const float* p, int count) { LANEWISE(F, l < count ? p[l] : 0.0f); }
 inline F load_f16(const uint16_t* p, int count) { LANEWISE(F, l < count ? half_to_float(p[l]) : 0.0f); }
-inline F load_i4(const uint8_t* p) { return fadd(to_float(load_u4(p)), fset(-8.0f)); }
 inline F fset_f16(const uint16_t* p) { return fset(half_to_float(*p)); }
 inline F fset_f16(const uint16_t* low, const uint16_t* high) {
   LANEWISE(F, half_to_float(l < 8 ? *low : *high));
