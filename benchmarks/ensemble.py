@@ -40,7 +40,7 @@ from gptqmodel_eora_ext.system.files import write_json
 PARTS = ("losses", "routing", "cost")
 BITS, GROUP_SIZE, SCALE_SEARCH = 2, 64, 2.4
 # Windows that the checkpoint is quantised with, and of each text those that factors and the router are made of.
-QUANTIZER_SAMPLES, SAMPLES, ROUTER_SAMPLES, SEQLEN = 64, 64, 256, 256
+QUANTIZER_SAMPLES, SAMPLES, ROUTER_SAMPLES, SEQLEN = 64, 64, 1024, 256
 TEXTS = {"math": "math_gsm8k_train_qa.txt", "code": common.CODE, "wiki": "wiki_enwiki106_gensim.txt"}
 WEB, WEB_SEEN, WEB_HELD_OUT = "web", "web_c4_1480docs_train.txt", "web_c4_1480docs_heldout.txt"
 # Of a text that is one file, the last tenth is held out.

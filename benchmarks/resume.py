@@ -148,6 +148,7 @@ def main() -> None:
         for kind in options.kinds:
             found = measure(base, kind, finished, options.repeats)
             result[kind] = {"measured": common.measured(base), "setup": setup, **found}
+            common.keep(base.results("resume"), result)
     common.keep(base.results("resume"), result, as_json=options.json)
     rows = [
         [kind, statistics.median(result[kind]["seconds"]["not kept"]), result[kind]["ratio"],

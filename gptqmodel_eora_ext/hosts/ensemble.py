@@ -1,8 +1,8 @@
 """Serving an ensemble: each prompt's weights are chosen while it is computed, and stay with its cache.
 
-The first layers have no members (`EnsembleFolder.depth`), so what they compute hangs on no weights. A hook before the
-layer that follows looks at it, and the router chooses the weights of the layers from there on: no token is computed
-twice, and the first token that is generated is computed with the prompt's own weights already.
+The first layers have no members (`EnsembleFolder.depth`), so what they compute hangs on no weights. What the last
+linear module of each reads is noted, and before the layer that follows the router chooses the weights from there on: no
+token is computed twice, and the first token that is generated is computed with the prompt's own weights already.
 
 The rule for caches of keys and values: they belong to the weights that they were computed with. A call that continues
 a cache continues its weights, whatever its text is about. A call without a cache, or with an empty one, is a prompt,
@@ -13,10 +13,11 @@ would change by more than `MOST_CHANGE`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..adapter.ensemble.folder import EnsembleFolder
 from ..adapter.ensemble.router import Router, Routing, pooled
 from ..adapter.ensemble.told import Told, told_weights
 from ..adapter.errors import AdapterError
+from ..adapter.layers import layer_number
 from ..adapter.naming import named_folder, read_entry
 from ..formats.names import MODEL_CONFIG
 from ..kernels.row_weights import Mixture, RowWeights
@@ -56,8 +58,9 @@ class _OfThread(threading.local):
 
     told: Told | Sequence[Told] = None
     pending: _Pending | None = None
-    # What a call without generation is made for, given the hidden states.
-    look: Callable[[torch.Tensor], None] | None = None
+    # What a call without generation is made for, given what the early layers have shown: a tensor of each.
+    look: Callable[[Sequence[torch.Tensor]], None] | None = None
+    seen: Sequence[torch.Tensor] = ()
     routing: Routing | None = None
     ids: torch.Tensor | None = None
     weights: RowWeights | None = None
@@ -98,6 +101,8 @@ class Ensemble:
         self.members = folder.names[1:]
         self._begin_serving(model)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for name in router.reads if router is not None else ():
+            model.get_submodule(name).register_forward_pre_hook(self._note)
         layers[folder.depth].register_forward_pre_hook(self._look, with_kwargs=True)
         model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
 
@@ -158,7 +163,7 @@ class Ensemble:
             AdapterError: for an ensemble without a router.
         """
         found: list[Routing] = []
-        self._see(input_ids, attention_mask, lambda hidden: found.append(self._routing(hidden, attention_mask)))
+        self._see(input_ids, attention_mask, lambda seen: found.append(self._routing(seen, attention_mask)))
         return found[0]
 
     def weights_of(self, cache: Any) -> torch.Tensor | None:
@@ -168,7 +173,9 @@ class Ensemble:
 
     # Hooks ---------------------------------------------------------------------------------------------------------
 
-    def _see(self, ids: torch.Tensor, mask: torch.Tensor | None, look: Callable[[torch.Tensor], None]) -> None:
+    def _see(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, look: Callable[[Sequence[torch.Tensor]], None]
+    ) -> None:
         model = self._model()
         assert model is not None
         self._mine.look = look
@@ -183,7 +190,7 @@ class Ensemble:
             raise NotImplementedError("EoRA: an ensemble's weights change from call to call, so that it cannot be "
                                       "compiled. Load one adapter for that.")  # fmt: skip
         mine = self._mine
-        mine.pending, mine.weights = None, None
+        mine.pending, mine.weights, mine.seen = None, None, ()
         self.mixture.set(None)
         if mine.look is not None:
             return
@@ -218,11 +225,17 @@ class Ensemble:
         rows = told_weights(told, self.members, sequences // beams)
         return [row for row in rows for _ in range(beams)]
 
+    def _note(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if self._mine.look is not None or self._mine.pending is not None:
+            self._mine.seen = (*self._mine.seen, args[0])
+
     def _look(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mine = self._mine
         hidden = args[0] if args else kwargs["hidden_states"]
+        # Some models give their linear modules the tokens of all prompts in one row.
+        seen, mine.seen = [one.reshape(*hidden.shape[:2], -1) for one in mine.seen], ()
         if mine.look is not None:
-            mine.look(hidden)
+            mine.look(seen)
             raise _Seen
         pending = mine.pending
         if pending is None:
@@ -231,7 +244,7 @@ class Ensemble:
         mask = pending.mask
         if mask is not None and mask.shape[1] != hidden.shape[1]:
             mask = mask[:, -hidden.shape[1] :]
-        routing = self._routing(hidden, mask) if None in pending.told else self._nothing_routed(len(pending.told))
+        routing = self._routing(seen, mask) if None in pending.told else self._nothing_routed(len(pending.told))
         rows = routing.weights.clone()
         for row, told in enumerate(pending.told):
             if told is not None:
@@ -244,11 +257,11 @@ class Ensemble:
         for observe in self.observers:
             observe(routing, mine.ids)
 
-    def _routing(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> Routing:
+    def _routing(self, seen: Sequence[torch.Tensor], mask: torch.Tensor | None) -> Routing:
         if self.router is None:
             raise AdapterError(f"Ensemble: `{self.folder.path}` has no router; tell the weights: weights={{…}}.")
         start = time.perf_counter()
-        means, tokens = pooled(hidden, mask)
+        means, tokens = pooled(seen, mask)
         routing = self.router.choose(means.cpu(), tokens.cpu())
         return replace(routing, seconds=time.perf_counter() - start)
 
@@ -271,21 +284,47 @@ class Ensemble:
             self._of_cache[made] = weights
 
 
-def hidden_states(model: torch.nn.Module, layer: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """What a layer reads, prompts × tokens × hidden size, of prompts without padding; later layers are not computed."""
-    found: list[torch.Tensor] = []
+def readers(model: torch.nn.Module, names: Collection[str], depth: int) -> list[str]:
+    """The modules whose inputs a router reads: of each early layer the last of those named, in the MLP of most models.
 
-    def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args[0] if args else kwargs["hidden_states"]).detach())
+    Args:
+        model: that they are of.
+        names: of the quantised linear modules.
+        depth: early layers.
+
+    Raises:
+        AdapterError: for a layer without any.
+    """
+    last = {layer_number(name): name for name, _ in model.named_modules() if name in names}
+    missing = [layer for layer in range(depth) if layer not in last]
+    if missing:
+        raise AdapterError(f"Ensemble: layer {missing[0]} has no quantised linear module, which the router would read. "
+                           f"Choose a smaller --depth, or quantise it.")  # fmt: skip
+    return [last[layer] for layer in range(depth)]
+
+
+def early_inputs(
+    model: torch.nn.Module, reads: Sequence[str], layer: torch.nn.Module, input_ids: torch.Tensor
+) -> list[torch.Tensor]:
+    """What modules read, prompts × tokens × features each, of prompts without padding; ``layer`` and later ones are not
+    computed."""
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        found[name] = args[0].detach().reshape(*input_ids.shape, -1)
+
+    def end(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         raise _Seen
 
-    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(note, name)) for name in reads]
+    hooks.append(layer.register_forward_pre_hook(end))
     try:
         with torch.inference_mode(), contextlib.suppress(_Seen):
             model(input_ids=input_ids, use_cache=False)
     finally:
-        hook.remove()
-    return found[0]
+        for hook in hooks:
+            hook.remove()
+    return [found[name] for name in reads]
 
 
 def ensemble_of(model: Any) -> Ensemble:

@@ -26,7 +26,7 @@ from ..adapter.ensemble.folder import (
     whole_tokens,
     write_manifest,
 )
-from ..adapter.ensemble.router import LEAST_WINDOWS, LENGTHS, Router
+from ..adapter.ensemble.router import LEAST_WINDOWS, LENGTHS, Router, summed
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
 from ..adapter.layers import layer_number, layers_of
@@ -34,7 +34,7 @@ from ..adapter.options import AdapterOptions
 from ..capture import SecondMoment
 from ..formats.sizes import ModuleShape
 from ..system.files import replaced_file, replaced_folder
-from .ensemble import hidden_states
+from .ensemble import early_inputs, readers
 from .jobs import AdapterJob, Loaded, Report, Windows
 from .registry import adapter_maker, loader
 from .transformers.generate import local_folder
@@ -115,8 +115,9 @@ def make_ensemble(job: EnsembleJob) -> Path:
         members.append(Member(name, over, made_for, _tokens(windows[: job.samples])))
     classes = {**({SHARED: job.shared} if job.background else {}), **job.domains}
     with _opened(job, job.output) as (loaded, layers):
-        states = {name: _states(loaded, layers[job.depth], windows) for name, windows in classes.items()}
-    router = Router.fit(states, list(job.domains))
+        reads = readers(loaded.model, {shape.name for shape in _shapes(loaded)}, job.depth)
+        sums = {name: _sums(loaded, reads, layers[job.depth], windows) for name, windows in classes.items()}
+    router = Router.fit(sums, list(job.domains), reads)
     with replaced_file(job.output / ROUTER_FILE) as fresh:
         router.save(fresh)
     write_manifest(job.output, members, job.depth, router.settings)
@@ -147,10 +148,11 @@ def add_member(job: EnsembleJob, *, replace: bool = False) -> Path:
     router = Router.load(job.output / ROUTER_FILE, ensemble.names[1:], ensemble.settings)
     with _opened(job, job.output) as (loaded, layers):
         budget = budget_bytes(job.budget, _shapes(loaded))
-        states = {name: _states(loaded, layers[ensemble.depth], windows) for name, windows in job.domains.items()}
+        layer = layers[ensemble.depth]
+        sums = {name: _sums(loaded, router.reads, layer, windows) for name, windows in job.domains.items()}
     # First what takes a moment: text that the router cannot learn from is told before the members are made.
     for name in job.domains:
-        router = router.with_class(name, states[name])
+        router = router.with_class(name, sums[name])
     for name, windows in job.domains.items():
         _member(job, name, windows[: job.samples], budget)
     new = [Member(name, over, made_for, _tokens(windows[: job.samples])) for name, windows in job.domains.items()]
@@ -239,13 +241,13 @@ def _shapes(loaded: Loaded) -> list[ModuleShape]:
     ]  # fmt: skip
 
 
-def _states(loaded: Loaded, layer: torch.nn.Module, windows: Windows) -> torch.Tensor:
-    """What the router looks at: windows × tokens × hidden size, float16."""
+def _sums(loaded: Loaded, reads: Sequence[str], layer: torch.nn.Module, windows: Windows) -> torch.Tensor:
+    """What the router learns from: windows × pieces × features, float32."""
     found = []
     for begin in range(0, len(windows), BATCH):
         ids = torch.tensor([one["input_ids"] for one in windows[begin : begin + BATCH]], device=loaded.model.device)
-        found.append(hidden_states(loaded.model, layer, ids).to("cpu", torch.bfloat16))
-    return torch.cat(found).float()
+        found.append(summed(early_inputs(loaded.model, reads, layer, ids)).to("cpu"))
+    return torch.cat(found)
 
 
 def _division(job: EnsembleJob) -> Division:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptqmodel_eora_ext.adapter.ensemble.division import STEPS, Division, Sample, divide
-from gptqmodel_eora_ext.adapter.ensemble.router import LENGTHS, Router, pooled
+from gptqmodel_eora_ext.adapter.ensemble.router import LENGTHS, Router, Routing, pooled, summed
 from gptqmodel_eora_ext.adapter.errors import AdapterError
 
 HIDDEN, WINDOWS, TOKENS = 24, 48, 64
@@ -18,21 +18,29 @@ MEMBERS = ("math", "code")
 
 
 def text(kind: int, windows: int = WINDOWS, tokens: int = TOKENS, *, seed: int = 0) -> torch.Tensor:
-    """Hidden states around a centre of the kind's own; of every prompt a little around that."""
+    """What a layer shows, around a centre of the kind's own; of every prompt a little around that."""
     centre = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1000 + kind))
     generator = torch.Generator().manual_seed(seed + 17 * kind)
     prompt = 0.2 * torch.randn(windows, 1, HIDDEN, generator=generator)
     return centre + prompt + torch.randn(windows, tokens, HIDDEN, generator=generator)
 
 
+def sums(kind: int, windows: int = WINDOWS, tokens: int = TOKENS) -> torch.Tensor:
+    return summed([text(kind, windows, tokens)])
+
+
+def routed(router: Router, *seen: torch.Tensor, mask: torch.Tensor | None = None) -> Routing:
+    return router.choose(*pooled(seen, mask))
+
+
 @pytest.fixture(scope="module")
 def router() -> Router:
-    return Router.fit({"shared": text(0), "math": text(1), "code": text(2)}, MEMBERS)
+    return Router.fit({"shared": sums(0), "math": sums(1), "code": sums(2)}, MEMBERS, ["layers.0.down"])
 
 
 def test_prompts_go_to_their_domain(router: Router) -> None:
     for kind, name in enumerate(("shared", *MEMBERS)):
-        routing = router.choose(*pooled(text(kind, 100, 32, seed=5)))
+        routing = routed(router, text(kind, 100, 32, seed=5))
         assert routing.nearest.count(name) >= 95
         assert sum(routing.fallen_back) <= 10
     assert bool((routing.weights.sum(dim=1) <= 1 + 1e-6).all())
@@ -40,54 +48,54 @@ def test_prompts_go_to_their_domain(router: Router) -> None:
 
 def test_other_text_falls_back(router: Router) -> None:
     for kind in (3, 4, 5):
-        routing = router.choose(*pooled(text(kind, 50, 32, seed=5)))
+        routing = routed(router, text(kind, 50, 32, seed=5))
         assert sum(routing.fallen_back) >= 45
         assert not bool(routing.weights[list(routing.fallen_back)].any())
 
 
 def test_a_prompt_of_few_tokens_falls_back(router: Router) -> None:
-    routing = router.choose(*pooled(text(1, 3, LENGTHS[0] - 1)))
+    routing = routed(router, text(1, 3, LENGTHS[0] - 1))
     assert routing.fallen_back == (True,) * 3 and routing.nearest == ("",) * 3
 
 
 def test_a_row_is_chosen_by_itself(router: Router) -> None:
     """Padding on either side changes nothing, nor who else is in the batch."""
     one = text(1, 1, 32, seed=3)
-    alone = router.choose(*pooled(one))
+    alone = routed(router, one)
     batch = torch.full((2, 50, HIDDEN), float("nan"))
     batch[0, 18:], batch[1] = one[0], text(2, 1, 50)[0]
     mask = torch.ones(2, 50)
     mask[0, :18] = 0
-    found = router.choose(*pooled(batch.nan_to_num(1e3), mask))
+    found = routed(router, batch.nan_to_num(1e3), mask=mask)
     torch.testing.assert_close(found.shares[:1], alone.shares)
     assert found.nearest == ("math", "code")
 
 
 def test_own_text_is_as_far_as_it_should_be(router: Router) -> None:
     """Tails of text like the calibration's are spread over 0 to 1: `drift` relies on that."""
-    tails = torch.tensor(router.choose(*pooled(text(1, 400, 32, seed=8))).tails)
+    tails = torch.tensor(routed(router, text(1, 400, 32, seed=8)).tails)
     for share in (0.1, 0.25, 0.5):
         assert float((tails <= share).float().mean()) == pytest.approx(share, abs=0.12)
 
 
 def test_a_floor_above_every_share(router: Router) -> None:
-    assert all(replace(router, floor=1.0).choose(*pooled(0.5 * text(1, 5) + 0.5 * text(2, 5))).fallen_back)
+    assert all(routed(replace(router, floor=1.0), 0.5 * text(1, 5) + 0.5 * text(2, 5)).fallen_back)
 
 
 def test_a_new_class_leaves_the_others(router: Router) -> None:
-    more = router.with_class("law", text(6))
+    more = router.with_class("law", sums(6))
     assert more.members == (*MEMBERS, "law")
     assert torch.equal(more.centres[:3], router.centres) and torch.equal(more.roots, router.roots)
     assert torch.equal(more.distances[:, :3], router.distances)
-    assert more.choose(*pooled(text(6, 20, 32, seed=5))).nearest.count("law") >= 18
-    again = more.with_class("math", text(1))
+    assert routed(more, text(6, 20, 32, seed=5)).nearest.count("law") >= 18
+    again = more.with_class("math", sums(1))
     assert again.members == ("code", "law", "math")
 
 
 def test_on_disk(router: Router, tmp_path: Path) -> None:
     router.save(tmp_path / "r.safetensors")
     read = Router.load(tmp_path / "r.safetensors", MEMBERS, router.settings)
-    means = pooled(text(2, 4))
+    means = pooled([text(2, 4)])
     assert torch.equal(read.choose(*means).weights, router.choose(*means).weights)
 
 
@@ -114,11 +122,11 @@ def test_damaged_files(router: Router, tmp_path: Path) -> None:
 
 def test_too_little_text() -> None:
     with pytest.raises(AdapterError, match="math fills 3 windows; at least 8"):
-        Router.fit({"math": text(1, 3)}, ("math",))
-    with pytest.raises(AdapterError, match="windows have 9 tokens"):
-        Router.fit({"math": text(1, 9, 9)}, ("math",))
-    with pytest.raises(AdapterError, match="hold NaN or infinity"):
-        Router.fit({"math": text(1) * float("nan")}, ("math",))
+        Router.fit({"math": sums(1, 3)}, ("math",), ["down"])
+    with pytest.raises(AdapterError, match="windows have fewer than 16 tokens"):
+        Router.fit({"math": sums(1, 9, 9)}, ("math",), ["down"])
+    with pytest.raises(AdapterError, match="holds NaN or infinity"):
+        Router.fit({"math": sums(1) * float("nan")}, ("math",), ["down"])
 
 
 def sample(overlap: float, seed: int) -> Sample:

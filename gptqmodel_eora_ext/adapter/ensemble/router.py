@@ -1,9 +1,10 @@
 """What chooses an ensemble's weights from a prompt: how near its early activations are to those of each domain's text.
 
-A prompt of n tokens becomes the mean m of its tokens' hidden states h, each divided by its root mean square. For n
-tokens of one kind of text, m is nearly Gaussian around the kind's own mean; its covariance Σ_n, which falls with n,
-is pooled over all kinds and shrunk towards its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ
-Σ_n⁻¹ (m − μ_k),
+Of each token is read what the last linear layer of each early layer reads: the values inside its MLP, which stand for
+words and small groups of them, and tell texts apart better than hidden states do. A prompt of n tokens becomes the mean
+m of its tokens' vectors, each layer's divided by its root mean square. For n tokens of one kind of text, m is nearly
+Gaussian around the kind's own mean; its covariance Σ_n, which falls with n, is pooled over all kinds and shrunk towards
+its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ Σ_n⁻¹ (m − μ_k),
 
     p_k = softmax_k(−d_k² / 2T)        the classes' shares (linear discriminant analysis with a temperature)
 
@@ -17,6 +18,7 @@ limits and the distances that `drift` compares with from windows that are held o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,9 +35,15 @@ from .folder import SHARED
 # Lengths of prompts that a covariance is kept for: a prompt is judged by the longest that it has. Shorter prompts than
 # the first say too little, and fall back.
 LENGTHS = (16, 32, 64, 128, 256)
-# Directions that are kept, those of most variance between prompts. Of SmolLM2's 576, 256 tell domains apart as well as
-# all, and 64 take a hundredth fewer prompts to their domain.
-MOST_DIRECTIONS = 256
+# Tokens of the pieces that a window's sums are kept of: all lengths are so many of them.
+PIECE = LENGTHS[0]
+# Directions that are kept, those of most variance between pieces of `BASIS_LENGTH` tokens. Of the 3,072 values of two
+# layers of SmolLM2, 1,024 directions tell domains apart no better than 512, and 256 take a hundredth fewer prompts
+# home. Fewer pieces than some for each direction would tell little of covariances.
+MOST_DIRECTIONS, PIECES_PER_DIRECTION = 512, 4
+BASIS_LENGTH = 64
+# Directions more, with which a random subspace begins that holds those wanted, and its steps towards them.
+OVERSAMPLED, STEPS_OF_BASIS = 20, 2
 # Share of the diagonal in the covariance: pieces of text are a few hundred, hardly more than directions.
 SHRINKAGE = 0.1
 # Windows held out from means and covariances: every fourth.
@@ -76,25 +84,47 @@ class Routing:
     seconds: float = 0.0
 
 
-def pooled(hidden: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled(seen: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean of each prompt's tokens, the first left out, and how many tokens each has.
 
     Args:
-        hidden: prompts × tokens × hidden size, any floating dtype.
+        seen: of each early layer what is read of it, prompts × tokens × features, any floating dtype.
         mask: prompts × tokens, non-zero for real tokens, wherever padding stands; None for all.
 
     Returns:
-        prompts × hidden size, float32; and counts of all real tokens, int64.
+        prompts × features of all layers, float32; and counts of all real tokens, int64.
     """
-    counted = (
-        torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else (mask != 0).to(hidden.device).float()
-    )
+    shape, device = seen[0].shape[:2], seen[0].device
+    counted = torch.ones(shape, device=device) if mask is None else (mask != 0).to(device).float()
     tokens = counted.sum(dim=1).long()
     counted = counted * (counted.cumsum(dim=1) > SKIPPED)
-    wide = hidden.float()
-    wide = wide * wide.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    means = torch.einsum("pt,pth->ph", counted, wide) / counted.sum(dim=1, keepdim=True).clamp_min(1)
-    return means, tokens
+    sums = torch.cat([torch.einsum("pt,ptf->pf", counted * _sizes(one), one.float()) for one in seen], dim=1)
+    return sums / counted.sum(dim=1, keepdim=True).clamp_min(1), tokens
+
+
+def summed(seen: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sums over each `PIECE` tokens of windows, the first token of a window left out: what `Router.fit` takes.
+
+    Args:
+        seen: as `pooled` takes it, of windows without padding.
+
+    Returns:
+        windows × pieces × features of all layers, float32; tokens after the last whole piece are left out.
+    """
+    found = []
+    for one in seen:
+        count = one.shape[1] // PIECE
+        sizes = _sizes(one)
+        sizes[:, :SKIPPED] = 0
+        cut = (one.float() * sizes[:, :, None])[:, : count * PIECE]
+        found.append(cut.unflatten(1, (count, PIECE)).sum(dim=2))
+    return torch.cat(found, dim=2)
+
+
+def _sizes(one: torch.Tensor) -> torch.Tensor:
+    """1 over the root mean square of each token, prompts × tokens, float32."""
+    tiny = torch.finfo(torch.float32).tiny
+    return one.float().square().mean(dim=-1).clamp_min(tiny).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -104,19 +134,21 @@ class Router:
     Attributes:
         classes: names of members, and perhaps the shared adapter's.
         members: names of members, in the order of their weights.
-        mean: hidden size; taken off every prompt's mean.
-        basis: hidden size × directions.
+        reads: names of the modules whose inputs are read, one of each early layer.
+        mean: of length features; taken off every prompt's mean.
+        basis: features × directions.
         centres: classes × directions: μ.
         roots: lengths × directions × directions: R with Σ_n⁻¹ = R Rᵀ.
         distances: lengths × classes × `DISTANCES`, ascending: d² of held-out text to its own class.
         temperature: T.
         floor: least share of the nearest class.
 
-    Memory: 4 bytes times hidden size × directions + lengths × directions².
+    Memory: 4 bytes times features × directions + lengths × directions².
     """
 
     classes: tuple[str, ...]
     members: tuple[str, ...]
+    reads: tuple[str, ...]
     mean: torch.Tensor
     basis: torch.Tensor
     centres: torch.Tensor
@@ -126,38 +158,42 @@ class Router:
     floor: float = FLOOR
 
     @classmethod
-    def fit(cls, windows: Mapping[str, torch.Tensor], members: Sequence[str], *, floor: float = FLOOR) -> Router:
+    def fit(
+        cls,
+        windows: Mapping[str, torch.Tensor],
+        members: Sequence[str],
+        reads: Sequence[str],
+        *,
+        floor: float = FLOOR,
+    ) -> Router:
         """Learn the classes from their texts.
 
         Args:
-            windows: class → hidden states of windows of its text: windows × tokens × hidden size, tokens
-                at least the longest of `LENGTHS` that is to be known.
+            windows: class → `summed` of windows of its text, with as many tokens as the longest of `LENGTHS` that is to
+                be known.
             members: names of members; classes that are none of them stand for the shared adapter.
+            reads: names of the modules whose inputs ``windows`` are of.
             floor: least share of the nearest class.
 
         Raises:
             AdapterError: for a class of fewer than `LEAST_WINDOWS` windows, windows shorter than the first of
-                `LENGTHS`, or hidden states that are not finite.
+                `LENGTHS`, or values that are not finite.
         """
-        for name, states in windows.items():
-            _check_states(name, states)
-        shortest = min(states.shape[1] for states in windows.values())
+        for name, sums in windows.items():
+            _check_sums(name, sums)
+        shortest = PIECE * min(sums.shape[1] for sums in windows.values())
         lengths = [one for one in LENGTHS if one <= shortest]
         if not lengths:
-            raise AdapterError(f"Ensemble: windows have {shortest} tokens; a router needs at least {LENGTHS[0]}.")
-        pieces = {
-            length: {name: _pieces(states, length) for name, states in windows.items()} for length in lengths
-        }  # fmt: skip
-        seen = torch.cat([fitted for fitted, _ in pieces[lengths[0]].values()])
+            raise AdapterError(f"Ensemble: windows have fewer than {LENGTHS[0]} tokens, which a router needs.")
+        pieces = {length: {name: _pieces(sums, length) for name, sums in windows.items()} for length in lengths}
+        of_basis = pieces[max(one for one in lengths if one <= BASIS_LENGTH)]
+        seen = torch.cat([fitted for fitted, _ in of_basis.values()])
         mean = seen.mean(dim=0)
-        covariance = (seen - mean).T @ (seen - mean) / len(seen)
-        directions = min(MOST_DIRECTIONS, covariance.shape[0])
-        values, vectors = torch.linalg.eigh(covariance.double())
-        values, vectors = values[-directions:], vectors[:, -directions:]
-        basis = (vectors * values.clamp_min(values[-1] * torch.finfo(torch.float32).eps).rsqrt()).float()
+        basis = _directions(seen - mean)
         centres = torch.stack([((fitted - mean) @ basis).mean(dim=0) for fitted, _ in pieces[lengths[0]].values()])
         roots = torch.stack([_root(found, mean, basis) for found in pieces.values()])
-        made = cls(tuple(windows), tuple(members), mean, basis, centres, roots, torch.zeros(0), 1.0, floor)
+        names = tuple(windows), tuple(members), tuple(reads)
+        made = cls(*names, mean, basis, centres, roots, torch.zeros(0), 1.0, floor)
         squares = [
             [made._squares(held, index) for _, held in found.values()] for index, found in enumerate(pieces.values())
         ]
@@ -167,25 +203,25 @@ class Router:
         )
         return replace(made, distances=distances, temperature=_temperature(squares))
 
-    def with_class(self, name: str, states: torch.Tensor) -> Router:
+    def with_class(self, name: str, sums: torch.Tensor) -> Router:
         """A router that knows one member more, or one anew; nothing that it knows of the others changes.
 
         The class is learnt in the directions and with the covariance that are there.
 
         Args:
             name: the member.
-            states: as `fit` takes them.
+            sums: as `fit` takes them.
 
         Raises:
             AdapterError: as `fit`.
         """
-        _check_states(name, states)
+        _check_sums(name, sums)
         known = LENGTHS[: len(self.roots)]
-        if states.shape[1] < known[-1]:
-            raise AdapterError(f"Ensemble: windows of {name} have {states.shape[1]} tokens; this router needs "
+        if PIECE * sums.shape[1] < known[-1]:
+            raise AdapterError(f"Ensemble: windows of {name} have {PIECE * sums.shape[1]} tokens; this router needs "
                                f"{known[-1]}.")  # fmt: skip
         levels = torch.linspace(0, 1, DISTANCES)
-        fitted = [_pieces(states, length) for length in known]
+        fitted = [_pieces(sums, length) for length in known]
         centre = ((fitted[0][0] - self.mean) @ self.basis).mean(dim=0)
         fresh = replace(self, centres=centre[None])
         found = torch.stack(
@@ -204,7 +240,7 @@ class Router:
         """Choose weights.
 
         Args:
-            means: of `pooled`, prompts × hidden size.
+            means: of `pooled`, prompts × features.
             tokens: of each prompt.
         """
         means = means.to(self.mean.device)
@@ -251,7 +287,8 @@ class Router:
     @property
     def settings(self) -> dict[str, Any]:
         """What `ensemble.json` says of the router."""
-        return {"classes": list(self.classes), "temperature": self.temperature, "floor": self.floor}
+        return {"classes": list(self.classes), "reads": list(self.reads), "temperature": self.temperature,
+                "floor": self.floor}  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Write the statistics to a safetensors file."""
@@ -278,6 +315,9 @@ class Router:
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise AdapterError(f"Ensemble: `{path}` cannot be read ({error}). {remedy}") from error
+        reads = settings.get("reads")
+        if not isinstance(reads, list) or not reads or not all(isinstance(one, str) for one in reads):
+            raise AdapterError(f"Ensemble: the router of `{path}` reads {reads!r}; expected names of modules. {remedy}")
         classes = settings.get("classes")
         if not isinstance(classes, list) or {*classes, SHARED} != {*members, SHARED}:
             raise AdapterError(f"Ensemble: the router of `{path}` knows {classes}, the members are {list(members)}. "
@@ -302,25 +342,47 @@ class Router:
             raise AdapterError(f"Ensemble: the router of `{path}` has temperature {temperature!r} and floor {floor!r}; "
                                f"expected a positive number and one from 0 to 1. {remedy}")  # fmt: skip
         return cls(
-            tuple(classes), tuple(members), mean, basis, centres, roots, distances, float(temperature), float(floor)
-        )
+            tuple(classes), tuple(members), tuple(reads), mean, basis, centres, roots, distances, float(temperature),
+            float(floor),
+        )  # fmt: skip
 
 
-def _check_states(name: str, states: torch.Tensor) -> None:
-    if len(states) < LEAST_WINDOWS:
-        raise AdapterError(f"Ensemble: the text of {name} fills {len(states)} windows; at least {LEAST_WINDOWS} are "
+def _check_sums(name: str, sums: torch.Tensor) -> None:
+    if len(sums) < LEAST_WINDOWS:
+        raise AdapterError(f"Ensemble: the text of {name} fills {len(sums)} windows; at least {LEAST_WINDOWS} are "
                            f"needed to know it by. Give more text.")  # fmt: skip
-    if not bool(torch.isfinite(states).all()):
-        raise AdapterError(f"Ensemble: hidden states of {name} hold NaN or infinity; no router can be made.")
+    if not bool(torch.isfinite(sums).all()):
+        raise AdapterError(f"Ensemble: what early layers compute of {name} holds NaN or infinity; no router can be "
+                           f"made.")  # fmt: skip
 
 
-def _pieces(states: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pieces(sums: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of pieces of so many tokens: of the windows that are fitted, and of those that are held out."""
-    count = states.shape[1] // length
-    cut = states[:, : count * length].unflatten(1, (count, length))
-    means = torch.stack([pooled(one)[0] for one in cut])
+    each = length // PIECE
+    count = sums.shape[1] // each
+    tokens = torch.full((count, 1), float(length))
+    tokens[0] -= SKIPPED
+    means = sums[:, : count * each].unflatten(1, (count, each)).sum(dim=2) / tokens
     held = torch.arange(len(means)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     return means[~held].flatten(0, 1), means[held].flatten(0, 1)
+
+
+def _directions(centred: torch.Tensor) -> torch.Tensor:
+    """The directions of most variance, features × directions, scaled so that each has a variance of 1.
+
+    Features are tens of thousands in large models, so that their covariance is not formed.
+    """
+    most = max(1, min(MOST_DIRECTIONS, len(centred) // PIECES_PER_DIRECTION))
+    if min(centred.shape) <= 2 * most:
+        _, values, rows = torch.linalg.svd(centred, full_matrices=False)
+        vectors = rows.T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, values, vectors = torch.svd_lowrank(centred, most + OVERSAMPLED, STEPS_OF_BASIS)
+    values, vectors = values[:most], vectors[:, :most]
+    least = values[0] * torch.finfo(torch.float32).eps ** 0.5
+    return vectors * (math.sqrt(len(centred)) / values.clamp_min(least))
 
 
 def _root(

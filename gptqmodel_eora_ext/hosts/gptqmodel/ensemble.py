@@ -61,6 +61,12 @@ def attach_ensemble(model: Any, folder: Path, kernels: Mapping[str, BaseQuantLin
     router = None
     if (folder / ROUTER_FILE).is_file():
         router = Router.load(folder / ROUTER_FILE, ensemble.names[1:], ensemble.settings)
+        read = [kernels[name].in_features if name in kernels else 0 for name in router.reads]
+        if not all(read) or sum(read) != len(router.mean):
+            raise AdapterError(
+                f"Ensemble: the router of `{folder}` reads {len(router.mean)} values of {', '.join(router.reads)}; in "
+                f"this checkpoint they have {read}. Make the router again: eora ensemble make."
+            )
     layers = layers_of(model, kernels)
     if ensemble.depth >= len(layers):
         raise AdapterError(f"Ensemble: `{folder}` has members from layer {ensemble.depth} on, the model has "
