@@ -120,7 +120,7 @@ struct UpAhead {
     strip_begin = (const char*)l.up + strip * up_bytes(kind, l.rank);
     range = active.ranges, last_range = range + active.count;
     next = end = nullptr;
-    if (kind == I4) range = last_range;
+    if (kind == I4) range = last_range;  // asked for a strip ahead, where it is multiplied
     if (range < last_range) enter();
     step = (2 * up_bytes(kind, active.rank) / l.segments + 63) / 64 * 64;
     if (active.count && kind == I8) {
