@@ -49,7 +49,7 @@ SHRINKAGE = 0.1
 # Windows held out from means and covariances: every fourth.
 HELD_OUT_EVERY = 4
 # A prompt farther from its class than this share of the class's held-out text fits no domain.
-QUANTILE = 0.98
+QUANTILE = 0.99
 # Below this share of the nearest class the shared adapter serves alone.
 FLOOR = 0.5
 # Shares below this are no weight: a member is read for the whole batch if one row weighs it.
