@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from gptqmodel_eora_ext.hosts.terminal import quiet
 from .ensembles import tiny_checkpoint
 
 ALPHABETS = {"shared": "abcdefghijklm", "math": "0123456789+=", "code": "(){}[]<>_.:;", "law": "NOPQRSTUVWXYZ"}
-CHARACTERS, SEQLEN = 4000, 64
-MAKING = ("--samples", "8", "--seqlen", str(SEQLEN), "--batch-size", "4", "--sensitivity", "uniform")
+CHARACTERS, SEQLEN = 16000, 64
+MAKING = ("--samples", "32", "--seqlen", str(SEQLEN), "--batch-size", "4", "--sensitivity", "uniform")
 
 
 def text(kind: str, characters: int, seed: int = 0) -> str:
@@ -89,8 +88,7 @@ def test_eval(place: Path) -> None:
     # The router gives almost all weight to the member that is told.
     assert found["losses"][ROUTED]["math"] == pytest.approx(found["losses"][TOLD]["math"], rel=1e-3)
     shown = eora(*asked)
-    # Of so little text the router knows its own distances roughly, so that a window may seem too far.
-    assert shown.exit_code == 0 and re.search(r"math: 100% nearest to math; \d+% fell back, of 2 windows", shown.output)
+    assert shown.exit_code == 0 and "math: 100% nearest to math; 0% fell back, of 2 windows" in shown.output
 
 
 def test_a_chat_whose_prompts_become_a_domain(place: Path, tmp_path: Path) -> None:
