@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from ..adapter.ensemble.folder import EnsembleFolder
-from ..adapter.ensemble.router import Router, Routing, pooled
+from ..adapter.ensemble.pooling import pooled
+from ..adapter.ensemble.router import Router, Routing
 from ..adapter.ensemble.told import Told, told_weights
 from ..adapter.errors import AdapterError
 from ..adapter.layers import layer_number

@@ -26,7 +26,8 @@ from ..adapter.ensemble.folder import (
     whole_tokens,
     write_manifest,
 )
-from ..adapter.ensemble.router import LEAST_WINDOWS, LENGTHS, Router, summed
+from ..adapter.ensemble.pooling import summed
+from ..adapter.ensemble.router import LEAST_WINDOWS, LENGTHS, Router
 from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
 from ..adapter.layers import layer_number, layers_of

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptqmodel_eora_ext.adapter.ensemble.division import STEPS, Division, Sample, divide
-from gptqmodel_eora_ext.adapter.ensemble.router import LENGTHS, Router, Routing, pooled, summed
+from gptqmodel_eora_ext.adapter.ensemble.pooling import pooled, summed
+from gptqmodel_eora_ext.adapter.ensemble.router import LENGTHS, Router, Routing
 from gptqmodel_eora_ext.adapter.errors import AdapterError
 
 HIDDEN, WINDOWS, TOKENS = 24, 48, 64

@@ -31,12 +31,11 @@ from safetensors.torch import load_file, save_file
 from ...formats.numbers import is_whole
 from ..errors import AdapterError, is_number
 from .folder import SHARED
+from .pooling import PIECE, SKIPPED
 
 # Lengths of prompts that a covariance is kept for: a prompt is judged by the longest that it has. Shorter prompts than
-# the first say too little, and fall back.
+# the first say too little, and fall back. All are multiples of `PIECE`.
 LENGTHS = (16, 32, 64, 128, 256)
-# Tokens of the pieces that a window's sums are kept of: all lengths are so many of them.
-PIECE = LENGTHS[0]
 # Directions that are kept, those of most variance between pieces of `BASIS_LENGTH` tokens. Of the 3,072 values of two
 # layers of SmolLM2, 1,024 directions tell domains apart no better than 512, and 256 take a hundredth fewer prompts
 # home. Fewer pieces than some for each direction would tell little of covariances.
@@ -55,8 +54,6 @@ FLOOR = 0.5
 # Shares below this are no weight: a member is read for the whole batch if one row weighs it.
 LEAST_WEIGHT = 0.05
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# The first token of a prompt carries no text in many models, but a value thousands of times those of others.
-SKIPPED = 1
 # Windows of a domain at least: a quarter is held out, and a covariance of fewer pieces says nothing.
 LEAST_WINDOWS = 8
 # Held-out distances that are kept for each class and length.
@@ -82,49 +79,6 @@ class Routing:
     tails: tuple[float, ...]
     fallen_back: tuple[bool, ...]
     seconds: float = 0.0
-
-
-def pooled(seen: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of each prompt's tokens, the first left out, and how many tokens each has.
-
-    Args:
-        seen: of each early layer what is read of it, prompts × tokens × features, any floating dtype.
-        mask: prompts × tokens, non-zero for real tokens, wherever padding stands; None for all.
-
-    Returns:
-        prompts × features of all layers, float32; and counts of all real tokens, int64.
-    """
-    shape, device = seen[0].shape[:2], seen[0].device
-    counted = torch.ones(shape, device=device) if mask is None else (mask != 0).to(device).float()
-    tokens = counted.sum(dim=1).long()
-    counted = counted * (counted.cumsum(dim=1) > SKIPPED)
-    sums = torch.cat([torch.einsum("pt,ptf->pf", counted * _sizes(one), one.float()) for one in seen], dim=1)
-    return sums / counted.sum(dim=1, keepdim=True).clamp_min(1), tokens
-
-
-def summed(seen: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sums over each `PIECE` tokens of windows, the first token of a window left out: what `Router.fit` takes.
-
-    Args:
-        seen: as `pooled` takes it, of windows without padding.
-
-    Returns:
-        windows × pieces × features of all layers, float32; tokens after the last whole piece are left out.
-    """
-    found = []
-    for one in seen:
-        count = one.shape[1] // PIECE
-        sizes = _sizes(one)
-        sizes[:, :SKIPPED] = 0
-        cut = (one.float() * sizes[:, :, None])[:, : count * PIECE]
-        found.append(cut.unflatten(1, (count, PIECE)).sum(dim=2))
-    return torch.cat(found, dim=2)
-
-
-def _sizes(one: torch.Tensor) -> torch.Tensor:
-    """1 over the root mean square of each token, prompts × tokens, float32."""
-    tiny = torch.finfo(torch.float32).tiny
-    return one.float().square().mean(dim=-1).clamp_min(tiny).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -169,8 +123,8 @@ class Router:
         """Learn the classes from their texts.
 
         Args:
-            windows: class → `summed` of windows of its text, with as many tokens as the longest of `LENGTHS` that is to
-                be known.
+            windows: class → `pooling.summed` of windows of its text, with as many tokens as the longest of `LENGTHS`
+                that is to be known.
             members: names of members; classes that are none of them stand for the shared adapter.
             reads: names of the modules whose inputs ``windows`` are of.
             floor: least share of the nearest class.
@@ -240,7 +194,7 @@ class Router:
         """Choose weights.
 
         Args:
-            means: of `pooled`, prompts × features.
+            means: of `pooling.pooled`, prompts × features.
             tokens: of each prompt.
         """
         means = means.to(self.mean.device)
