@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..formats.factors import Factors
+from .cpu.factors import RepackedFactors, repack_factors, unpack_factors
 from .cpu.linear import CpuLinear, CpuLinears, weighed
-from .cpu.repack import RepackedFactors, RepackedWeight, repack_factors, unpack_factors
+from .cpu.repack import RepackedWeight
 from .dispatch import CODES, FEW_ROWS, MATMUL, TORCH, Choice, choose
 
 
@@ -102,7 +103,7 @@ class FusedLinear:
         result = (grad.to(dtype) @ self.dense(dtype).T).to(torch.float32)
         if self.cpu.factors is not None:
             down, up = unpack_factors(self.cpu.factors).dense()
-            result.addmm_(weighed(grad.to(torch.float32) @ up.T, self.cpu.factors, weights), down)
+            result.addmm_(weighed(grad.to(torch.float32) @ up.T, self.cpu.factors.members, weights), down)
         return result.to(grad.dtype)
 
 

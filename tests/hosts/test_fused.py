@@ -24,7 +24,7 @@ from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
 from gptqmodel_eora_ext.kernels import dispatch
 from gptqmodel_eora_ext.kernels.cpu import build
-from gptqmodel_eora_ext.kernels.cpu.repack import UP_BLOCK
+from gptqmodel_eora_ext.kernels.cpu.factors import BLOCK
 from gptqmodel_eora_ext.kernels.reference import linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
 
@@ -151,7 +151,7 @@ def test_without_factors_and_without_adapter() -> None:
 @pytest.mark.parametrize("factor_bits", [8, 4])
 def test_packed_factors_are_read_as_integers(factor_bits: int) -> None:
     weight, x = packed_weight(2, 40, 96, 32), random_input(3, 96)
-    kernel, factors = module(weight), random_factors(weight, UP_BLOCK, factor_bits)
+    kernel, factors = module(weight), random_factors(weight, BLOCK, factor_bits)
     read = ReadFactors(factors.down.dequantize(), factors.up.dequantize().T, (factors.down, factors.up))
     kernel.adapter.attach(read, torch.device("cpu"))
     assert close(kernel(x), expected(kernel, weight, x))

@@ -15,7 +15,7 @@ from gptqmodel_eora_ext.formats.factors import Factors, QuantizedFactor
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 from gptqmodel_eora_ext.hosts.gptqmodel.fused import EoRAFusedLinear
 from gptqmodel_eora_ext.kernels.cpu.build import library
-from gptqmodel_eora_ext.kernels.cpu.repack import RepackedFactors
+from gptqmodel_eora_ext.kernels.cpu.factors import RepackedFactors
 from tests.hosts.test_fused import close, expected, module
 from tests.kernels.cases import packed_weight, random_factors, random_input
 from tests.kernels.test_unpack_factors import same_bits

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from gptqmodel_eora_ext.formats.factors import Factors
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 from gptqmodel_eora_ext.kernels.cpu.build import ISAS, best_isa, library
+from gptqmodel_eora_ext.kernels.cpu.factors import repack_factors
 from gptqmodel_eora_ext.kernels.cpu.linear import CODES_ROWS, MATMUL_ROWS, CpuLinear, CpuLinears
-from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, repack_weight
+from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
 from gptqmodel_eora_ext.kernels.reference import dequantize, linear
 from tests.kernels.cases import packed_weight, random_factors, random_input
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from gptqmodel_eora_ext.formats.factors import Factors, QuantizedFactor
 from gptqmodel_eora_ext.formats.packed_weights import LayoutError
 from gptqmodel_eora_ext.kernels.cpu.build import ISAS, best_isa, library
+from gptqmodel_eora_ext.kernels.cpu.factors import repack_factors, unpack_factors
 from gptqmodel_eora_ext.kernels.cpu.linear import MATMUL_ROWS, CpuLinear, CpuLinears
-from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, repack_weight, unpack_factors
+from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
 from gptqmodel_eora_ext.kernels.fused import FusedLinear, JointLinears
 from gptqmodel_eora_ext.kernels.reference import linear, parts_of
 from tests.kernels.cases import packed_weight, random_factors, random_input

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.formats.factors import Factors, QuantizedFactor
-from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, unpack_factors
+from gptqmodel_eora_ext.kernels.cpu.factors import repack_factors, unpack_factors
 from gptqmodel_eora_ext.solve.quantized import quantize_factor
 
 

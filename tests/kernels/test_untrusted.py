@@ -26,8 +26,9 @@ from gptqmodel_eora_ext.formats.factors import Factors, QuantizedFactor
 from gptqmodel_eora_ext.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.cpu.build import FAULTS, best_isa, library, require_fine
+from gptqmodel_eora_ext.kernels.cpu.factors import repack_factors
 from gptqmodel_eora_ext.kernels.cpu.linear import _MEMORY, CpuLinear, _Linear
-from gptqmodel_eora_ext.kernels.cpu.repack import repack_factors, repack_weight
+from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
 from gptqmodel_eora_ext.kernels.fused import FusedLinear
 from gptqmodel_eora_ext.kernels.reference import linear
 from tests.kernels.cases import packed_weight, random_factors, random_input

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...formats.factors import Factors, QuantizedFactor
-from ...kernels.cpu.repack import RepackedFactors, repack_factors, unpack_factors
+from ...kernels.cpu.factors import RepackedFactors, repack_factors, unpack_factors
 from ...kernels.versions import counting_writes, unchanged, version
 
 

@@ -28,7 +28,7 @@ from ...adapter.errors import AdapterError
 from ...adapter.folder import AdapterFolder
 from ...formats.factors import Factors
 from ...formats.names import ADAPTER_DETAILS
-from ...kernels.cpu.repack import repack_factors
+from ...kernels.cpu.factors import repack_factors
 from .checkpoint import check_adapter
 from .linear import KNOWN_LAYERS
 from .ops import define

@@ -17,7 +17,8 @@ from ...adapter.errors import AdapterError
 from ...formats.factors import Factors
 from ...formats.packed_weights import LayoutError, PackedWeight
 from ...formats.shards import Range, take_factors, take_inputs, take_outputs
-from ...kernels.cpu.repack import RepackedFactors, RepackedWeight, repack_factors, repack_weight
+from ...kernels.cpu.factors import RepackedFactors, repack_factors
+from ...kernels.cpu.repack import RepackedWeight, repack_weight
 from .checkpoint import Checkpoint, CheckpointError
 
 

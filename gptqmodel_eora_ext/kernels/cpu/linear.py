@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from ...formats.factors import to_dense
 from ...formats.packed_weights import LayoutError
 from .build import library, require_fine
-from .repack import KINDS, LANES, RepackedFactors, RepackedWeight, selected, unpack_down, unpack_factors
+from .factors import RepackedFactors, unpack_down, unpack_factors
+from .repack import KINDS, LANES, RepackedWeight
 
 # Outputs of Ŵ that are dequantised at a time.
 TILE_OUTPUTS = 512
@@ -33,6 +35,24 @@ class _Linear(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _MEMORY),
         *((f"{name}_bytes", ctypes.c_int64) for name in _MEMORY),
     ]  # fmt: skip
+
+
+class _Read(NamedTuple):
+    """What a call reads of a layer's factors.
+
+    Attributes:
+        components: which ones; None for all.
+        members: how many of them each member that is read has.
+        weights: rows × members of those that are read; None weighs all by 1.
+    """
+
+    components: torch.Tensor | None
+    members: tuple[int, ...]
+    weights: torch.Tensor | None
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The components that are read of values that stand component by component."""
+        return values if self.components is None else values[self.components]
 
 
 def _memory(tensor: torch.Tensor | None) -> tuple[int | None, int]:
@@ -96,28 +116,32 @@ class CpuLinear:
     def tiles(self, x: torch.Tensor, y: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> None:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
         wide = x.to(torch.float32)
-        factors, weights = self._read_of(weights)
-        if factors is not None:
-            down, up = unpack_factors(factors).dense()
-            wide = torch.cat([wide, weighed(wide @ down.T, factors, weights)], dim=1)
+        read = self._read_of(weights)
+        if read is not None and self.factors is not None:
+            down, up = (read.of(factor) for factor in unpack_factors(self.factors).dense())
+            wide = torch.cat([wide, weighed(wide @ down.T, read.members, read.weights)], dim=1)
         for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
-            if factors is not None:
+            if read is not None:
                 tile[self.in_features :] = up[:, begin:end]
             product = wide @ tile
             y[:, begin:end] = product if self.bias is None else product + self.bias[begin:end]
 
-    def _read_of(self, weights: torch.Tensor | None) -> tuple[RepackedFactors | None, torch.Tensor | None]:
-        """The factors that a call with these weights reads, and the weights of their members."""
+    def _read_of(self, weights: torch.Tensor | None) -> _Read | None:
+        """What a call with these weights, rows × members, reads of the factors; None for nothing."""
         factors = self.factors
-        if factors is None or weights is None or not factors.members:
-            return factors, None
-        live = (weights != 0).any(dim=0).tolist()
+        if factors is None:
+            return None
+        if weights is None or not factors.members:
+            return _Read(None, (factors.rank,), None)
+        live = (weights != 0).any(dim=0)
         read = [member for member, rank in enumerate(factors.members) if rank and live[member]]
         if not read:
-            return None, None
-        if len(read) < len(factors.members):
-            factors, weights = selected(factors, read), weights[:, read]
-        return factors, weights
+            return None
+        if len(read) == len(factors.members):
+            return _Read(None, factors.members, weights)
+        ends = list(itertools.accumulate(factors.members))
+        components = torch.cat([torch.arange(ends[one] - factors.members[one], ends[one]) for one in read])
+        return _Read(components, tuple(factors.members[one] for one in read), weights[:, read])
 
     def dequantized(self, isa: int, extra_rows: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(begin, end, Ŵᵀ of these outputs) in float32, in + extra_rows × outputs; the next one overwrites it."""
@@ -133,11 +157,11 @@ class CpuLinear:
             yield begin, end, tile[:, : end - begin]
 
 
-def weighed(t: torch.Tensor, factors: RepackedFactors, weights: torch.Tensor | None) -> torch.Tensor:
+def weighed(t: torch.Tensor, members: Sequence[int], weights: torch.Tensor | None) -> torch.Tensor:
     """x Aᵀ, rows × rank, with each member's components multiplied by its weights, rows × members; None for none."""
     if weights is None:
         return t
-    each = weights.repeat_interleave(torch.tensor(factors.members), dim=1, output_size=factors.rank)
+    each = weights.repeat_interleave(torch.tensor(members), dim=1, output_size=t.shape[1])
     return (t * each).to(t.dtype)
 
 
@@ -214,18 +238,21 @@ class CpuLinears:
         x Aᵀ are rounded to bfloat16, sums are float32."""
         y = torch.empty(x.shape[0], self._out_features, dtype=x.dtype)
         read = [layer._read_of(weights) for layer in self._layers]
-        ranks = [0 if factors is None else factors.rank for factors, _ in read]
-        downs = [to_dense(unpack_down(factors), x.dtype) for factors, _ in read if factors is not None]
-        down = torch.cat(downs) if downs else None
+        downs = [None if one is None or layer.factors is None else one.of(to_dense(unpack_down(layer.factors), x.dtype))
+                 for one, layer in zip(read, self._layers, strict=True)]  # fmt: skip
+        some = [down for down in downs if down is not None]
+        down = torch.cat(some) if some else None
+        ranks = [0 if one is None else len(one) for one in downs]
         live_members = None if weights is None else (weights != 0).any(dim=0).to(torch.float32)
         for begin in range(0, x.shape[0], MATMUL_ROWS):
             rows = x[begin : begin + MATMUL_ROWS]
             ts = [None] * len(read) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
             ys = y[begin : begin + len(rows)].split(self.widths, dim=1)
-            for layer, (factors, live), t, part in zip(self._layers, read, ts, ys, strict=True):
+            for layer, one, t, part in zip(self._layers, read, ts, ys, strict=True):
                 own = None
-                if t is not None and factors is not None:
-                    own = weighed(t, factors, None if live is None else live[begin : begin + MATMUL_ROWS]).contiguous()
+                if t is not None and one is not None:
+                    live = None if one.weights is None else one.weights[begin : begin + MATMUL_ROWS]
+                    own = weighed(t, one.members, live).contiguous()
                 # From the part's first value to its last; between its rows lie those of the other layers.
                 spanned = ((len(rows) - 1) * self._out_features + layer.out_features) * y.element_size()
                 fault = layer.kernels.eora_matmul(layer.address, *_memory(rows), *_memory(own), len(rows),

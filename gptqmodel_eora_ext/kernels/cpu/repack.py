@@ -1,24 +1,18 @@
-"""Packed weights and factors in the order in which the CPU kernels read them; `csrc/linear.h` draws it."""
+"""Packed weights in the order in which the CPU kernels read them; `csrc/linear.h` draws it."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ...formats.factors import Factors, QuantizedFactor, pack
 from ...formats.packed_weights import WORD_BITS, PackedWeight, pack_words, words
 from .build import library, require_fine
 from .memory import kept, zeros
 
 # As in csrc/linear.h.
 LANES = 16
-FACTOR_GROUP = 64
-UP_BLOCK = 8
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-INTEGER_KINDS = {8: 3, 4: 4}
 # Inputs of a group that share one step when x is turned into integers.
 LONGEST_SEGMENT = 1024
 
@@ -101,48 +95,6 @@ class RepackedWeight:
         return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros, self.order) if tensor is not None)
 
 
-@dataclass(frozen=True)
-class RepackedFactors:
-    """Factors as the kernels read them.
-
-    Attributes:
-        down: A, rank × in rounded up to `FACTOR_GROUP`; two 4-bit codes to a byte.
-        down_scales: float16, rank × groups; None for floating factors.
-        up: Bᵀ, strips × rank × 16; of 4-bit codes strips × blocks of 8 components × 64.
-        up_scales: float16, groups × rank; None for floating factors.
-        down_kind: dtype of A as csrc/linear.h numbers them.
-        up_kind: dtype of Bᵀ.
-        rank: components.
-        in_features: inputs.
-        out_features: outputs.
-        complete: whether `unpack_factors` gives back what they were made from, to the last bit.
-        members: as of `Factors`.
-    """
-
-    down: torch.Tensor
-    down_scales: torch.Tensor | None
-    up: torch.Tensor
-    up_scales: torch.Tensor | None
-    down_kind: int
-    up_kind: int
-    rank: int
-    in_features: int
-    out_features: int
-    complete: bool
-    members: tuple[int, ...] = ()
-
-    @property
-    def packed(self) -> bool:
-        """Whether they are integers."""
-        return self.down_kind in INTEGER_KINDS.values()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a multiplication reads."""
-        tensors = (self.down, self.down_scales, self.up, self.up_scales)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
 def repack_weight(weight: PackedWeight) -> RepackedWeight:
     """Reorder a weight, on the CPU. No value changes."""
     starts, places, group_of_segment = _segments(weight)
@@ -165,8 +117,8 @@ def repack_weight(weight: PackedWeight) -> RepackedWeight:
     ordered = len(places) == weight.in_features and torch.equal(places, identity)
     return RepackedWeight(
         codes=codes,
-        scales=kept(_strips(_narrow(weight.scales)[group_of_segment])),
-        zeros=None if uniform else kept(_pack_zeros(_strips(zero_codes[group_of_segment]), weight.bits)),
+        scales=kept(strips_of(_narrow(weight.scales)[group_of_segment])),
+        zeros=None if uniform else kept(_pack_zeros(strips_of(zero_codes[group_of_segment]), weight.bits)),
         zero=zero,
         starts=starts,
         order=None if ordered else places,
@@ -216,7 +168,7 @@ def unpack_weight(weight: RepackedWeight) -> dict[str, torch.Tensor]:
         zeros = torch.full((rest.groups, out_features), weight.zero, dtype=torch.int32)
     else:
         by_strip = weight.zeros if bits == 8 else _from_nibbles(weight.zeros)
-        zeros = _from_strips(by_strip, out_features)[first_segment].to(torch.int32)
+        zeros = from_strips(by_strip, out_features)[first_segment].to(torch.int32)
     qzeros = pack_words(zeros.T, bits).T.clone(memory_format=torch.contiguous_format)
     for packed, last in ((qweight[-1:], rest.last_words[0]), (qzeros[:, -1:], rest.last_words[1])):
         if last is not None:
@@ -224,7 +176,7 @@ def unpack_weight(weight: RepackedWeight) -> dict[str, torch.Tensor]:
     found = {
         "qweight": qweight,
         "qzeros": qzeros,
-        "scales": _from_strips(weight.scales, out_features)[first_segment].to(rest.scales_dtype),
+        "scales": from_strips(weight.scales, out_features)[first_segment].to(rest.scales_dtype),
     }
     if rest.g_idx_dtype is not None:
         of_place = rest.group_of_segment.repeat_interleave(weight.starts.diff() * LANES).to(rest.g_idx_dtype)
@@ -232,84 +184,6 @@ def unpack_weight(weight: RepackedWeight) -> dict[str, torch.Tensor]:
         real = places >= 0
         found["g_idx"][places[real].to(torch.int64)] = of_place[real]
     return found
-
-
-def repack_factors(factors: Factors) -> RepackedFactors:
-    """Reorder factors, on the CPU. No value changes."""
-    inputs = -(-factors.in_features // FACTOR_GROUP) * FACTOR_GROUP
-    down, down_scales, down_kind = _numbers(factors.down)
-    factor_memory = down.data_ptr()
-    up, up_scales, up_kind = _numbers(factors.up)
-    if inputs > factors.in_features:  # padding by nothing would copy all of it
-        down = torch.nn.functional.pad(down, (0, inputs - factors.in_features))
-    up = _strips(up)
-    packed = _pack_down(down, down_kind)
-    return RepackedFactors(
-        # Where nothing was changed, the adapter holds the very same memory.
-        down=packed if packed.data_ptr() == factor_memory else kept(packed),
-        down_scales=down_scales,
-        up=kept(_pack_up(up, up_kind)),
-        up_scales=None if up_scales is None else up_scales.T.contiguous(),
-        down_kind=down_kind,
-        up_kind=up_kind,
-        rank=factors.rank,
-        in_features=factors.in_features,
-        out_features=factors.out_features,
-        complete=_restorable(factors.down) and _restorable(factors.up),
-        members=factors.members,
-    )
-
-
-def _restorable(factor: torch.Tensor | QuantizedFactor) -> bool:
-    if isinstance(factor, QuantizedFactor):
-        # The last half of a byte that no feature fills should say zero, as writers have it; here it does in any case.
-        odd = factor.bits == 4 and factor.features % 2 == 1
-        return not odd or bool((factor.codes[:, -1] >> 4 == 8).all())
-    return factor.dtype in KINDS
-
-
-def unpack_factors(factors: RepackedFactors) -> Factors:
-    """The inverse of `repack_factors`, bit for bit; `RepackedFactors.complete` tells whether this can be asked.
-
-    Floating factors that are not `complete` were float64 and come back rounded to float32. A may share the memory of
-    the repacked one; nobody may write to it.
-    """
-    return Factors(unpack_down(factors), _unpack_up(factors), factors.members)
-
-
-def selected(factors: RepackedFactors, members: Sequence[int]) -> RepackedFactors:
-    """The factors of some members alone, copied.
-
-    Args:
-        factors: of several members.
-        members: which ones, ascending, at least one of them with components.
-    """
-    ends = list(itertools.accumulate(factors.members))
-    ranks = tuple(factors.members[one] for one in members)
-    kept = torch.cat([torch.arange(ends[one] - factors.members[one], ends[one]) for one in members])
-    up_scales = factors.up_scales
-    return replace(
-        factors,
-        down=factors.down[kept],
-        down_scales=None if factors.down_scales is None else factors.down_scales[kept],
-        up=_pack_up(_unpack_columns(factors.up, factors.up_kind, factors.rank)[:, kept], factors.up_kind),
-        up_scales=None if up_scales is None else up_scales[:, kept],
-        rank=len(kept),
-        members=ranks,
-    )
-
-
-def unpack_down(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
-    """A alone, as `unpack_factors`."""
-    values = _unpack_rows(factors.down, factors.down_kind)[:, : factors.in_features]
-    return _factor(values.contiguous(), factors.down_scales, factors.down_kind)
-
-
-def _unpack_up(factors: RepackedFactors) -> torch.Tensor | QuantizedFactor:
-    columns = _unpack_columns(factors.up, factors.up_kind, factors.rank)
-    values = _from_strips(columns, factors.out_features)
-    scales = None if factors.up_scales is None else factors.up_scales.T
-    return _factor(values.contiguous(), scales, factors.up_kind)
 
 
 def _segments(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -336,7 +210,7 @@ def _narrow(scales: torch.Tensor) -> torch.Tensor:
     return halves if torch.equal(halves.to(scales.dtype), scales) else scales
 
 
-def _strips(by_output: torch.Tensor) -> torch.Tensor:
+def strips_of(by_output: torch.Tensor) -> torch.Tensor:
     """n × out → strips × n × 16, filled up with zeros."""
     rows, outputs = by_output.shape
     strips = -(-outputs // LANES)
@@ -344,8 +218,8 @@ def _strips(by_output: torch.Tensor) -> torch.Tensor:
     return padded.view(rows, strips, LANES).transpose(0, 1).contiguous()
 
 
-def _from_strips(strips: torch.Tensor, outputs: int) -> torch.Tensor:
-    """The inverse of `_strips`."""
+def from_strips(strips: torch.Tensor, outputs: int) -> torch.Tensor:
+    """The inverse of `strips_of`."""
     return strips.transpose(0, 1).flatten(1)[:, :outputs]
 
 
@@ -364,51 +238,3 @@ def _from_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `_nibbles`."""
     even, odd = packed.unflatten(-1, (2, LANES // 4)).unbind(-2)
     return torch.stack([even & 15, odd & 15, even >> 4, odd >> 4], dim=-1).flatten(-2)
-
-
-def _numbers(factor: torch.Tensor | QuantizedFactor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Values or codes, scales, and the kind."""
-    if isinstance(factor, QuantizedFactor):
-        return factor.integers(), factor.scales.contiguous(), INTEGER_KINDS[factor.bits]
-    # The kernels have no float64; their sums are float32 in any case.
-    values = factor.detach() if factor.dtype in KINDS else factor.detach().to(torch.float32)
-    return values, None, KINDS[values.dtype]
-
-
-def _pack_down(values: torch.Tensor, kind: int) -> torch.Tensor:
-    if kind != INTEGER_KINDS[4]:
-        return values.contiguous()
-    return _nibbles((values + 8).to(torch.uint8).unflatten(-1, (-1, LANES))).flatten(-2)
-
-
-def _unpack_rows(values: torch.Tensor, kind: int) -> torch.Tensor:
-    """The inverse of `_pack_down`."""
-    if kind != INTEGER_KINDS[4]:
-        return values
-    return _from_nibbles(values.unflatten(-1, (-1, LANES // 2))).flatten(-2).to(torch.int8) - 8
-
-
-def _pack_up(columns: torch.Tensor, kind: int) -> torch.Tensor:
-    """Of strips × rank × 16; at 4 bits uint8, strips × blocks × 64."""
-    if kind != INTEGER_KINDS[4]:
-        return columns.contiguous()
-    codes = torch.nn.functional.pad((columns + 8).to(torch.uint8), (0, 0, 0, -columns.shape[1] % UP_BLOCK), value=8)
-    low, high = codes.unflatten(1, (-1, 2, UP_BLOCK // 2)).unbind(2)
-    return (low | high << 4).transpose(-1, -2).flatten(2)
-
-
-def _unpack_columns(up: torch.Tensor, kind: int, rank: int) -> torch.Tensor:
-    """The inverse of `_pack_up`."""
-    if kind != INTEGER_KINDS[4]:
-        return up
-    both = up.unflatten(2, (LANES, UP_BLOCK // 2)).transpose(-1, -2)
-    codes = torch.stack([both & 15, both >> 4], dim=2).flatten(1, 3)[:, :rank]
-    return codes.to(torch.int8) - 8
-
-
-def _factor(values: torch.Tensor, scales: torch.Tensor | None, kind: int) -> torch.Tensor | QuantizedFactor:
-    """The inverse of `_numbers`."""
-    if scales is None:
-        return values
-    bits = next(bits for bits, number in INTEGER_KINDS.items() if number == kind)
-    return QuantizedFactor(pack(values, bits), scales.contiguous(), bits, values.shape[1])

@@ -35,44 +35,53 @@ void dots(const Linear& l, const float* x, int first, float* t) {
   for (int c = 0; c < C; ++c) t[first + c] = sum(fadd(total[c][0], total[c][1]));
 }
 
-// Of C components from `first` on, A in integers of 4 bits: two components share a vector.
-template <int S, int C>
-void dots_of_digits(const Linear& l, const Input& x, int row, int first, float* t) {
-  constexpr int PAIRS = (C + 1) / 2;
+// Of a strip's components, A in integers of 4 bits: those of [first, last) to t.
+template <int S, int R, bool WHOLE>
+void dots_of_strip(const Linear& l, const Input& x, int row, int strip, int first, int last, float* t) {
+  constexpr int WIDTH = WHOLE ? LANES : BLOCK, GROUP_BYTES = FACTOR_GROUP / 2 * WIDTH;
   const int groups = padded_inputs(l.in_features) / FACTOR_GROUP;
-  const uint8_t* codes[C];
-  const uint16_t* scales[C];
-  for (int c = 0; c < C; ++c) {
-    codes[c] = (const uint8_t*)l.down + int64_t(first + c) * groups * (FACTOR_GROUP / 2);
-    scales[c] = l.down_scales + int64_t(first + c) * groups;
-  }
-  const int8_t* digits = x.down_digits + int64_t(row) * groups * S * FACTOR_GROUP;
-  const int32_t* offsets = x.down_offsets + int64_t(row) * groups * 8;
+  const int64_t before = int64_t(strip) * LANES * groups, row_stride = int64_t(groups) * FACTOR_GROUP * S;
+  const uint8_t* codes = (const uint8_t*)l.down + before * (FACTOR_GROUP / 2);
+  const uint16_t* scales = l.down_scales + before;
+  const int8_t* digits = x.down_digits + row * row_stride;
+  const int32_t* sums = x.down_sums + int64_t(row) * groups * S;
   const float* steps = x.down_steps + int64_t(row) * groups;
-  F total[PAIRS];
-  for (F& sum : total) sum = fzero();
-  for (int group = 0; group < groups; ++group, digits += S * FACTOR_GROUP) {
-    I low[S], high[S];
-    for (int s = 0; s < S; ++s) {
-      low[s] = load_twice(digits + s * FACTOR_GROUP), high[s] = load_twice(digits + s * FACTOR_GROUP + 32);
+  F total[R];
+  for (F& one : total) one = fzero();
+  for (int group = 0; group < groups; ++group, codes += GROUP_BYTES, digits += FACTOR_GROUP * S) {
+    I once[R][S], shifted[R][S];
+    for (int r = 0; r < R; ++r) {
+      for (int s = 0; s < S; ++s) once[r][s] = shifted[r][s] = izero();
     }
-    const I offset = load_twice(offsets + group * 8);
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      // A component without another stands in both halves.
-      const int one = 2 * pair, other = one + 1 < C ? one + 1 : one;
-      const I both = load_both(codes[one] + group * 32, codes[other] + group * 32);
-      __builtin_prefetch(codes[one] + group * 32 + DOWN_AHEAD);
-      const I even = iand(both, bytes(0x0F)), odd = iand(shr<4>(both), bytes(0x0F));
-      // An integer of less than 2^30.
-      I exact = dot4(dot4(izero(), even, low[S - 1]), odd, high[S - 1]);
-      for (int s = S - 2; s >= 0; --s) {
-        exact = dot4(dot4(iadd(shl<8>(exact), s ? izero() : offset), even, low[s]), odd, high[s]);
+    for (int vector = 0; vector < GROUP_BYTES / 64; ++vector) {
+      __builtin_prefetch(codes + vector * 64 + DOWN_AHEAD);
+      const I both = load(codes + vector * 64);
+      if constexpr (WHOLE) {
+        take_halves<S, R>(once, shifted, both, digits + vector / 2 * LANES * S + vector % 2 * BLOCK, row_stride);
+      } else {
+        take_halves<S, R, BLOCK>(once, shifted, both, digits + vector * LANES * S, row_stride);
       }
-      const F scale = fmul(fset_f16(scales[one] + group, scales[other] + group), fset(steps[group]));
-      total[pair] = fma(to_float(exact), scale, total[pair]);
+    }
+    const F scale = WHOLE ? load_f16(scales + group * WIDTH) : load_f16(scales + group * WIDTH, WIDTH);
+    for (int r = 0; r < R; ++r) {
+      F value = fzero();
+      for (int s = S - 1; s >= 0; --s) {
+        I exact = together_of_halves(once[r][s], shifted[r][s]);
+        if constexpr (!WHOLE) exact = iadd(exact, swap_halves(exact));
+        // Codes are 8 too large.
+        exact = isub(exact, iset(8 * sums[(r * groups + group) * S + s]));
+        value = fma(value, fset(256.0f), to_float(exact));
+      }
+      total[r] = fma(value, fmul(scale, fset(steps[r * groups + group])), total[r]);
     }
   }
-  for (int c = 0; c < C; ++c) t[first + c] = c % 2 ? sum_high(total[c / 2]) : sum_low(total[c / 2]);
+  const int place = strip * LANES, begin = place > first ? place : first;
+  const int end = place + WIDTH < last ? place + WIDTH : last;
+  for (int r = 0; r < R; ++r) {
+    alignas(64) float lanes[LANES];
+    fstore(lanes, total[r]);
+    for (int c = begin; c < end; ++c) t[r * int64_t(l.rank) + c] = lanes[c - place];
+  }
 }
 
 // Components [first, last), as many as an input serves while it is at hand.
@@ -95,16 +104,22 @@ void down_of(const Linear& l, const Input& x, int first, int last, float* t) {
 }
 
 template <int S>
-void down_of_digits(const Linear& l, const Input& x, int first, int last, float* t) {
-  by_components(
-      x.rows, first, last,
-      [&](int row, int c) { dots_of_digits<S, COMPONENTS>(l, x, row, c, t + int64_t(row) * l.rank); },
-      [&](int row, int c) { dots_of_digits<S, 1>(l, x, row, c, t + int64_t(row) * l.rank); });
+void down_of_strips(const Linear& l, const Input& x, int first, int last, float* t) {
+  for (int strip = first / LANES; strip * LANES < last; ++strip) {
+    const bool whole = in_blocks(l.rank) >= (strip + 1) * LANES;
+    auto* four = whole ? dots_of_strip<S, 4, true> : dots_of_strip<S, 4, false>;
+    auto* one = whole ? dots_of_strip<S, 1, true> : dots_of_strip<S, 1, false>;
+    for (int row = 0; row < x.rows;) {
+      const bool several = row + 4 <= x.rows;
+      (several ? four : one)(l, x, row, strip, first, last, t + int64_t(row) * l.rank);
+      row += several ? 4 : 1;
+    }
+  }
 }
 
 void down(const Linear& l, const Input& x, int first, int last, float* t) {
   auto* run = l.down_kind == F16 ? down_of<F16> : l.down_kind == BF16 ? down_of<BF16> : l.down_kind == I8 ? down_of<I8>
-            : l.down_kind != I4 ? down_of<F32> : x.slices == 2 ? down_of_digits<2> : down_of_digits<3>;
+            : l.down_kind != I4 ? down_of<F32> : x.slices == 2 ? down_of_strips<2> : down_of_strips<3>;
   run(l, x, first, last, t);
 }
 
@@ -197,11 +212,11 @@ void add_up_of_blocks(const Linear& l, int strip, const UpInput& up, int row, co
   }
   int block = 0;
   for (int i = 0; i < active.count; ++i) {
-    const int first = active.ranges[i].first / UP_BLOCK, end = (active.ranges[i].last + UP_BLOCK - 1) / UP_BLOCK;
+    const int first = active.ranges[i].first / BLOCK, end = int(in_blocks(active.ranges[i].last) / BLOCK);
     // A block that two members share is taken once: the digits of both are in it.
     for (block = block > first ? block : first; block < end; ++block) {
       __builtin_prefetch(blocks + block * int64_t(64) + up_bytes(I4, l.rank));
-      const int8_t* of_block = digits + block / 2 * LANES * S + block % 2 * UP_BLOCK;
+      const int8_t* of_block = digits + block / 2 * LANES * S + block % 2 * BLOCK;
       take_halves<S, R>(once, shifted, load(blocks + block * int64_t(64)), of_block, row_stride);
     }
   }

@@ -28,10 +28,9 @@ inline bool holds(const void* memory, int64_t bytes, int64_t expected) { return 
 inline int64_t stream_words(int64_t codes, int bits) { return (codes * bits + 31) / 32; }
 
 inline Fault check_factor(const void* values, int64_t bytes, int64_t expected, const uint16_t* scales,
-                          int64_t scale_bytes, int kind, int64_t rank, int64_t groups, Fault bad_values,
-                          Fault bad_scales) {
+                          int64_t scale_bytes, int kind, int64_t scale_count, Fault bad_values, Fault bad_scales) {
   if (!holds(values, bytes, expected)) return bad_values;
-  if (integer(kind) && !holds(scales, scale_bytes, rank * groups * 2)) return bad_scales;
+  if (integer(kind) && !holds(scales, scale_bytes, scale_count * 2)) return bad_scales;
   return FINE;
 }
 
@@ -42,12 +41,13 @@ inline Fault check_adapter(const Linear& l) {
   if (!(floating(l.down_kind) || integer(l.down_kind)) || !(floating(l.up_kind) || integer(l.up_kind)))
     return BAD_KINDS;
   const int64_t inputs = padded_inputs(l.in_features), outputs = int64_t(l.strips) * LANES;
-  if (Fault fault = check_factor(l.down, l.down_bytes, factor_bytes(l.down_kind, l.rank * inputs), l.down_scales,
-                                 l.down_scales_bytes, l.down_kind, l.rank, inputs / FACTOR_GROUP, BAD_DOWN,
+  const int64_t down_rank = l.down_kind == I4 ? in_blocks(l.rank) : l.rank;
+  if (Fault fault = check_factor(l.down, l.down_bytes, factor_bytes(l.down_kind, down_rank * inputs), l.down_scales,
+                                 l.down_scales_bytes, l.down_kind, down_rank * (inputs / FACTOR_GROUP), BAD_DOWN,
                                  BAD_DOWN_SCALES))
     return fault;
   return check_factor(l.up, l.up_bytes, l.strips * up_bytes(l.up_kind, l.rank), l.up_scales, l.up_scales_bytes,
-                      l.up_kind, l.rank, (outputs + FACTOR_GROUP - 1) / FACTOR_GROUP, BAD_UP, BAD_UP_SCALES);
+                      l.up_kind, l.rank * ((outputs + FACTOR_GROUP - 1) / FACTOR_GROUP), BAD_UP, BAD_UP_SCALES);
 }
 
 // Sizes alone.

@@ -40,21 +40,25 @@ inline I zeros_of(const Linear& l, int64_t index) {
   return l.bits == 8 ? load_u8(l.zeros + index * LANES) : load_u4(l.zeros + index * LANES / 2);
 }
 
-// Dot products of the four codes in each lane's bytes with the digits of four inputs, for all rows and slices.
-template <int S, int R>
+// Dot products of the four codes in each lane's bytes with the digits of four inputs, for all rows and slices. The high
+// eight lanes may have inputs of their own, so many further on.
+template <int S, int R, int APART = 0>
 inline void take(I (&sums)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
   for (int r = 0; r < R; ++r) {
-    for (int s = 0; s < S; ++s) sums[r][s] = dot4(sums[r][s], codes, digits + r * row_stride + s * LANES);
+    for (int s = 0; s < S; ++s) {
+      const int8_t* four = digits + r * row_stride + s * LANES;
+      sums[r][s] = APART ? dot4(sums[r][s], codes, four, four + APART) : dot4(sums[r][s], codes, four);
+    }
   }
 }
 
 // The same of eight codes of 4 bits, four in the low halves of the bytes and the next four in the high ones; those sums
 // that are in `shifted` are 16 times too large.
-template <int S, int R>
+template <int S, int R, int APART = 0>
 inline void take_halves(I (&once)[R][S], I (&shifted)[R][S], I codes, const int8_t* digits, int64_t row_stride) {
-  take<S, R>(once, iand(codes, bytes(0x0F)), digits, row_stride);
-  if constexpr (WIDE_CODES) take<S, R>(shifted, iand(codes, bytes(0xF0)), digits + 4, row_stride);
-  else take<S, R>(once, iand(shr<4>(codes), bytes(0x0F)), digits + 4, row_stride);
+  take<S, R, APART>(once, iand(codes, bytes(0x0F)), digits, row_stride);
+  if constexpr (WIDE_CODES) take<S, R, APART>(shifted, iand(codes, bytes(0xF0)), digits + 4, row_stride);
+  else take<S, R, APART>(once, iand(shr<4>(codes), bytes(0x0F)), digits + 4, row_stride);
 }
 
 inline I together_of_halves(I once, I shifted) { return WIDE_CODES ? iadd(once, sar<4>(shifted)) : once; }

@@ -78,9 +78,11 @@ inline void write_digits(const float* x, int count, float scale, int slices, int
   for (int s = 0; s < slices; ++s) sums[s] = sum(total[s]);
 }
 
-void quantize(const Linear& l, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps) {
-  for (int segment = 0; segment < l.segments; ++segment) {
-    const int begin = l.starts[segment] * LANES, end = l.starts[segment + 1] * LANES;
+void quantize(const float* x, const int32_t* starts, int segments, int slices, int8_t* digits, int32_t* sums,
+              float* steps) {
+  for (int segment = 0; segment < segments; ++segment) {
+    const int begin = starts ? starts[segment] * LANES : segment * FACTOR_GROUP;
+    const int end = starts ? starts[segment + 1] * LANES : begin + FACTOR_GROUP;
     const float scale = integer_scale(x + begin, end - begin, slices, steps + segment);
     write_digits(x + begin, end - begin, scale, slices, digits + int64_t(begin) * slices, sums + segment * slices);
   }
@@ -120,29 +122,6 @@ void quantize_up(const Linear& l, const Active& active, const float* t, int grou
   scaled_by_group(l, active, t, group, [&](int c, F product) { fstore(up.scaled + c, product); });
   write_digits(up.scaled, places, up.scales[row], slices, up.digits + int64_t(row) * places * slices,
                up.sums + row * slices);
-}
-
-void quantize_down(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps) {
-  const int groups = padded_inputs(in_features) / FACTOR_GROUP;
-  for (int group = 0; group < groups; ++group, x += FACTOR_GROUP, digits += slices * FACTOR_GROUP, offsets += 8) {
-    const float scale = integer_scale(x, FACTOR_GROUP, slices, steps + group);
-    for (int v = 0; v < FACTOR_GROUP / LANES; ++v) {
-      I rest = to_int(fmul(by_halves(x + v * LANES), fset(scale)));
-      for (int s = 0; s < slices; ++s) {
-        alignas(16) int8_t sixteen[LANES];
-        store_i8(sixteen, next_digit(rest));
-        __builtin_memcpy(digits + s * FACTOR_GROUP + v * 8, sixteen, 8);
-        __builtin_memcpy(digits + s * FACTOR_GROUP + v * 8 + 32, sixteen + 8, 8);
-      }
-    }
-    I offset = izero();
-    for (int s = slices - 1; s >= 0; --s) {
-      const int8_t* slice = digits + s * FACTOR_GROUP;
-      const I eights = dot4(dot4(izero(), bytes(8), load_twice(slice)), bytes(8), load_twice(slice + 32));
-      offset = isub(shl<8>(offset), eights);
-    }
-    store_low(offsets, offset);
-  }
 }
 
 }  // namespace

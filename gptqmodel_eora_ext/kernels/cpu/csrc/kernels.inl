@@ -175,6 +175,6 @@ void dequantize(const Linear& l, int strip, float* out, int64_t stride) {
   run(l, strip, out, stride);
 }
 
-const Kernels table = {down, quantize, quantize_down, widen, scale_up, strips, dequantize};
+const Kernels table = {down, quantize, widen, scale_up, strips, dequantize};
 
 }  // namespace

@@ -16,7 +16,10 @@
 //   up       strips × rank × 16, Bᵀ. Codes of 4 bits: strips × blocks of 8 components × 64 bytes, the last block filled
 //            up with zeros. A 32-bit lane is an output; its byte j holds component j of the block in the low half, and
 //            j + 4 in the high one, so that one dot product takes four components of 16 outputs
-//   down     rank × padded_inputs(in), A
+//   down     rank × padded_inputs(in), A. Codes of 4 bits: strips of 16 components × groups of 64 inputs × 512 bytes, a
+//            lane a component, in blocks of 8 inputs as `up` has blocks of 8 components; scales: strips × groups × 16. Of
+//            a last strip that has 8 components at most only the first 8 lanes are there, so that two blocks lie in 64
+//            bytes
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,10 +31,10 @@ enum Kind : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3, I4 = 4 };
 constexpr int LANES = 16;
 // Features that share a scale of 8- and 4-bit factors.
 constexpr int FACTOR_GROUP = 64;
-// Components of Bᵀ of 4 bits that fill a vector.
-constexpr int UP_BLOCK = 8;
+// Components of Bᵀ of 4 bits that fill a vector, and inputs of A.
+constexpr int BLOCK = 8;
 // Components of A in a piece of work, multiplied with an input while it is at hand: 12,288 inputs in float32 do not fit
-// the first cache.
+// the first cache. Of A of 4 bits a piece is a strip.
 constexpr int COMPONENTS = 4;
 
 struct Linear {
@@ -44,7 +47,7 @@ struct Linear {
   const int32_t* starts;       // segments + 1: first unit of each
   const int32_t* order;        // units · 16: the input at each place, −1 for padding; null where it is the place
   const void* down;
-  const uint16_t* down_scales;  // float16, rank × ceil(in / 64), for integer kinds
+  const uint16_t* down_scales;  // float16, rank × ceil(in / 64), for integer kinds; of 4 bits in strips
   const void* up;
   const uint16_t* up_scales;    // float16, ceil(out / 64) × rank, likewise
   const float* bias;           // strips · 16, or null
@@ -94,10 +97,12 @@ constexpr int64_t factor_bytes(int kind, int64_t values) {
   return values * (kind == F32 ? 8 : kind == I8 ? 2 : kind == I4 ? 1 : 4) / 2;
 }
 
+// Components of factors of 4 bits, filled up to whole blocks.
+constexpr int64_t in_blocks(int64_t components) { return (components + BLOCK - 1) / BLOCK * BLOCK; }
+
 // Bytes of a strip's columns of Bᵀ, of so many components.
 constexpr int64_t up_bytes(int kind, int64_t components) {
-  if (kind == I4) components = (components + UP_BLOCK - 1) / UP_BLOCK * UP_BLOCK;
-  return factor_bytes(kind, components * LANES);
+  return factor_bytes(kind, (kind == I4 ? in_blocks(components) : components) * LANES);
 }
 
 // Components of Bᵀ of 4 bits, filled up to whole vectors of t.
@@ -126,11 +131,10 @@ struct Input {
   int8_t* digits;   // units · 16 · slices a row
   int32_t* sums;    // segments × slices a row: of the digits
   float* steps;     // segments a row
-  // The same for A of 4 bits, whose groups are not those of the weight. Of 64 inputs, a slice holds those in the low
-  // halves of A's bytes first, then those in the high halves.
-  int8_t* down_digits;    // groups × slices × 64 a row
-  int32_t* down_offsets;  // groups × 8 a row: what the 8 that codes are too large by adds to each lane, less than 0
-  float* down_steps;      // groups a row
+  // The same for A of 4 bits, in their own order and groups of 64; those above where the weight has the same.
+  int8_t* down_digits;   // padded_inputs · slices a row
+  int32_t* down_sums;    // groups × slices a row
+  float* down_steps;     // groups a row
 };
 
 // For Bᵀ of 4 bits: what t times the scales of its columns is multiplied by to become integers, and memory of a thread
@@ -147,10 +151,9 @@ struct UpInput {
 struct Kernels {
   // t = x Aᵀ, rows × rank, for the components [first, last).
   void (*down)(const Linear&, const Input& x, int first, int last, float* t);
-  // One row, its inputs at their places, as integers.
-  void (*quantize)(const Linear&, const float* x, int slices, int8_t* digits, int32_t* sums, float* steps);
-  // One row, as it is in `wide`, for A of 4 bits.
-  void (*quantize_down)(const float* x, int in_features, int slices, int8_t* digits, int32_t* offsets, float* steps);
+  // One row as integers, in segments that begin at the units `starts`, or in groups of 64 where that is null.
+  void (*quantize)(const float* x, const int32_t* starts, int segments, int slices, int8_t* digits, int32_t* sums,
+                   float* steps);
   // One row of any floating kind in float32, filled up with zeros to `padded_inputs`.
   void (*widen)(const void* x, int kind, int in_features, float* out);
   // What t is multiplied by for Bᵀ of 4 bits, and 1 over it, of each row.

@@ -42,8 +42,8 @@ inline void store_pair(uint16_t* weights, int64_t pair, int half, F even, F odd)
 
 // A component of 16 outputs, from codes of 4 bits.
 inline F column_of_block(const char* columns, int component) {
-  const int place = component % UP_BLOCK;
-  const I block = load((const uint8_t*)columns + component / UP_BLOCK * 64);
+  const int place = component % BLOCK;
+  const I block = load((const uint8_t*)columns + component / BLOCK * 64);
   const I code = _mm512_srlv_epi32(block, iset(place % 4 * 8 + place / 4 * 4));
   return to_float(isub(iand(code, iset(15)), iset(8)));
 }

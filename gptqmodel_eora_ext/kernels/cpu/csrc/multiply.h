@@ -23,8 +23,19 @@ T* scratch(int64_t count) {
   return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
 }
 
+// Components of a layer in a piece of work. Pieces of strips begin where strips do.
+int components_a_piece(const Linear& l) { return l.down_kind == I4 ? LANES : COMPONENTS; }
+
+// Where the pieces of a member's components are counted from.
+int origin_of(const Linear& l, const Range& range) {
+  return l.down_kind == I4 ? range.first / LANES * LANES : range.first;
+}
+
 // Pieces of work that the components of a member are.
-int pieces_of(const Range& range) { return (range.last - range.first + COMPONENTS - 1) / COMPONENTS; }
+int pieces_of(const Linear& l, const Range& range) {
+  const int each = components_a_piece(l);
+  return (range.last - origin_of(l, range) + each - 1) / each;
+}
 
 // Components [first, last) of t times the rows' weights of their member.
 void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
@@ -69,6 +80,15 @@ struct Work {
   int chunk, downs, pieces;  // chunk: strips of a piece
 };
 
+// Whether the weight reads its inputs in their own order in groups of 64, as A of 4 bits does.
+bool in_factor_groups(const Linear& l) {
+  if (l.order || l.in_features % FACTOR_GROUP || l.segments != l.in_features / FACTOR_GROUP) return false;
+  for (int segment = 0; segment < l.segments; ++segment) {
+    if (l.starts[segment] != segment * (FACTOR_GROUP / LANES)) return false;
+  }
+  return true;
+}
+
 // Memory for x of the calling thread; that for A of 4 bits where a layer has one.
 Input input_of(const Call& c) {
   const Linear& l = *c.linears[0];
@@ -83,9 +103,11 @@ Input input_of(const Call& c) {
                  nullptr, nullptr, nullptr};
   bool four_bits = false;
   for (int i = 0; i < c.count; ++i) four_bits |= c.linears[i]->rank && c.linears[i]->down_kind == I4;
-  if (four_bits) {
+  if (four_bits && in_factor_groups(l)) {
+    input.down_digits = input.digits, input.down_sums = input.sums, input.down_steps = input.steps;
+  } else if (four_bits) {
     input.down_digits = scratch<int8_t, 11>(rows * inputs * slices);
-    input.down_offsets = scratch<int32_t, 12>(rows * groups * 8);
+    input.down_sums = scratch<int32_t, 12>(rows * groups * slices);
     input.down_steps = scratch<float, 13>(rows * groups);
   }
   return input;
@@ -113,11 +135,11 @@ void read_row(const Call& c, const Input& to, int row) {
   float* wide = to.wide + row * inputs;
   c.kernels.widen(c.x + row * row_bytes, c.kind, l.in_features, wide);
   const float* ordered = l.order ? in_order(l, wide, scratch<float, 7>(places)) : wide;
-  c.kernels.quantize(l, ordered, to.slices, to.digits + row * places * to.slices,
+  c.kernels.quantize(ordered, l.starts, l.segments, to.slices, to.digits + row * places * to.slices,
                      to.sums + int64_t(row) * l.segments * to.slices, to.steps + int64_t(row) * l.segments);
-  if (!to.down_digits) return;
-  c.kernels.quantize_down(wide, l.in_features, to.slices, to.down_digits + row * inputs * to.slices,
-                          to.down_offsets + row * groups * 8, to.down_steps + row * groups);
+  if (!to.down_digits || to.down_digits == to.digits) return;
+  c.kernels.quantize(wide, nullptr, groups, to.slices, to.down_digits + row * inputs * to.slices,
+                     to.down_sums + row * groups * to.slices, to.down_steps + row * groups);
 }
 
 // A piece of the components: of which layer, which ones, and the weights of their member, null for 1.
@@ -126,10 +148,12 @@ struct Components { int layer, first, last; const float* weights; };
 Components components_of(const Work& w, int piece) {
   int i = 0;
   for (; piece >= w.shares[i].downs; ++i) piece -= w.shares[i].downs;
+  const Linear& l = *w.call.linears[i];
   const Range* range = w.shares[i].active.ranges;
-  for (; piece >= pieces_of(*range); ++range) piece -= pieces_of(*range);
-  const int first = range->first + piece * COMPONENTS, end = first + COMPONENTS;
-  return {i, first, end < range->last ? end : range->last, range->member < 0 ? nullptr : w.call.weights + range->member};
+  for (; piece >= pieces_of(l, *range); ++range) piece -= pieces_of(l, *range);
+  const int each = components_a_piece(l), begin = origin_of(l, *range) + piece * each, end = begin + each;
+  return {i, begin > range->first ? begin : range->first, end < range->last ? end : range->last,
+          range->member < 0 ? nullptr : w.call.weights + range->member};
 }
 
 void multiply_down(const Work& w, const Input& x, const Components& some) {
@@ -208,7 +232,7 @@ void multiply(const Call& c, int threads) {
     const Linear& l = *c.linears[i];
     const Active active = active_of(l, c.weights, c.rows, ranges);
     Share& share = shares[i] = {active, 0, (l.strips + chunk - 1) / chunk, t, y};
-    for (int r = 0; r < active.count; ++r) share.downs += pieces_of(active.ranges[r]);
+    for (int r = 0; r < active.count; ++r) share.downs += pieces_of(l, active.ranges[r]);
     work.downs += share.downs, work.pieces += share.pieces;
     ranges += active.count, t += int64_t(c.rows) * l.rank;
     y += l.out_features * bytes_of(c.kind);

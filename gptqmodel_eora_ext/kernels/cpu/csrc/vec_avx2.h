@@ -12,10 +12,6 @@ struct F { __m256 a, b; };
 constexpr bool WIDE_CODES = false;
 
 inline I load(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
-inline I load_both(const uint8_t* low, const uint8_t* high) {
-  return {_mm256_loadu_si256((const __m256i*)low), _mm256_loadu_si256((const __m256i*)high)};
-}
-inline I load_twice(const void* p) { return load_both((const uint8_t*)p, (const uint8_t*)p); }
 inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I iset(int32_t v) { __m256i x = _mm256_set1_epi32(v); return {x, x}; }
 inline I iand(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
@@ -34,15 +30,16 @@ inline I select(I mask, I x, I y) {
 inline __m256i dot4(__m256i sum, __m256i codes, __m256i digits) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, digits), _mm256_set1_epi16(1)));
 }
-inline I dot4(I sum, I codes, const int8_t* digits) {
+inline __m256i four_digits(const int8_t* digits) {
   int32_t four;
   __builtin_memcpy(&four, digits, 4);
-  __m256i x = _mm256_set1_epi32(four);
-  return {dot4(sum.a, codes.a, x), dot4(sum.b, codes.b, x)};
+  return _mm256_set1_epi32(four);
 }
-inline I dot4(I sum, I codes, I digits) {
-  return {dot4(sum.a, codes.a, digits.a), dot4(sum.b, codes.b, digits.b)};
+inline I dot4(I sum, I codes, const int8_t* low, const int8_t* high) {
+  return {dot4(sum.a, codes.a, four_digits(low)), dot4(sum.b, codes.b, four_digits(high))};
 }
+inline I dot4(I sum, I codes, const int8_t* digits) { return dot4(sum, codes, digits, digits); }
+inline I swap_halves(I x) { return {x.b, x.a}; }
 
 inline F fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F fset(float v) { __m256 x = _mm256_set1_ps(v); return {x, x}; }
@@ -61,8 +58,6 @@ inline float sum(F x) {
   for (float lane : v) total += lane;
   return total;
 }
-inline float sum_low(F x) { return sum(F{x.a, _mm256_setzero_ps()}); }
-inline float sum_high(F x) { return sum(F{_mm256_setzero_ps(), x.b}); }
 inline float largest(F x) {
   float v[16], best = 0;
   fstore(v, x);
@@ -109,13 +104,6 @@ inline F load_f16(const uint16_t* p, int count) {
 inline F fset_f16(const uint16_t* p) {
   __m256 x = _mm256_cvtph_ps(_mm_set1_epi16(*(const int16_t*)p));
   return {x, x};
-}
-inline F fset_f16(const uint16_t* low, const uint16_t* high) { return {fset_f16(low).a, fset_f16(high).b}; }
-inline void store_low(int32_t* p, I x) { _mm256_storeu_si256((__m256i*)p, x.a); }
-// 16 floats in the order of `load_u4`'s halves of bytes: what stands in the low halves first.
-inline F by_halves(const float* p) {
-  const __m256i fours = _mm256_set_epi32(13, 9, 5, 1, 12, 8, 4, 0), two = _mm256_set1_epi32(2);
-  return {_mm256_i32gather_ps(p, fours, 4), _mm256_i32gather_ps(p, _mm256_add_epi32(fours, two), 4)};
 }
 // The low halves of 16 lanes, in order.
 inline __m256i low_halves(I x) {

@@ -12,12 +12,6 @@ using F = __m512;
 constexpr bool WIDE_CODES = true;
 
 inline I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-// 32 bytes from each of two places, one in the low and one in the high eight lanes.
-inline I load_both(const uint8_t* low, const uint8_t* high) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)low)),
-                            _mm256_loadu_si256((const __m256i*)high), 1);
-}
-inline I load_twice(const void* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)); }
 inline I izero() { return _mm512_setzero_si512(); }
 inline I iset(int32_t v) { return _mm512_set1_epi32(v); }
 inline I iand(I a, I b) { return _mm512_and_si512(a, b); }
@@ -37,8 +31,16 @@ inline I dot4(I sum, I codes, const int8_t* digits) {
   return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
 }
 
-// The same with digits of their own in each lane.
-inline I dot4(I sum, I codes, I digits) { return _mm512_dpbusd_epi32(sum, codes, digits); }
+// The same with other digits in the high eight lanes.
+inline I dot4(I sum, I codes, const int8_t* low, const int8_t* high) {
+  int32_t four, other;
+  __builtin_memcpy(&four, low, 4);
+  __builtin_memcpy(&other, high, 4);
+  return _mm512_dpbusd_epi32(sum, codes, _mm512_mask_set1_epi32(_mm512_set1_epi32(four), 0xFF00, other));
+}
+
+// The low eight lanes in place of the high ones, and the other way round.
+inline I swap_halves(I a) { return _mm512_shuffle_i64x2(a, a, 0x4E); }
 
 inline F fzero() { return _mm512_setzero_ps(); }
 inline F fset(float v) { return _mm512_set1_ps(v); }
@@ -50,8 +52,6 @@ inline F fmax16(F a, F b) { return _mm512_max_ps(a, b); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
-inline float sum_low(F a) { return _mm512_mask_reduce_add_ps(0x00FF, a); }
-inline float sum_high(F a) { return _mm512_mask_reduce_add_ps(0xFF00, a); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a); }
 inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
 inline F fload(const float* p) { return _mm512_loadu_ps(p); }
@@ -73,26 +73,12 @@ inline F fset_f16(const uint16_t* p) {
   __builtin_memcpy(&half, p, 2);
   return _mm512_cvtph_ps(_mm256_set1_epi16(half));
 }
-// One float16 in the low eight lanes and another in the high ones.
-inline F fset_f16(const uint16_t* low, const uint16_t* high) {
-  uint16_t one, other;
-  __builtin_memcpy(&one, low, 2);
-  __builtin_memcpy(&other, high, 2);
-  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(one)), _mm_set1_epi16(other), 1));
-}
 // 16 values of 4 bits: even lanes in the first four bytes, odd lanes in the next.
 inline I load_u4(const uint8_t* p) {
   const I shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
   int64_t both;
   __builtin_memcpy(&both, p, 8);
   return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi64(both), shifts), _mm512_set1_epi32(15));
-}
-// Eight numbers of a lane each.
-inline void store_low(int32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(a)); }
-// 16 floats in the order of `load_u4`'s halves of bytes: what stands in the low halves first.
-inline F by_halves(const float* p) {
-  const I order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  return _mm512_permutexvar_ps(order, _mm512_loadu_ps(p));
 }
 inline void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 inline void store_f16(uint16_t* p, F a) {

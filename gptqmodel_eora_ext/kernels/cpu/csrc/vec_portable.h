@@ -14,13 +14,6 @@ constexpr bool WIDE_CODES = true;
 #define LANEWISE(T, ...) T r; for (int l = 0; l < 16; ++l) r.v[l] = (__VA_ARGS__); return r
 
 inline I load(const uint8_t* p) { I r; std::memcpy(r.v, p, 64); return r; }
-inline I load_both(const uint8_t* low, const uint8_t* high) {
-  I r;
-  std::memcpy(r.v, low, 32);
-  std::memcpy(r.v + 8, high, 32);
-  return r;
-}
-inline I load_twice(const void* p) { return load_both((const uint8_t*)p, (const uint8_t*)p); }
 inline I iset(int32_t x) { LANEWISE(I, x); }
 inline I izero() { return iset(0); }
 inline I iand(I a, I b) { LANEWISE(I, a.v[l] & b.v[l]); }
@@ -32,18 +25,15 @@ template <int N> inline I shl(I a) { LANEWISE(I, int32_t(uint32_t(a.v[l]) << N))
 template <int N> inline I sar(I a) { LANEWISE(I, a.v[l] >> N); }
 template <int N> inline I ror(I a) { LANEWISE(I, int32_t(uint32_t(a.v[l]) >> N | uint32_t(a.v[l]) << (32 - N))); }
 inline I select(I mask, I a, I b) { LANEWISE(I, (mask.v[l] & a.v[l]) | (~mask.v[l] & b.v[l])); }
-inline I dot4(I sum, I codes, const int8_t* digits) {
-  LANEWISE(I, sum.v[l] + (codes.v[l] & 255) * digits[0] + (codes.v[l] >> 8 & 255) * digits[1] +
-                  (codes.v[l] >> 16 & 255) * digits[2] + (codes.v[l] >> 24 & 255) * digits[3]);
+inline int32_t dot4(int32_t codes, const int8_t* digits) {
+  return (codes & 255) * digits[0] + (codes >> 8 & 255) * digits[1] + (codes >> 16 & 255) * digits[2] +
+         (codes >> 24 & 255) * digits[3];
 }
-inline I dot4(I sum, I codes, I digits) {
-  I r;
-  for (int l = 0; l < 16; ++l) {
-    r.v[l] = sum.v[l];
-    for (int j = 0; j < 32; j += 8) r.v[l] += (codes.v[l] >> j & 255) * int8_t(digits.v[l] >> j);
-  }
-  return r;
+inline I dot4(I sum, I codes, const int8_t* low, const int8_t* high) {
+  LANEWISE(I, sum.v[l] + dot4(codes.v[l], l < 8 ? low : high));
 }
+inline I dot4(I sum, I codes, const int8_t* digits) { return dot4(sum, codes, digits, digits); }
+inline I swap_halves(I a) { LANEWISE(I, a.v[l ^ 8]); }
 
 inline F fset(float x) { LANEWISE(F, x); }
 inline F fzero() { return fset(0); }
@@ -57,8 +47,6 @@ inline I to_int(F a) { LANEWISE(I, int32_t(std::nearbyint(a.v[l]))); }
 inline F fload(const float* p) { LANEWISE(F, p[l]); }
 inline void fstore(float* p, F a) { std::memcpy(p, a.v, 64); }
 inline float sum(F a) { float t = 0; for (float x : a.v) t += x; return t; }
-inline float sum_low(F a) { float t = 0; for (int l = 0; l < 8; ++l) t += a.v[l]; return t; }
-inline float sum_high(F a) { float t = 0; for (int l = 8; l < 16; ++l) t += a.v[l]; return t; }
 inline int32_t sum(I a) { int32_t t = 0; for (int32_t x : a.v) t += x; return t; }
 inline float largest(F a) { float t = 0; for (float x : a.v) t = x > t ? x : t; return t; }
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -80,12 +68,6 @@ inline I load_u4(const uint8_t* p) { LANEWISE(I, p[l % 2 * 4 + l / 4] >> (l / 2 
 inline F fload(const float* p, int count) { LANEWISE(F, l < count ? p[l] : 0.0f); }
 inline F load_f16(const uint16_t* p, int count) { LANEWISE(F, l < count ? half_to_float(p[l]) : 0.0f); }
 inline F fset_f16(const uint16_t* p) { return fset(half_to_float(*p)); }
-inline F fset_f16(const uint16_t* low, const uint16_t* high) {
-  LANEWISE(F, half_to_float(l < 8 ? *low : *high));
-}
-inline void store_low(int32_t* p, I a) { std::memcpy(p, a.v, 32); }
-// 16 floats in the order of `load_u4`'s halves of bytes: what stands in the low halves first.
-inline F by_halves(const float* p) { LANEWISE(F, p[l % 4 * 4 + l / 4]); }
 inline void store_i8(int8_t* p, I a) { for (int l = 0; l < 16; ++l) p[l] = int8_t(a.v[l]); }
 inline void store_f16(uint16_t* p, F a) { for (int l = 0; l < 16; ++l) p[l] = to_f16(a.v[l]); }
 inline void store_bf16(uint16_t* p, F a) {
