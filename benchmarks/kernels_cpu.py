@@ -4,6 +4,7 @@ one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` + `Lora.appl
            default, for seconds a shape), and dense bfloat16 `F.linear`
 bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, without the adapter and with it
 shared     one row, 2 bits, with adapter: modules that read the same input together and one after the other
+adapter    one row, 2 bits: SmolLM2's linear layers one after the other, with adapters of 4, 8 and 16 bits and without
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
 model      the whole model at 2 bits with rank 32, tokens per second of `model.generate`
@@ -38,11 +39,12 @@ from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear
 from torch.nn.functional import linear
 
 from gptqmodel_eora_ext import EoRA
-from gptqmodel_eora_ext.formats.factors import Factors
+from gptqmodel_eora_ext.formats.factors import Factors, QuantizedFactor
 from gptqmodel_eora_ext.formats.packed_weights import PackedWeight, words
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.kernels.cpu.repack import repack_weight
 from gptqmodel_eora_ext.kernels.fused import FusedLinear, JointLinears
+from gptqmodel_eora_ext.solve.quantized import quantize_factor
 
 THREADS = 2
 RANK = 64
@@ -61,6 +63,11 @@ SHARED = {
     "Qwen3-8B q, k, v": (4096, (4096, 1024, 1024)),
     "Qwen3-8B gate, up": (4096, (12288, 12288)),
 }
+# A layer of SmolLM2: inputs, and outputs of the modules that read them.
+LAYER = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
+LAYERS, ADAPTER_RANKS, ADAPTER_REPEATS = 30, (32, 64), 60
+# Values in bfloat16 that are read between two tokens, as `lm_head` is, so that nothing of the layers stays in cache.
+HEAD = 49152 * 576
 PREFILL_ROWS, PREFILL_REPEATS = 512, 5
 MODEL_RANK, MODEL_SAMPLES, MODEL_SEQLEN, NEW_TOKENS, MODEL_REPEATS = 32, 16, 128, 64, 3
 
@@ -205,6 +212,42 @@ def shared() -> list[dict[str, Any]]:
     return found
 
 
+@torch.inference_mode()
+def adapter() -> list[dict[str, Any]]:
+    found = []
+    head, rows = torch.ones(HEAD, dtype=torch.bfloat16), {width: row(width) for width, _ in LAYER}
+    for rank in ADAPTER_RANKS:
+        tokens = {"none": _layers(rank, 0), **{f"{bits} bits": _layers(rank, bits) for bits in (4, 8, 16)}}
+        times: dict[str, list[float]] = {name: [] for name in tokens}
+        for _ in range(ADAPTER_REPEATS):
+            for name, calls in tokens.items():
+                head.view(torch.int16).sum()
+                start = time.perf_counter()
+                for width, call in calls:
+                    call(rows[width])
+                times[name].append((time.perf_counter() - start) * 1e3)
+        # Others use the machine: the quarter of rounds that they disturbed least.
+        ms = {name: statistics.quantiles(some, n=4)[0] for name, some in times.items()}
+        adds = {f"{name} adds": value - ms["none"] for name, value in ms.items() if name != "none"}
+        found.append({"rank": rank, **{f"{name} ms": value for name, value in ms.items()}, **adds})
+    return found
+
+
+def _layers(rank: int, factor_bits: int) -> list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]:
+    """The width that each call of a token reads, and the call; without factors for 0 bits."""
+
+    def factor(width: int) -> torch.Tensor | QuantizedFactor:
+        values = torch.randn(rank, width) * 0.02
+        return values.bfloat16() if factor_bits == 16 else quantize_factor(values, factor_bits)
+
+    def fused_linear(width: int, out: int) -> FusedLinear:
+        factors = Factors(factor(width), factor(out)) if factor_bits else None
+        return FusedLinear(repack_weight(weight(2, out, width, 64)), factors)
+
+    return [(width, JointLinears([fused_linear(width, out) for out in outs]).joined)
+            for _ in range(LAYERS) for width, outs in LAYER]  # fmt: skip
+
+
 def four_bits() -> list[dict[str, Any]]:
     found = []
     hosts = {"aten": TorchAtenLinear, "avx512": TorchCpuAvx512Linear}
@@ -292,6 +335,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "one_row": one_row,
     "bandwidth": bandwidth,
     "shared": shared,
+    "adapter": adapter,
     "four_bits": four_bits,
     "prefill": prefill,
 }

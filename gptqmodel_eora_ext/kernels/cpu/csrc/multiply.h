@@ -1,6 +1,8 @@
 // Layers that read the same x, from their codes: who computes what when.
 #pragma once
+#include <atomic>
 #include <memory>
+#include <thread>
 
 #include "check.h"
 
@@ -173,6 +175,20 @@ Strips strips_of(const Work& w, int piece) {
   return {i, first, end < most ? end : most};
 }
 
+// Looks that a thread takes at what others are about to finish before it lets them have its processor: some 10 µs.
+constexpr int PATIENCE = 1 << 10;
+
+// Waits for the last components that other threads are at. A barrier of OpenMP puts a thread to sleep where processors
+// are few, and to wake it takes longer than all of them.
+void wait_for(const std::atomic<int>& finished, int pieces) {
+  for (int looks = 0; finished.load(std::memory_order_acquire) < pieces; ++looks) {
+    if (looks >= PATIENCE) std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
 // Rows that each thread reads for itself, which takes less than to wait for another that does.
 constexpr int FEW_ROWS = 4;
 
@@ -180,6 +196,7 @@ void multiply_all(const Work& w, int threads) {
   const Call& c = w.call;
   const bool few = c.rows <= FEW_ROWS;
   const Input shared = few ? Input{} : input_of(c);
+  std::atomic<int> finished{0};
 #pragma omp parallel num_threads(threads)
   {
     const Input input = few ? input_of(c) : shared;
@@ -190,8 +207,12 @@ void multiply_all(const Work& w, int threads) {
       for (int row = 0; row < c.rows; ++row) read_row(c, input, row);
     }
     if (w.downs) {
-#pragma omp for schedule(dynamic, 1)
-      for (int piece = 0; piece < w.downs; ++piece) multiply_down(w, input, components_of(w, piece));
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int piece = 0; piece < w.downs; ++piece) {
+        multiply_down(w, input, components_of(w, piece));
+        finished.fetch_add(1, std::memory_order_release);
+      }
+      wait_for(finished, w.downs);
     }
     UpInput up = up_input_of(c, input.slices);
     float* scales = scratch<float, 17>(int64_t(c.count) * c.rows * 2);
