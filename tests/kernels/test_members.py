@@ -112,16 +112,24 @@ def test_matmul(factor_bits: int) -> None:
 
 
 @needs_compiler
-def test_layers_that_share_an_input() -> None:
+@pytest.mark.parametrize("factor_bits", [16, 4])
+def test_layers_that_share_an_input(factor_bits: int) -> None:
     """With other ranks of the members in each; one has no adapter."""
     weights, x = random_weights(3), random_input(3, 100)
-    pairs = [stacked(16), stacked(16, (0, 6, 2, 0)), None]
+    pairs = [stacked(factor_bits), stacked(factor_bits, (0, 6, 2, 0)), None]
     layers = [FusedLinear(repack_weight(WEIGHT), pair) for pair in pairs]
     ys = JointLinears(layers)(x, weights)
     for y, pair, layer in zip(ys, pairs, layers, strict=True):
         expected = linear(x.double(), WEIGHT, pair, weights=weights, accumulate=torch.float64)
         assert error(y, expected) < TOLERANCE
         assert error(layer(x, weights), expected) < TOLERANCE
+    if not HAS_BF16:
+        return
+    weights, x = random_weights(40), random_input(40, 100, torch.bfloat16)
+    joint = CpuLinears([layer.cpu for layer in layers])
+    for y, pair in zip(joint.matmul(x, weights).split(joint.widths, dim=1), pairs, strict=True):
+        expected = linear(x.double(), WEIGHT, pair, weights=weights, accumulate=torch.float64)
+        assert error(y, expected) < MATMUL_TOLERANCE
 
 
 @needs_compiler

@@ -267,6 +267,7 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
     one, out = (ctypes.c_void_p * 1)(layer.address), (y.data_ptr(), y.nbytes)
     tile = torch.empty(IN, 48)
     t = torch.zeros(len(x), RANK, dtype=torch.bfloat16)
+    alone = torch.zeros(len(x), RANK)
     halves = x.to(torch.bfloat16)
     y_halves = torch.empty(len(x), OUT, dtype=torch.bfloat16)
     weights, read = torch.ones(len(x), len(MEMBERS)), torch.ones(len(MEMBERS))
@@ -285,9 +286,13 @@ def entries(layer: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> dict[str, Cal
         return kernels.eora_matmul(layer.address, halves.data_ptr(), halves.nbytes, t.data_ptr(), t.nbytes, len(x),
                                    *of_members(read), y_halves.data_ptr(), y_halves.nbytes, OUT, 1)  # fmt: skip
 
+    def components() -> int:
+        return kernels.eora_components(one, 1, *memory, 0, len(x), alone.data_ptr(), alone.nbytes, best_isa(), 1)
+
     return {
         "check": lambda: kernels.eora_check(layer.address),
         "linears": linears,
+        "components": components,
         "dequantize": dequantize,
         "matmul": matmul,
     }

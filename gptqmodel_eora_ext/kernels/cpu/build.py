@@ -127,6 +127,7 @@ def library() -> ctypes.CDLL | None:
     loaded.eora_repack.argtypes = (*memory, *memory, integer, integer, integer, integer, *memory, integer)
     loaded.eora_unpack.argtypes = loaded.eora_repack.argtypes
     loaded.eora_linears.argtypes = (pointer, integer, *memory, integer, integer, *memory, *memory, integer, integer)
+    loaded.eora_components.argtypes = (pointer, integer, *memory, integer, integer, *memory, integer, integer)
     loaded.eora_dequantize.argtypes = (pointer, integer, integer, *memory, long, integer, integer)
     loaded.eora_matmul.argtypes = (pointer, *memory, *memory, integer, *memory, *memory, long, integer)
     loaded.eora_large_pages.argtypes = (pointer, long)

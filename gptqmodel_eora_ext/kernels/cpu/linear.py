@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ...formats.factors import to_dense
 from ...formats.packed_weights import LayoutError
-from .build import library, require_fine
-from .factors import RepackedFactors, unpack_down, unpack_factors
+from .build import ISAS, library, require_fine
+from .factors import INTEGER_KINDS, RepackedFactors, unpack_down, unpack_factors
 from .repack import KINDS, LANES, RepackedWeight
 
 # Outputs of Ŵ that are dequantised at a time.
@@ -238,21 +238,16 @@ class CpuLinears:
         x Aᵀ are rounded to bfloat16, sums are float32."""
         y = torch.empty(x.shape[0], self._out_features, dtype=x.dtype)
         read = [layer._read_of(weights) for layer in self._layers]
-        downs = [None if one is None or layer.factors is None else one.of(to_dense(unpack_down(layer.factors), x.dtype))
-                 for one, layer in zip(read, self._layers, strict=True)]  # fmt: skip
-        some = [down for down in downs if down is not None]
-        down = torch.cat(some) if some else None
-        ranks = [0 if one is None else len(one) for one in downs]
+        components = self._components(read, x.dtype)
         live_members = None if weights is None else (weights != 0).any(dim=0).to(torch.float32)
         for begin in range(0, x.shape[0], MATMUL_ROWS):
             rows = x[begin : begin + MATMUL_ROWS]
-            ts = [None] * len(read) if down is None else torch.nn.functional.linear(rows, down).split(ranks, dim=1)
             ys = y[begin : begin + len(rows)].split(self.widths, dim=1)
-            for layer, one, t, part in zip(self._layers, read, ts, ys, strict=True):
+            for layer, one, t, part in zip(self._layers, read, components(rows), ys, strict=True):
                 own = None
                 if t is not None and one is not None:
                     live = None if one.weights is None else one.weights[begin : begin + MATMUL_ROWS]
-                    own = weighed(t, one.members, live).contiguous()
+                    own = weighed(t, one.members, live).to(x.dtype).contiguous()
                 # From the part's first value to its last; between its rows lie those of the other layers.
                 spanned = ((len(rows) - 1) * self._out_features + layer.out_features) * y.element_size()
                 fault = layer.kernels.eora_matmul(layer.address, *_memory(rows), *_memory(own), len(rows),
@@ -260,6 +255,42 @@ class CpuLinears:
                                                   torch.get_num_threads())  # fmt: skip
                 require_fine(fault, layer.name)
         return y
+
+    def _components(
+        self, read: Sequence[_Read | None], dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], Sequence[torch.Tensor | None]]:
+        """What gives each layer's x Aᵀ, rows × the components that are read, of x; None for a layer without any.
+
+        A of 4 bits is multiplied as it lies in memory: to unpack all of a model's A took longer than to multiply 16
+        rows with the model. Others are multiplied by torch in ``dtype``.
+        """
+        kinds = {layer.factors.down_kind for layer, one in zip(self._layers, read, strict=True)
+                 if one is not None and layer.factors is not None}  # fmt: skip
+        if kinds == {INTEGER_KINDS[4]}:
+            return lambda x: [None if one is None else one.of(t.T).T
+                              for one, t in zip(read, self._components_of_codes(x), strict=True)]  # fmt: skip
+        downs = [None if one is None or layer.factors is None else one.of(to_dense(unpack_down(layer.factors), dtype))
+                 for one, layer in zip(read, self._layers, strict=True)]  # fmt: skip
+        some = [down for down in downs if down is not None]
+        if not some:
+            return lambda x: [None] * len(read)
+        down, ranks = torch.cat(some), [0 if one is None else len(one) for one in downs]
+        return lambda x: torch.nn.functional.linear(x, down).split(ranks, dim=1)
+
+    def _components_of_codes(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Each layer's x Aᵀ in float32, rows × rank, of A of 4 bits."""
+        ranks = [0 if layer.factors is None else layer.factors.rank for layer in self._layers]
+        found = []
+        for rows in x.split(CODES_ROWS):
+            t = torch.empty(sum(ranks) * len(rows))
+            fault = self._layers[0].kernels.eora_components(
+                self._addresses, len(self._layers), *_memory(rows), KINDS[x.dtype], len(rows), *_memory(t),
+                ISAS.index("avx512-bf16"), torch.get_num_threads(),
+            )  # fmt: skip
+            require_fine(fault, self._layers[0].name)
+            of_layers = t.split([rank * len(rows) for rank in ranks])
+            found.append([one.view(len(rows), rank) for one, rank in zip(of_layers, ranks, strict=True)])
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def tiles(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y, as `CpuLinear.tiles` computes each layer's."""

@@ -169,6 +169,20 @@ int eora_linears(const Linear* const* linears, int count, const char* x, int64_t
   return FINE;
 }
 
+// t = x Aᵀ in float32 of layers as `eora_linears` takes them, without weights: rows × rank of each, one after the other.
+int eora_components(const Linear* const* linears, int count, const char* x, int64_t x_bytes, int kind, int rows, float* t,
+                    int64_t t_bytes, int isa, int threads) {
+  if (const Fault fault = check_together(linears, count)) return fault;
+  if (const Fault fault = check_run(isa, threads)) return fault;
+  if (!floating(kind)) return BAD_KINDS;
+  if (rows < 1 || x_bytes != int64_t(rows) * linears[0]->in_features * bytes_of(kind)) return BAD_INPUT;
+  int64_t rank = 0;
+  for (int i = 0; i < count; ++i) rank += linears[i]->rank;
+  if (!rank || !holds(t, t_bytes, rows * rank * 4)) return BAD_COMPONENTS;
+  multiply_components({linears, count, x, kind, rows, nullptr, nullptr, 0, kernels(isa), t}, threads);
+  return FINE;
+}
+
 // Ŵᵀ of the strips [first, last) in float32, in × stride; padded outputs are written too.
 int eora_dequantize(const Linear* linear, int first, int last, float* out, int64_t out_bytes, int64_t stride, int isa,
                     int threads) {

@@ -55,7 +55,8 @@ const float* in_order(const Linear& l, const float* x, float* out) {
   return out;
 }
 
-// A call of `eora_linears`, checked. y is rows × `outputs`, the layers' side by side.
+// A call of `eora_linears`, checked. y is rows × `outputs`, the layers' side by side; null where t alone is asked, which
+// is then rows × rank of each layer, one after the other.
 struct Call {
   const Linear* const* linears;
   int count;
@@ -65,6 +66,7 @@ struct Call {
   char* y;
   int64_t outputs;
   const Kernels& kernels;
+  float* t = nullptr;
 };
 
 // A layer's part of a call: the pieces that its components and its strips are cut into, its t, and its y.
@@ -91,21 +93,23 @@ bool in_factor_groups(const Linear& l) {
   return true;
 }
 
-// Memory for x of the calling thread; that for A of 4 bits where a layer has one.
-Input input_of(const Call& c) {
+// Memory for x of the calling thread; that for A of 4 bits where a layer has one, and that for codes unless A is all.
+Input input_of(const Call& c, bool codes = true) {
   const Linear& l = *c.linears[0];
   const int rows = c.rows, slices = c.kind == F32 ? 3 : 2;
   const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
   Input input = {rows,
                  slices,
                  scratch<float, 0>(rows * inputs),
-                 scratch<int8_t, 1>(int64_t(rows) * l.units * LANES * slices),
-                 scratch<int32_t, 2>(int64_t(rows) * l.segments * slices),
-                 scratch<float, 3>(int64_t(rows) * l.segments),
-                 nullptr, nullptr, nullptr};
+                 nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (codes) {
+    input.digits = scratch<int8_t, 1>(int64_t(rows) * l.units * LANES * slices);
+    input.sums = scratch<int32_t, 2>(int64_t(rows) * l.segments * slices);
+    input.steps = scratch<float, 3>(int64_t(rows) * l.segments);
+  }
   bool four_bits = false;
   for (int i = 0; i < c.count; ++i) four_bits |= c.linears[i]->rank && c.linears[i]->down_kind == I4;
-  if (four_bits && in_factor_groups(l)) {
+  if (four_bits && codes && in_factor_groups(l)) {
     input.down_digits = input.digits, input.down_sums = input.sums, input.down_steps = input.steps;
   } else if (four_bits) {
     input.down_digits = scratch<int8_t, 11>(rows * inputs * slices);
@@ -136,9 +140,11 @@ void read_row(const Call& c, const Input& to, int row) {
   const int64_t places = int64_t(l.units) * LANES, row_bytes = int64_t(l.in_features) * (c.kind == F32 ? 4 : 2);
   float* wide = to.wide + row * inputs;
   c.kernels.widen(c.x + row * row_bytes, c.kind, l.in_features, wide);
-  const float* ordered = l.order ? in_order(l, wide, scratch<float, 7>(places)) : wide;
-  c.kernels.quantize(ordered, l.starts, l.segments, to.slices, to.digits + row * places * to.slices,
-                     to.sums + int64_t(row) * l.segments * to.slices, to.steps + int64_t(row) * l.segments);
+  if (to.digits) {
+    const float* ordered = l.order ? in_order(l, wide, scratch<float, 7>(places)) : wide;
+    c.kernels.quantize(ordered, l.starts, l.segments, to.slices, to.digits + row * places * to.slices,
+                       to.sums + int64_t(row) * l.segments * to.slices, to.steps + int64_t(row) * l.segments);
+  }
   if (!to.down_digits || to.down_digits == to.digits) return;
   c.kernels.quantize(wide, nullptr, groups, to.slices, to.down_digits + row * inputs * to.slices,
                      to.down_sums + row * groups * to.slices, to.down_steps + row * groups);
@@ -234,19 +240,15 @@ void multiply_all(const Work& w, int threads) {
   }
 }
 
-void multiply(const Call& c, int threads) {
-  int64_t strips = 0, rank = 0, members = 0, read = 0;
+// A call's parts, with strips in pieces of so many.
+Work divided(const Call& c, int chunk) {
+  int64_t members = 0, rank = 0;
   for (int i = 0; i < c.count; ++i) {
-    const Linear& l = *c.linears[i];
-    strips += l.strips, rank += l.rank, members += l.members > 0 ? l.members : 1;
-    read += l.codes_bytes + l.down_bytes + l.up_bytes;
+    rank += c.linears[i]->rank, members += c.linears[i]->members > 0 ? c.linears[i]->members : 1;
   }
-  const int64_t busy = c.rows * read / LEAST_SHARE;
-  if (threads > busy) threads = busy > 1 ? int(busy) : 1;
-  const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
   Range* ranges = scratch<Range, 9>(members);
   Share* shares = scratch<Share, 8>(c.count);
-  float* t = scratch<float, 4>(c.rows * rank);
+  float* t = c.t ? c.t : scratch<float, 4>(c.rows * rank);
   char* y = c.y;
   Work work = {c, shares, chunk, 0, 0};
   for (int i = 0; i < c.count; ++i) {
@@ -256,9 +258,56 @@ void multiply(const Call& c, int threads) {
     for (int r = 0; r < active.count; ++r) share.downs += pieces_of(l, active.ranges[r]);
     work.downs += share.downs, work.pieces += share.pieces;
     ranges += active.count, t += int64_t(c.rows) * l.rank;
-    y += l.out_features * bytes_of(c.kind);
+    if (y) y += l.out_features * bytes_of(c.kind);
   }
-  multiply_all(work, threads);
+  return work;
+}
+
+// Rows of x that are multiplied with a piece of A at a time.
+constexpr int DOWN_ROWS = 32;
+
+// Some rows of x, in the forms that A reads.
+Input rows_of(const Linear& l, Input x, int first, int count) {
+  const int64_t inputs = padded_inputs(l.in_features), groups = inputs / FACTOR_GROUP;
+  x.rows = count, x.wide += first * inputs;
+  if (x.down_digits) {
+    x.down_digits += first * inputs * x.slices, x.down_sums += first * groups * x.slices;
+    x.down_steps += first * groups;
+  }
+  return x;
+}
+
+// t = x Aᵀ alone, of all components.
+void multiply_components(const Call& c, int threads) {
+  const Work w = divided(c, 1);
+  const Input input = input_of(c, false);
+  const int blocks = (c.rows + DOWN_ROWS - 1) / DOWN_ROWS;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int row = 0; row < c.rows; ++row) read_row(c, input, row);
+#pragma omp for schedule(dynamic, 1)
+    for (int piece = 0; piece < w.downs * blocks; ++piece) {
+      const Components some = components_of(w, piece / blocks);
+      const Linear& l = *c.linears[some.layer];
+      const int first = piece % blocks * DOWN_ROWS, left = c.rows - first;
+      c.kernels.down(l, rows_of(l, input, first, left < DOWN_ROWS ? left : DOWN_ROWS), some.first, some.last,
+                     w.shares[some.layer].t + int64_t(first) * l.rank);
+    }
+  }
+}
+
+void multiply(const Call& c, int threads) {
+  int64_t strips = 0, read = 0;
+  for (int i = 0; i < c.count; ++i) {
+    const Linear& l = *c.linears[i];
+    strips += l.strips;
+    read += l.codes_bytes + l.down_bytes + l.up_bytes;
+  }
+  const int64_t busy = c.rows * read / LEAST_SHARE;
+  if (threads > busy) threads = busy > 1 ? int(busy) : 1;
+  const int chunk = strips / (threads * PIECES) > 0 ? int(strips / (threads * PIECES)) : 1;
+  multiply_all(divided(c, chunk), threads);
 }
 
 }  // namespace
