@@ -59,7 +59,9 @@ def make(
     base: Model,
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder for the ensemble; in the checkpoint, this names it.")],
-    shared: Annotated[str, typer.Option(help="General text, for the adapter that serves every prompt.")],
+    shared: Annotated[
+        str, typer.Option(help="General text. What serves every prompt is made of it and of the domains' text.")
+    ],
     domains: Domains = None,
     budget: Annotated[str, typer.Option(help="Of all factors together: `300MB`, `0.5bpw`, `r32`.")] = DEFAULT_BUDGET,
     shared_part: Annotated[

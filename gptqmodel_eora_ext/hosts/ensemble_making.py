@@ -58,7 +58,7 @@ class EnsembleJob:
         base: the full-precision model, a folder or a hub name.
         checkpoint: the quantised model's folder.
         output: the ensemble's folder; inside the checkpoint, the checkpoint names it.
-        shared: windows of general text.
+        shared: windows of general text. The shared adapter is made of it and of the domains' text, in equal parts.
         domains: name → windows of the domain's text.
         budget: of all factors together, in a form of `adapter.budget.FORM`.
         samples: windows of each text that factors are calibrated on; the router is made of all.
@@ -108,16 +108,17 @@ def make_ensemble(job: EnsembleJob) -> Path:
                          f"and 1.")  # fmt: skip
     made_for = checkpoint_fingerprint(job.checkpoint)
     division = _division(job)
-    shared = _adapter(job, job.shared[: job.samples], division.shared, job.output, SHARED)
+    texts = _texts(job)
+    # It serves every prompt, and its corrections for one kind of text harm no other.
+    shared = _adapter(job, mixed(list(texts.values()), job.samples), division.shared, job.output, SHARED)
     over = fingerprint([AdapterFolder.open(shared).weights])
     members = []
     for name, windows in job.domains.items():
         _member(job, name, windows[: job.samples], division.members[name])
         members.append(Member(name, over, made_for, _tokens(windows[: job.samples])))
-    classes = {**({SHARED: job.shared} if job.background else {}), **job.domains}
     with _opened(job, job.output) as (loaded, layers):
         reads = readers(loaded.model, {shape.name for shape in _shapes(loaded)}, job.depth)
-        sums = {name: _sums(loaded, reads, layers[job.depth], windows) for name, windows in classes.items()}
+        sums = {name: _sums(loaded, reads, layers[job.depth], windows) for name, windows in texts.items()}
     router = Router.fit(sums, list(job.domains), reads)
     with replaced_file(job.output / ROUTER_FILE) as fresh:
         router.save(fresh)
@@ -211,6 +212,11 @@ def _member(job: EnsembleJob, name: str, windows: Windows, budget: int) -> None:
                 shutil.copy2(file, fresh / file.name)
 
 
+def _texts(job: EnsembleJob) -> dict[str, Windows]:
+    """All texts that are told apart: the shared one, unless it is a domain's, too, and each domain's."""
+    return {**({SHARED: job.shared} if job.background else {}), **job.domains}
+
+
 def mixed(texts: Sequence[Windows], samples: int) -> list[Mapping[str, Any]]:
     """Windows of several texts in turns, so many of each."""
     return [text[index] for index in range(samples) for text in texts if index < len(text)]
@@ -218,7 +224,7 @@ def mixed(texts: Sequence[Windows], samples: int) -> list[Mapping[str, Any]]:
 
 def _controls(job: EnsembleJob, division: Division) -> None:
     assert job.controls is not None
-    windows = mixed([job.shared, *job.domains.values()], job.samples)
+    windows = mixed(list(_texts(job).values()), job.samples)
     active = division.shared + max(division.members.values())
     for name, budget in (("total", division.total), ("active", active)):
         _adapter(job, windows, budget, job.controls / name, f"of mixed text, {name} bytes")
@@ -261,10 +267,10 @@ def _division(job: EnsembleJob) -> Division:
         total = budget_bytes(job.budget, shapes)
         if job.shared_part is not None:
             return Division.by_part(total, job.shared_part, list(job.domains))
-        texts = {SHARED: job.shared, **job.domains}
         adapted = [shape for shape in shapes if (layer_number(shape.name) or 0) >= job.depth]
+        samples = _samples(job, loaded, shapes, _texts(job))
         return divide(
-            _samples(job, loaded, shapes, texts), total, sum(shape.weights for shape in shapes), list(job.domains),
+            samples, total, sum(shape.weights for shape in shapes), list(job.domains),
             factor_bits=AdapterOptions.settle(**job.adapter, budget=job.budget).factor_bits,
             member_weights=sum(shape.weights for shape in adapted),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """How an ensemble's budget divides into the shared adapter's part and each member's: by forecasts on a sample of
 modules.
 
-For a part of the budget, the shared adapter is solved for the ranks that it buys, by the shared text's moment; what is
+For a part of the budget, the shared adapter is solved for the ranks that it buys, by the moment of all texts; what is
 left of the error, weighed by each domain's own moment, has a spectrum that tells what each further rank of
 the domain's member will buy. The part with the least error left is taken, the mean over domains and modules of what
 is left of what was there, a domain like another.
@@ -22,7 +22,6 @@ import torch
 
 from ...formats.sizes import ModuleShape, factor_bytes
 from ...solve import eora, weighted_energy
-from .folder import SHARED
 
 # Parts for the shared adapter that are compared. With less than the last leaves them, members get a component or two.
 PARTS = (0.25, 0.4, 0.55, 0.7, 0.85)
@@ -40,7 +39,7 @@ class Sample:
 
     Attributes:
         delta: ΔW = W − Ŵ, out × in, float32.
-        moments: text → C of the module's inputs, in × in; the shared text under `SHARED`.
+        moments: text → C of the module's inputs, in × in, of each domain and of any other text to be shared.
     """
 
     delta: torch.Tensor
@@ -126,7 +125,8 @@ def divide(
 
 def _left(sample: Sample, rank: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Of each domain, the share of its error left after the shared adapter and 0, 1, 2 … components of its own."""
-    lora_A, lora_B = eora(sample.delta, sample.moments[SHARED], min(rank, *sample.delta.shape))
+    everywhere = torch.stack(list(sample.moments.values())).mean(dim=0)
+    lora_A, lora_B = eora(sample.delta, everywhere, min(rank, *sample.delta.shape))
     rest = sample.delta - (lora_B @ lora_A).to(sample.delta.dtype)
     curves = {}
     for name in names:

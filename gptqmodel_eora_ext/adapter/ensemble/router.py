@@ -8,9 +8,11 @@ its diagonal, and is known for some lengths. Then, with d_k² = (m − μ_k)ᵀ 
 
     p_k = softmax_k(−d_k² / 2T)        the classes' shares (linear discriminant analysis with a temperature)
 
-Where the nearest class k is as far as hardly any of its own held-out text (`QUANTILE`), the prompt fits no domain;
-where no class has a share of `floor`, it fits none clearly. In both cases the shared adapter serves alone. One class
-may stand for the shared adapter's own text: its share is nobody's weight.
+d is taken in the directions in which the domains' text varies. What of m lies outside of them tells another language
+sooner: ‖m − V Vᵀ m‖², V these directions. Where the nearest class k is as far in either way as hardly any of its own
+held-out text (`QUANTILE`), the prompt fits no domain; where no class has a share of `floor`, it fits none clearly. In
+both cases the shared adapter serves alone. One class may stand for the shared adapter's own text: its share is nobody's
+weight.
 
 Nothing is trained by gradients. Mean and covariance come from windows of the domains' calibration text, temperature,
 limits and the distances that `drift` compares with from windows that are held out from them.
@@ -18,6 +20,7 @@ limits and the distances that `drift` compares with from windows that are held o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +40,9 @@ from .pooling import PIECE, SKIPPED
 # the first say too little, and fall back. All are multiples of `PIECE`.
 LENGTHS = (16, 32, 64, 128, 256)
 # Directions that are kept, those of most variance between pieces of `BASIS_LENGTH` tokens. Of the 3,072 values of two
-# layers of SmolLM2, 1,024 directions tell domains apart no better than 512, and 256 take a hundredth fewer prompts
-# home. Fewer pieces than some for each direction would tell little of covariances.
-MOST_DIRECTIONS, PIECES_PER_DIRECTION = 512, 4
+# layers of SmolLM2, 1,024 directions tell domains apart no better, and 256 take a hundredth fewer prompts home. Fewer
+# pieces than some for each direction would tell little of covariances.
+MOST_DIRECTIONS, PIECES_PER_DIRECTION = 768, 4
 BASIS_LENGTH = 64
 # Directions more, with which a random subspace begins that holds those wanted, and its steps towards them.
 OVERSAMPLED, STEPS_OF_BASIS = 20, 2
@@ -49,8 +52,12 @@ SHRINKAGE = 0.1
 HELD_OUT_EVERY = 4
 # A prompt farther from its class than this share of the class's held-out text fits no domain.
 QUANTILE = 0.99
-# Below this share of the nearest class the shared adapter serves alone.
-FLOOR = 0.5
+# Share of a prompt's square outside of the directions below which it is rounding: they are all that there are.
+LEAST_OUTSIDE = 1e-5
+# Below this share of the nearest class the shared adapter serves alone. Licences resemble comments of source code: from
+# here on four fifths of their pieces of 128 tokens fall back; of prompts of 32 tokens a hundredth fewer go home than with
+# 0.5.
+FLOOR = 0.7
 # Shares below this are no weight: a member is read for the whole batch if one row weighs it.
 LEAST_WEIGHT = 0.05
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -58,6 +65,8 @@ TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 LEAST_WINDOWS = 8
 # Held-out distances that are kept for each class and length.
 DISTANCES = 256
+# A router's tensors, as its file names them.
+TENSORS = ("mean", "basis", "centres", "roots", "distances", "outside")
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,9 @@ class Routing:
         weights: prompts × members, without the shared adapter's, which is 1.
         nearest: the class that each prompt is nearest to; "" for one too short to tell.
         shares: prompts × classes.
-        tails: of each prompt, the share of the nearest class's held-out text that is as far; 1 for one too short.
+        tails: of each prompt, the share of the nearest class's held-out text that is as far, in the directions or
+            outside of them: twice the smaller of both shares, so that it is below p for a share of p of such text at
+            most; 1 for one too short.
         fallen_back: whether the shared adapter serves alone since the prompt fits no domain, or none clearly.
         seconds: that the choice took, hidden states not counted.
     """
@@ -94,6 +105,7 @@ class Router:
         centres: classes × directions: μ.
         roots: lengths × directions × directions: R with Σ_n⁻¹ = R Rᵀ.
         distances: lengths × classes × `DISTANCES`, ascending: d² of held-out text to its own class.
+        outside: the same of what lies outside of the directions.
         temperature: T.
         floor: least share of the nearest class.
 
@@ -108,6 +120,7 @@ class Router:
     centres: torch.Tensor
     roots: torch.Tensor
     distances: torch.Tensor
+    outside: torch.Tensor
     temperature: float = 1.0
     floor: float = FLOOR
 
@@ -147,15 +160,16 @@ class Router:
         centres = torch.stack([((fitted - mean) @ basis).mean(dim=0) for fitted, _ in pieces[lengths[0]].values()])
         roots = torch.stack([_root(found, mean, basis) for found in pieces.values()])
         names = tuple(windows), tuple(members), tuple(reads)
-        made = cls(*names, mean, basis, centres, roots, torch.zeros(0), 1.0, floor)
-        squares = [
-            [made._squares(held, index) for _, held in found.values()] for index, found in enumerate(pieces.values())
-        ]
-        levels = torch.linspace(0, 1, DISTANCES)
-        distances = torch.stack(
-            [torch.stack([torch.quantile(of[:, own], levels) for own, of in enumerate(row)]) for row in squares]
+        made = cls(*names, mean, basis, centres, roots, torch.zeros(0), torch.zeros(0), 1.0, floor)
+        far = [[made._far(held, index) for _, held in found.values()] for index, found in enumerate(pieces.values())]
+        return replace(
+            made,
+            distances=torch.stack(
+                [torch.stack([_spread(of[:, own]) for own, (of, _) in enumerate(row)]) for row in far]
+            ),
+            outside=torch.stack([torch.stack([_spread(outside) for _, outside in row]) for row in far]),
+            temperature=_temperature([[of for of, _ in row] for row in far]),
         )
-        return replace(made, distances=distances, temperature=_temperature(squares))
 
     def with_class(self, name: str, sums: torch.Tensor) -> Router:
         """A router that knows one member more, or one anew; nothing that it knows of the others changes.
@@ -174,13 +188,12 @@ class Router:
         if PIECE * sums.shape[1] < known[-1]:
             raise AdapterError(f"Ensemble: windows of {name} have {PIECE * sums.shape[1]} tokens; this router needs "
                                f"{known[-1]}.")  # fmt: skip
-        levels = torch.linspace(0, 1, DISTANCES)
         fitted = [_pieces(sums, length) for length in known]
         centre = ((fitted[0][0] - self.mean) @ self.basis).mean(dim=0)
         fresh = replace(self, centres=centre[None])
-        found = torch.stack(
-            [torch.quantile(fresh._squares(held, index)[:, 0], levels) for index, (_, held) in enumerate(fitted)]
-        )
+        far = [fresh._far(held, index) for index, (_, held) in enumerate(fitted)]
+        found = torch.stack([_spread(squares[:, 0]) for squares, _ in far])
+        outside = torch.stack([_spread(one) for _, one in far])
         kept = [index for index, one in enumerate(self.classes) if one != name]
         return replace(
             self,
@@ -188,6 +201,7 @@ class Router:
             members=(*(one for one in self.members if one != name), name),
             centres=torch.cat([self.centres[kept], centre[None]]),
             distances=torch.cat([self.distances[:, kept], found[:, None]], dim=1),
+            outside=torch.cat([self.outside[:, kept], outside[:, None]], dim=1),
         )
 
     def choose(self, means: torch.Tensor, tokens: torch.Tensor) -> Routing:
@@ -208,29 +222,35 @@ class Router:
                     if count >= length and (longest or count < known[index + 1])]  # fmt: skip
             if not rows:
                 continue
-            squares = self._squares(means[rows], index)
+            squares, outside = self._far(means[rows], index)
             found = torch.softmax(-squares / (2 * self.temperature), dim=1)
             shares[rows] = found
-            for row, square, share in zip(rows, squares, found, strict=True):
+            for row, square, beyond, share in zip(rows, squares, outside, found, strict=True):
                 best = int(share.argmax())
                 nearest[row] = self.classes[best]
-                tails[row] = self._tail(index, best, float(square[best]))
+                tails[row] = _tail(self.distances[index, best], square[best])
+                if self.outside[index, best].any():
+                    tails[row] = min(1.0, 2 * min(tails[row], _tail(self.outside[index, best], beyond)))
                 back[row] = tails[row] < 1 - QUANTILE or float(share[best]) < self.floor
                 if not back[row]:
                     weights[row] = self._weights(share)
         return Routing(weights, tuple(nearest), shares, tuple(tails), tuple(back))
 
-    def _squares(self, means: torch.Tensor, index: int) -> torch.Tensor:
-        """d² of prompts to all classes, prompts × classes, for the index of a length."""
-        places = (means - self.mean) @ self.basis
-        return torch.stack(
+    @functools.cached_property
+    def _scales(self) -> torch.Tensor:
+        """What `basis` multiplies each of its directions by."""
+        return self.basis.norm(dim=0)
+
+    def _far(self, means: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """d² of prompts to all classes, prompts × classes, for the index of a length; what lies outside, prompts."""
+        centred = means - self.mean
+        places = centred @ self.basis
+        squares = torch.stack(
             [((places - centre) @ self.roots[index]).square().sum(dim=1) for centre in self.centres], dim=1
         )
-
-    def _tail(self, index: int, own: int, square: float) -> float:
-        """Share of a class's held-out text that is at least as far."""
-        known = self.distances[index, own]
-        return float((known >= square).sum()) / len(known)
+        whole = centred.square().sum(dim=1)
+        outside = whole - (places / self._scales).square().sum(dim=1)
+        return squares, torch.where(outside > LEAST_OUTSIDE * whole, outside, 0.0)
 
     def _weights(self, share: torch.Tensor) -> torch.Tensor:
         chosen = torch.tensor([float(share[self.classes.index(one)]) for one in self.members])
@@ -246,8 +266,7 @@ class Router:
 
     def save(self, path: Path) -> None:
         """Write the statistics to a safetensors file."""
-        names = ("mean", "basis", "centres", "roots", "distances")
-        save_file({name: getattr(self, name).contiguous() for name in names}, path)
+        save_file({name: getattr(self, name).contiguous() for name in TENSORS}, path)
 
     @classmethod
     def load(cls, path: Path, members: Sequence[str], settings: Mapping[str, Any]) -> Router:
@@ -264,9 +283,7 @@ class Router:
         remedy = "Make the router again: eora ensemble add, or eora ensemble make."
         try:
             tensors = load_file(path)
-            mean, basis, centres, roots, distances = (
-                tensors[name] for name in ("mean", "basis", "centres", "roots", "distances")
-            )
+            mean, basis, centres, roots, distances, outside = (tensors[name] for name in TENSORS)
         except (OSError, SafetensorError, KeyError) as error:
             raise AdapterError(f"Ensemble: `{path}` cannot be read ({error}). {remedy}") from error
         reads = settings.get("reads")
@@ -280,7 +297,8 @@ class Router:
         lengths = len(roots) if roots.ndim == 3 else 0
         expected = {"mean": (width,), "basis": (width, directions), "centres": (len(classes), directions),
                     "roots": (lengths, directions, directions),
-                    "distances": (lengths, len(classes), DISTANCES)}  # fmt: skip
+                    "distances": (lengths, len(classes), DISTANCES),
+                    "outside": (lengths, len(classes), DISTANCES)}  # fmt: skip
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32 or 0 in shape:
                 found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
@@ -296,8 +314,8 @@ class Router:
             raise AdapterError(f"Ensemble: the router of `{path}` has temperature {temperature!r} and floor {floor!r}; "
                                f"expected a positive number and one from 0 to 1. {remedy}")  # fmt: skip
         return cls(
-            tuple(classes), tuple(members), tuple(reads), mean, basis, centres, roots, distances, float(temperature),
-            float(floor),
+            tuple(classes), tuple(members), tuple(reads), mean, basis, centres, roots, distances, outside,
+            float(temperature), float(floor),
         )  # fmt: skip
 
 
@@ -319,6 +337,16 @@ def _pieces(sums: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor
     means = sums[:, : count * each].unflatten(1, (count, each)).sum(dim=2) / tokens
     held = torch.arange(len(means)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     return means[~held].flatten(0, 1), means[held].flatten(0, 1)
+
+
+def _spread(values: torch.Tensor) -> torch.Tensor:
+    """`DISTANCES` of some values, ascending, from the least to the largest."""
+    return torch.quantile(values, torch.linspace(0, 1, DISTANCES))
+
+
+def _tail(known: torch.Tensor, value: torch.Tensor) -> float:
+    """Share of held-out text that is at least as far."""
+    return float((known >= value).sum()) / len(known)
 
 
 def _directions(centred: torch.Tensor) -> torch.Tensor:
