@@ -55,8 +55,8 @@ QUANTILE = 0.99
 # Share of a prompt's square outside of the directions below which it is rounding: they are all that there are.
 LEAST_OUTSIDE = 1e-5
 # Below this share of the nearest class the shared adapter serves alone. Licences resemble comments of source code: from
-# here on four fifths of their pieces of 128 tokens fall back; of prompts of 32 tokens a hundredth fewer go home than with
-# 0.5.
+# here on four fifths of their pieces of 128 tokens fall back; of prompts of 32 tokens a hundredth fewer go home than
+# with 0.5.
 FLOOR = 0.7
 # Shares below this are no weight: a member is read for the whole batch if one row weighs it.
 LEAST_WEIGHT = 0.05

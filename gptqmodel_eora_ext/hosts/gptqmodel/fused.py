@@ -165,7 +165,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
         if trained:
             y = adapter.apply(x=rows, out=self._layer(None)(rows))
         else:
-            y = self._layer(adapter)(rows, None if adapter is None else adapter.weights(len(rows)))
+            y = self._layer(adapter)(rows, None if adapter is None else adapter.weights(rows.shape[0]))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _with_others(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ class EoRAFusedLinear(SharesInput, TorchLinear):
 
         def weighed(x: torch.Tensor) -> Sequence[torch.Tensor]:
             rows = x.reshape(-1, in_features)
-            return joint(rows, mixture.now.for_rows(len(rows)))
+            return joint(rows, mixture.now.for_rows(rows.shape[0]))
 
         return weighed
 

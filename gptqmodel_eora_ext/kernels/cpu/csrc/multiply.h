@@ -35,14 +35,15 @@ int origin_of(const Linear& l, const Range& range) {
 
 // Pieces of work that the components of a member are.
 int pieces_of(const Linear& l, const Range& range) {
-  const int each = components_a_piece(l);
-  return (range.last - origin_of(l, range) + each - 1) / each;
+  const int components = range.last - origin_of(l, range);
+  return l.down_kind == I4 ? (components + LANES - 1) / LANES : (components + COMPONENTS - 1) / COMPONENTS;
 }
 
 // Components [first, last) of t times the rows' weights of their member.
 void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
   for (int row = 0; row < rows; ++row) {
     const float weight = weights[int64_t(row) * l.members];
+    if (weight == 1.0f) continue;  // as the shared adapter's always is
     for (int c = first; c < last; ++c) t[int64_t(row) * l.rank + c] *= weight;
   }
 }
