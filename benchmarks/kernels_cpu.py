@@ -4,7 +4,8 @@ one_row    one row, 2 and 3 bits, with adapter: stock `TorchLinear` + `Lora.appl
            default, for seconds a shape), and dense bfloat16 `F.linear`
 bandwidth  one row, 2 bits: bytes read over the bandwidth measured beside it, without the adapter and with it
 shared     one row, 2 bits, with adapter: modules that read the same input together and one after the other
-adapter    one row, 2 bits: SmolLM2's linear layers one after the other, with adapters of 4, 8 and 16 bits and without
+adapter    one row and 256, 2 bits: SmolLM2's linear layers one after the other, with adapters of 4, 8 and 16 bits and
+           without
 four_bits  one row, 4 bits, with adapter: GPTQModel's `TorchAtenLinear` and `TorchCpuAvx512Linear` + `Lora.apply`
 prefill    512 rows, with adapter: dense bfloat16 `F.linear`
 model      the whole model at 2 bits with rank 32, tokens per second of `model.generate`
@@ -65,7 +66,9 @@ SHARED = {
 }
 # A layer of SmolLM2: inputs, and outputs of the modules that read them.
 LAYER = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
-LAYERS, ADAPTER_RANKS, ADAPTER_REPEATS = 30, (32, 64), 60
+LAYERS, ADAPTER_RANKS = 30, (32, 64)
+# Rows, and rounds.
+ADAPTER_ROWS = {1: 60, 256: 12}
 # Values in bfloat16 that are read between two tokens, as `lm_head` is, so that nothing of the layers stays in cache.
 HEAD = 49152 * 576
 PREFILL_ROWS, PREFILL_REPEATS = 512, 5
@@ -215,21 +218,23 @@ def shared() -> list[dict[str, Any]]:
 @torch.inference_mode()
 def adapter() -> list[dict[str, Any]]:
     found = []
-    head, rows = torch.ones(HEAD, dtype=torch.bfloat16), {width: row(width) for width, _ in LAYER}
+    head = torch.ones(HEAD, dtype=torch.bfloat16)
     for rank in ADAPTER_RANKS:
         tokens = {"none": _layers(rank, 0), **{f"{bits} bits": _layers(rank, bits) for bits in (4, 8, 16)}}
-        times: dict[str, list[float]] = {name: [] for name in tokens}
-        for _ in range(ADAPTER_REPEATS):
-            for name, calls in tokens.items():
-                head.view(torch.int16).sum()
-                start = time.perf_counter()
-                for width, call in calls:
-                    call(rows[width])
-                times[name].append((time.perf_counter() - start) * 1e3)
-        # Others use the machine: the quarter of rounds that they disturbed least.
-        ms = {name: statistics.quantiles(some, n=4)[0] for name, some in times.items()}
-        adds = {f"{name} adds": value - ms["none"] for name, value in ms.items() if name != "none"}
-        found.append({"rank": rank, **{f"{name} ms": value for name, value in ms.items()}, **adds})
+        for rows, rounds in ADAPTER_ROWS.items():
+            xs = {width: row(width, rows) for width, _ in LAYER}
+            times: dict[str, list[float]] = {name: [] for name in tokens}
+            for _ in range(rounds):
+                for name, calls in tokens.items():
+                    head.view(torch.int16).sum()
+                    start = time.perf_counter()
+                    for width, call in calls:
+                        call(xs[width])
+                    times[name].append((time.perf_counter() - start) * 1e3)
+            # Others use the machine: the quarter of rounds that they disturbed least.
+            ms = {name: statistics.quantiles(some, n=4)[0] for name, some in times.items()}
+            adds = {f"{name} adds": value - ms["none"] for name, value in ms.items() if name != "none"}
+            found.append({"rank": rank, "rows": rows, **{f"{name} ms": value for name, value in ms.items()}, **adds})
     return found
 
 

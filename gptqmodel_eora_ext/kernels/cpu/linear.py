@@ -199,6 +199,7 @@ class CpuLinears:
         self.widths = [layer.out_features for layer in layers]
         self._out_features = sum(self.widths)
         self._run = layers[0].kernels.eora_linears
+        self._given: tuple[torch.Tensor | None, int | None, int] = (None, None, 0)
 
     def codes(self, x: torch.Tensor, isa: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """y, straight from the packed codes.
@@ -227,8 +228,11 @@ class CpuLinears:
     def _codes(
         self, x: torch.Tensor, y: torch.Tensor, rows: int, kind: int, isa: int, weights: torch.Tensor | None
     ) -> None:
-        given = (None, 0) if weights is None else (weights.data_ptr(), weights.nbytes)
-        fault = self._run(self._addresses, len(self._layers), x.data_ptr(), x.nbytes, kind, rows, *given,
+        given = self._given
+        if given[0] is not weights:
+            # Token after token has the same weights; to ask a tensor where it lies takes a hundredth of a small call.
+            given = self._given = (weights, *_memory(weights))
+        fault = self._run(self._addresses, len(self._layers), x.data_ptr(), x.nbytes, kind, rows, given[1], given[2],
                           y.data_ptr(), y.nbytes, isa, torch.get_num_threads())  # fmt: skip
         if fault:
             require_fine(fault, self._layers[0].name)

@@ -25,20 +25,6 @@ T* scratch(int64_t count) {
   return (T*)((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// Components of a layer in a piece of work. Pieces of strips begin where strips do.
-int components_a_piece(const Linear& l) { return l.down_kind == I4 ? LANES : COMPONENTS; }
-
-// Where the pieces of a member's components are counted from.
-int origin_of(const Linear& l, const Range& range) {
-  return l.down_kind == I4 ? range.first / LANES * LANES : range.first;
-}
-
-// Pieces of work that the components of a member are.
-int pieces_of(const Linear& l, const Range& range) {
-  const int components = range.last - origin_of(l, range);
-  return l.down_kind == I4 ? (components + LANES - 1) / LANES : (components + COMPONENTS - 1) / COMPONENTS;
-}
-
 // Components [first, last) of t times the rows' weights of their member.
 void weigh(const Linear& l, const float* weights, int rows, int first, int last, float* t) {
   for (int row = 0; row < rows; ++row) {
@@ -70,18 +56,22 @@ struct Call {
   float* t = nullptr;
 };
 
-// A layer's part of a call: the pieces that its components and its strips are cut into, its t, and its y.
+// A layer's part of a call: the components that are read, the pieces that its strips are cut into, its t, and its y.
 struct Share {
   Active active;
-  int downs, pieces;
+  int pieces;
   float* t;
   char* y;
 };
+
+// A piece of the components: of which layer, which ones, and the weights of their member, null for 1.
+struct Components { int layer, first, last; const float* weights; };
 
 // All layers' parts together.
 struct Work {
   const Call& call;
   const Share* shares;
+  const Components* components;
   int chunk, downs, pieces;  // chunk: strips of a piece
 };
 
@@ -151,20 +141,6 @@ void read_row(const Call& c, const Input& to, int row) {
                      to.down_sums + row * groups * to.slices, to.down_steps + row * groups);
 }
 
-// A piece of the components: of which layer, which ones, and the weights of their member, null for 1.
-struct Components { int layer, first, last; const float* weights; };
-
-Components components_of(const Work& w, int piece) {
-  int i = 0;
-  for (; piece >= w.shares[i].downs; ++i) piece -= w.shares[i].downs;
-  const Linear& l = *w.call.linears[i];
-  const Range* range = w.shares[i].active.ranges;
-  for (; piece >= pieces_of(l, *range); ++range) piece -= pieces_of(l, *range);
-  const int each = components_a_piece(l), begin = origin_of(l, *range) + piece * each, end = begin + each;
-  return {i, begin > range->first ? begin : range->first, end < range->last ? end : range->last,
-          range->member < 0 ? nullptr : w.call.weights + range->member};
-}
-
 void multiply_down(const Work& w, const Input& x, const Components& some) {
   const Linear& l = *w.call.linears[some.layer];
   float* t = w.shares[some.layer].t;
@@ -216,7 +192,7 @@ void multiply_all(const Work& w, int threads) {
     if (w.downs) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (int piece = 0; piece < w.downs; ++piece) {
-        multiply_down(w, input, components_of(w, piece));
+        multiply_down(w, input, w.components[piece]);
         finished.fetch_add(1, std::memory_order_release);
       }
       wait_for(finished, w.downs);
@@ -243,21 +219,35 @@ void multiply_all(const Work& w, int threads) {
 
 // A call's parts, with strips in pieces of so many.
 Work divided(const Call& c, int chunk) {
-  int64_t members = 0, rank = 0;
+  int64_t members = 0, rank = 0, most = 0;
   for (int i = 0; i < c.count; ++i) {
-    rank += c.linears[i]->rank, members += c.linears[i]->members > 0 ? c.linears[i]->members : 1;
+    const Linear& l = *c.linears[i];
+    const int ranges = l.members > 0 ? l.members : 1;
+    rank += l.rank, members += ranges;
+    most += l.rank / COMPONENTS + 2 * ranges;  // a member begins and ends within a piece
   }
   Range* ranges = scratch<Range, 9>(members);
   Share* shares = scratch<Share, 8>(c.count);
+  Components* components = scratch<Components, 18>(most);
   float* t = c.t ? c.t : scratch<float, 4>(c.rows * rank);
   char* y = c.y;
-  Work work = {c, shares, chunk, 0, 0};
+  Work work = {c, shares, components, chunk, 0, 0};
   for (int i = 0; i < c.count; ++i) {
     const Linear& l = *c.linears[i];
     const Active active = active_of(l, c.weights, c.rows, ranges);
-    Share& share = shares[i] = {active, 0, (l.strips + chunk - 1) / chunk, t, y};
-    for (int r = 0; r < active.count; ++r) share.downs += pieces_of(l, active.ranges[r]);
-    work.downs += share.downs, work.pieces += share.pieces;
+    shares[i] = {active, (l.strips + chunk - 1) / chunk, t, y};
+    const int each = l.down_kind == I4 ? LANES : COMPONENTS;
+    for (int r = 0; r < active.count; ++r) {
+      const Range& range = active.ranges[r];
+      const float* weights = range.member < 0 ? nullptr : c.weights + range.member;
+      // Pieces that are strips end where strips do.
+      int end = l.down_kind == I4 ? range.first / LANES * LANES : range.first;
+      for (int first = range.first; first < range.last; first = end) {
+        end = end + each < range.last ? end + each : range.last;
+        components[work.downs++] = {i, first, end, weights};
+      }
+    }
+    work.pieces += shares[i].pieces;
     ranges += active.count, t += int64_t(c.rows) * l.rank;
     if (y) y += l.out_features * bytes_of(c.kind);
   }
@@ -289,7 +279,7 @@ void multiply_components(const Call& c, int threads) {
     for (int row = 0; row < c.rows; ++row) read_row(c, input, row);
 #pragma omp for schedule(dynamic, 1)
     for (int piece = 0; piece < w.downs * blocks; ++piece) {
-      const Components some = components_of(w, piece / blocks);
+      const Components some = w.components[piece / blocks];
       const Linear& l = *c.linears[some.layer];
       const int first = piece % blocks * DOWN_ROWS, left = c.rows - first;
       c.kernels.down(l, rows_of(l, input, first, left < DOWN_ROWS ? left : DOWN_ROWS), some.first, some.last,
