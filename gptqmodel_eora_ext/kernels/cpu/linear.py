@@ -265,8 +265,8 @@ class CpuLinears:
     ) -> Callable[[torch.Tensor], Sequence[torch.Tensor | None]]:
         """What gives each layer's x Aᵀ, rows × the components that are read, of x; None for a layer without any.
 
-        A of 4 bits is multiplied as it lies in memory: to unpack all of a model's A took longer than to multiply 16
-        rows with the model. Others are multiplied by torch in ``dtype``.
+        A of 4 bits is multiplied as it lies in memory: to unpack it at every call takes as long again as all that the
+        adapter adds to 256 rows. Others are multiplied by torch in ``dtype``.
         """
         kinds = {layer.factors.down_kind for layer, one in zip(self._layers, read, strict=True)
                  if one is not None and layer.factors is not None}  # fmt: skip
