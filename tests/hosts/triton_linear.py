@@ -176,7 +176,8 @@ def test_compiled_without_a_graph_break() -> None:
     model, x = shared(Attention()), random_input(3, IN)
     wanted = model(x)
     found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-    assert torch.equal(found, wanted)
+    # To rounding: compiled, each goes alone, and how a product of other sizes sums up is the processor's affair.
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_checkpoint_that_points_past_its_groups() -> None:
