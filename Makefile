@@ -80,7 +80,8 @@ test-vllm: $(STAMP)
 # loaded before Python; the library is built for it once and kept beside the usual one. Leaks are not looked for: Python
 # and torch keep memory until they end. Little freed memory is held back, since tests look at how much there is.
 asan: $(STAMP)
-	CXX=g++ GPTQMODEL_EORA_EXT_CXXFLAGS="-fsanitize=address -g" OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64 \
+	CXX=g++ GPTQMODEL_EORA_EXT_CXXFLAGS="-fsanitize=address -g" OMP_WAIT_POLICY=passive \
+	    ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    "$(BIN)/python" -m pytest tests/kernels/test_untrusted.py tests/kernels/test_unpack.py tests/kernels/test_cpu.py
 
