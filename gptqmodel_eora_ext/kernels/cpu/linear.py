@@ -41,11 +41,13 @@ class _Read(NamedTuple):
     """What a call reads of a layer's factors.
 
     Attributes:
+        factors: the layer's.
         components: which ones; None for all.
         members: how many of them each member that is read has.
         weights: rows × members of those that are read; None weighs all by 1.
     """
 
+    factors: RepackedFactors
     components: torch.Tensor | None
     members: tuple[int, ...]
     weights: torch.Tensor | None
@@ -117,8 +119,8 @@ class CpuLinear:
         """y by torch's matrix multiplication in float32 with tiles of Ŵᵀ, under which Bᵀ lies: [x, x Aᵀ] [Ŵᵀ; Bᵀ]."""
         wide = x.to(torch.float32)
         read = self._read_of(weights)
-        if read is not None and self.factors is not None:
-            down, up = (read.of(factor) for factor in unpack_factors(self.factors).dense())
+        if read is not None:
+            down, up = (read.of(factor) for factor in unpack_factors(read.factors).dense())
             wide = torch.cat([wide, weighed(wide @ down.T, read.members, read.weights)], dim=1)
         for begin, end, tile in self.dequantized(isa, extra_rows=wide.shape[1] - self.in_features):
             if read is not None:
@@ -132,16 +134,16 @@ class CpuLinear:
         if factors is None:
             return None
         if weights is None or not factors.members:
-            return _Read(None, (factors.rank,), None)
+            return _Read(factors, None, (factors.rank,), None)
         live = (weights != 0).any(dim=0)
         read = [member for member, rank in enumerate(factors.members) if rank and live[member]]
         if not read:
             return None
         if len(read) == len(factors.members):
-            return _Read(None, factors.members, weights)
+            return _Read(factors, None, factors.members, weights)
         ends = list(itertools.accumulate(factors.members))
         components = torch.cat([torch.arange(ends[one] - factors.members[one], ends[one]) for one in read])
-        return _Read(components, tuple(factors.members[one] for one in read), weights[:, read])
+        return _Read(factors, components, tuple(factors.members[one] for one in read), weights[:, read])
 
     def dequantized(self, isa: int, extra_rows: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(begin, end, Ŵᵀ of these outputs) in float32, in + extra_rows × outputs; the next one overwrites it."""
@@ -268,13 +270,10 @@ class CpuLinears:
         A of 4 bits is multiplied as it lies in memory: to unpack it at every call takes as long again as all that the
         adapter adds to 256 rows. Others are multiplied by torch in ``dtype``.
         """
-        kinds = {layer.factors.down_kind for layer, one in zip(self._layers, read, strict=True)
-                 if one is not None and layer.factors is not None}  # fmt: skip
-        if kinds == {INTEGER_KINDS[4]}:
+        if {one.factors.down_kind for one in read if one is not None} == {INTEGER_KINDS[4]}:
             return lambda x: [None if one is None else one.of(t.T).T
                               for one, t in zip(read, self._components_of_codes(x), strict=True)]  # fmt: skip
-        downs = [None if one is None or layer.factors is None else one.of(to_dense(unpack_down(layer.factors), dtype))
-                 for one, layer in zip(read, self._layers, strict=True)]  # fmt: skip
+        downs = [None if one is None else one.of(to_dense(unpack_down(one.factors), dtype)) for one in read]
         some = [down for down in downs if down is not None]
         if not some:
             return lambda x: [None] * len(read)
