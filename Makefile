@@ -83,7 +83,8 @@ asan: $(STAMP)
 	CXX=g++ GPTQMODEL_EORA_EXT_CXXFLAGS="-fsanitize=address -g" OMP_WAIT_POLICY=passive \
 	    ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    "$(BIN)/python" -m pytest tests/kernels/test_untrusted.py tests/kernels/test_unpack.py tests/kernels/test_cpu.py
+	    "$(BIN)/python" -m pytest tests/kernels/test_untrusted.py tests/kernels/test_unpack.py tests/kernels/test_cpu.py \
+	    tests/kernels/test_cuda.py
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

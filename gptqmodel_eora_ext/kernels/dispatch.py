@@ -1,8 +1,9 @@
 """Which kernel multiplies: by device, dtype, bits, rank and rows; and, for people, why not a faster one.
 
 `GPTQMODEL_EORA_EXT_KERNELS_OFF` names, separated by commas, what is not to be used: paths (`cpu-codes`, `cpu-matmul`,
-`cpu-tiles`, `triton`, `triton-correction`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`. It is read
-when a model is loaded.
+`cpu-tiles`, `triton`, `triton-correction`), instruction sets (`avx512-bf16`, `avx512`, `avx2`), or `all`.
+`GPTQMODEL_EORA_EXT_KERNELS_ON` names what is used only where somebody asks for it: `cuda`. Both are read when a model
+is loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from .cpu.build import ISAS, best_isa, library
 from .triton import runs_on
 
 SWITCH = "GPTQMODEL_EORA_EXT_KERNELS_OFF"
+ASKED = "GPTQMODEL_EORA_EXT_KERNELS_ON"
 ALL = "all"
 
 CODES = "cpu-codes"
 MATMUL = "cpu-matmul"
 TILES = "cpu-tiles"
 TRITON = "triton"
+# NVIDIA's compiled kernels (`kernels.cuda`) within that path: asked for, since no GPU has run them yet.
+CUDA = "cuda"
 # The adapter alone, on the output of a kernel that is not ours.
 CORRECTION = "triton-correction"
 TORCH = "torch"
@@ -54,7 +58,16 @@ class Choice:
 
 def switched_off() -> frozenset[str]:
     """What the environment says is not to be used."""
-    return frozenset(name.strip() for name in os.environ.get(SWITCH, "").lower().split(",") if name.strip())
+    return _names(SWITCH)
+
+
+def asked_for() -> frozenset[str]:
+    """What the environment says is to be used although it is not by itself."""
+    return _names(ASKED)
+
+
+def _names(variable: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in os.environ.get(variable, "").lower().split(",") if name.strip())
 
 
 def choose(

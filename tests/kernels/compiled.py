@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from gptqmodel_eora_ext.kernels.triton import ops
+from gptqmodel_eora_ext.kernels.triton import adding, ops
 from gptqmodel_eora_ext.kernels.triton.dense import dequantize_kernel
 
 from .cases import packed_weight, random_factors
@@ -41,7 +41,7 @@ TARGETS = {
 RANK = 64
 PROCESSORS = 132
 KERNELS = (
-    ops.shrink_kernel, ops.gemv_kernel, ops.gemm_kernel, ops.correction_kernel, dequantize_kernel, ops.factor_kernel
+    ops.shrink_kernel, ops.gemv_kernel, ops.gemm_kernel, adding.correction_kernel, dequantize_kernel, ops.factor_kernel
 )  # fmt: skip
 
 
@@ -64,14 +64,14 @@ def collected(processors: int) -> Iterator[list[tuple[JITFunction, tuple[Any, ..
     def collect(kernel: JITFunction) -> Callable[..., None]:
         return lambda *args, grid, warmup, **options: found.append((kernel, args, options))
 
-    counts = ops._processors, ops._at_once
+    counts = ops.processors, adding.at_once
     for kernel in KERNELS:
         kernel.run = collect(kernel)
-    ops._processors = ops._at_once = lambda device: processors  # type: ignore[assignment]
+    ops.processors = adding.at_once = lambda device: processors  # type: ignore[assignment]
     try:
         yield found
     finally:
-        ops._processors, ops._at_once = counts
+        ops.processors, adding.at_once = counts
         for kernel in KERNELS:
             del kernel.run
 
@@ -137,7 +137,7 @@ class Case:
         if self.bits is None:
             down, up = (torch.zeros(RANK, features, dtype=self.dtype) for features in (self.in_features, *self.outs))
             with collected(PROCESSORS) as found:
-                ops.add_correction(x, down, up, torch.zeros(self.rows, *self.outs, dtype=self.dtype), slot=5)
+                adding.add_correction(x, down, up, torch.zeros(self.rows, *self.outs, dtype=self.dtype), slot=5)
             return found
         weights = [
             packed_weight(self.bits, out, self.in_features, 128, sym=self.sym, desc_act=self.desc_act)

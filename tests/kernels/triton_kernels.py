@@ -21,9 +21,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from gptqmodel_eora_ext.formats.factors import Factors
 from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.kernels.reference import linear, parts_of
-from gptqmodel_eora_ext.kernels.triton import ops, settings
+from gptqmodel_eora_ext.kernels.triton import adding, ops, settings
+from gptqmodel_eora_ext.kernels.triton.adding import add_correction
 from gptqmodel_eora_ext.kernels.triton.correction import COUNTERS, _counters, counters
-from gptqmodel_eora_ext.kernels.triton.ops import StackedLinears, add_correction
+from gptqmodel_eora_ext.kernels.triton.ops import StackedLinears
 
 from .on_device import DEVICE, packed_weight, random_factors, random_input
 
@@ -147,7 +148,7 @@ def test_split_inputs_or_not(rows: int, out_features: int, monkeypatch: pytest.M
     expected = oracle(x, weight, factors, None)
     found = set()
     for processors in (1, 64):
-        monkeypatch.setattr(ops, "_processors", lambda device, processors=processors: processors)
+        monkeypatch.setattr(ops, "processors", lambda device, processors=processors: processors)
         if rows == 1:
             found.add(settings.gemv((out_features,), 264, 2, False, processors).splits)
         else:
@@ -186,7 +187,7 @@ def test_correction_again_and_again() -> None:
     """Each launch counts on from where the last one left its counter, also where the counter wraps around."""
     bank = counters(torch.zeros(1, device=DEVICE).device)
     assert bank is not None
-    programs = settings.programs(ops._at_once(bank.device))
+    programs = settings.programs(adding.at_once(bank.device))
     bank[7] = 2**31 - programs
     # Unaligned tensors take another variant than the one that is known.
     for seed, shift in enumerate((0, 0, 1, 0)):
@@ -247,7 +248,7 @@ def test_operators_as_torch_wants_them(rows: int) -> None:
     x = random_input(rows, 200)
     arguments = (
         x, fused.qweights, fused.qzeros, fused.scales, fused.g_idx, fused.biases, fused.down, fused.down_scales,
-        fused.ups, fused.up_scales, fused.bits, fused.group_size, fused.factor_bits,
+        fused.ups, fused.up_scales, fused.bits, fused.group_size, fused.factor_bits, fused.key,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.fused_linears, arguments, test_utils=checks)

@@ -31,7 +31,7 @@ from .kept_factors import KeepsFactors
 # a path the host would take it for an adapter whose factors lie among the weights, and make room for them.
 KERNELS_ALONE = "(none: the plugin's kernels alone)"
 # Each adapter's number, by which launches of several adapters in captured graphs use counters of their own
-# (`kernels.triton.ops.add_correction`).
+# (`kernels.triton.adding.add_correction`).
 _slots = itertools.count()
 
 
@@ -207,7 +207,7 @@ class EoRA(KeepsFactors, Lora):
         if self.mixture is not None:
             return self._apply_weighed(x, out, lora_A, lora_B, self.mixture.now)
         if self._in_one_launch(x, out, lora_A, lora_B):
-            from ...kernels.triton.ops import add_correction
+            from ...kernels.triton.adding import add_correction
 
             add_correction(x, lora_A.T, lora_B, out, self._slot)
             return out
@@ -224,7 +224,7 @@ class EoRA(KeepsFactors, Lora):
         rows = x.reshape(-1, x.shape[-1])
         given = weights.for_rows(len(rows), x.device)
         if self._in_one_launch(x, out, lora_A, lora_B):
-            from ...kernels.triton.ops import add_correction
+            from ...kernels.triton.adding import add_correction
 
             add_correction(x, lora_A.T, lora_B, out, self._slot, given, self._member_of(x.device))
             return out

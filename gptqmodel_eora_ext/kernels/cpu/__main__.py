@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .build import ISAS, BuildError, best_isa, build
+from ..compiling import BuildError
+from .build import ISAS, best_isa, build
 
 
 def main() -> int:

@@ -1,26 +1,18 @@
-"""The compiled kernels: built on first use, kept in the cache folder, loaded without torch's loader afterwards.
-
-The sources need neither torch's headers nor Python's, so a build takes seconds and serves every version of both.
-"""
+"""The CPU's compiled kernels: where they are kept, how they are built and loaded (`kernels.compiling`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
 import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from pathlib import Path
 
 from ...formats.packed_weights import LayoutError
-from ...system.files import cache_folder
+from .. import compiling
+from ..compiling import BuildError
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +24,6 @@ MORE_FLAGS = "GPTQMODEL_EORA_EXT_CXXFLAGS"
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled here."""
-
-
 def flags() -> tuple[str, ...]:
     """What the compiler is told."""
     return (*FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, "")))
@@ -43,46 +31,17 @@ def flags() -> tuple[str, ...]:
 
 def library_path() -> Path:
     """Where the library of these sources is kept."""
-    content = hashlib.sha256(" ".join((*flags(), platform.machine(), sys.platform)).encode())
-    for source in sorted(SOURCES.iterdir()):
-        content.update(source.name.encode() + source.read_bytes())
-    return cache_folder() / "kernels" / f"eora_cpu_{content.hexdigest()[:16]}.so"
+    return compiling.library_path("eora_cpu", SOURCES, flags())
 
 
 def build() -> Path:
     """Compile the kernels, unless they are there, and return the library's path.
 
     Raises:
-        BuildError: without a C++ compiler or `ninja`, or when compiling fails; the message tells which.
+        BuildError: as `compiling.build`.
     """
-    path = library_path()
-    if path.is_file():
-        return path
-    from torch.utils import cpp_extension
-
-    log.info("EoRA: compiling the CPU kernels, once; they are kept as `%s`.", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    search = os.environ.get("PATH", "")
-    # `ninja` is installed beside Python, which need not be on the path.
-    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            cpp_extension.load(
-                path.stem,
-                [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
-                extra_cflags=list(flags()),
-                extra_ldflags=[flag for flag in flags() if flag == "-fopenmp" or flag.startswith("-fsanitize")],
-                build_directory=scratch,
-                is_python_module=False,
-            )
-            # In one step, so that two processes that build at once do not see each other's halves.
-            shutil.move(Path(scratch, path.name), path)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()
-        raise BuildError(reason[0] if reason else repr(error)) from error
-    finally:
-        os.environ["PATH"] = search
-    return path
+    linking = [flag for flag in flags() if flag == "-fopenmp" or flag.startswith("-fsanitize")]
+    return compiling.build(library_path(), sorted(SOURCES.glob("*.cpp")), flags(), linking)
 
 
 # What the compiled functions refuse, in the order of `Fault` of csrc/check.h.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..devices import on
 from . import settings
 from .dense import dequantize_kernel
-from .launch import on
 
 
 def dequantized(

@@ -6,21 +6,12 @@ Triton compiles a variant for the dtypes of its arguments, for pointers and size
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from triton.runtime.jit import JITFunction
 
-# Bytes of which an address is a multiple or not.
-ALIGNMENT = 16
 Known = dict[Any, tuple[Any, tuple[Any, ...]]]
-
-
-def aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all begin where the allocator lets tensors begin; slices may not."""
-    return not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
 
 
 def launch(
@@ -51,10 +42,3 @@ def launch(
     # Interpreted kernels are not compiled.
     if key is not None and compiled is not None:
         known[key] = compiled, tuple(constants.values())
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the one where the tensors are."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

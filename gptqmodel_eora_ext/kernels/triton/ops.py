@@ -1,42 +1,45 @@
-"""The Triton kernels as torch operators: what dispatch and hosts call.
+"""Weights and adapters of modules that read the same input, multiplied on a GPU: what dispatch and hosts call.
 
-Both are custom operators with fake implementations: `torch.compile` sees one node, and CUDA-graph capture meets no
-synchronisation and no allocation whose size depends on data. They have no backward; training takes the torch path.
+Triton's kernels, or NVIDIA's compiled ones where they are asked for and read the weights (`kernels.cuda`). To a compiler
+it is one operator with a fake implementation: `torch.compile` sees one node, and CUDA-graph capture meets no
+synchronisation and no allocation whose size depends on data. It has no backward; training takes the torch path.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from ...formats.factors import GROUP_SIZE, Factors, QuantizedFactor
 from ...formats.packed_weights import LayoutError, PackedWeight, pack_words
+from ..cuda.prepare import compiled
+from ..devices import UNCOMPILED, aligned, on, processors, traced
 from ..row_weights import member_of
 from . import settings
-from .correction import COUNTERS, correction_kernel, counters
 from .dense import factor_kernel
 from .dequantized import dequantized
 from .gemm import gemm_kernel
 from .gemv import gemv_kernel
-from .launch import Known, aligned, launch, on
+from .launch import Known, launch
 from .shrink import shrink_kernel
 
-# Why weights are refused while a compiler traces.
-UNCOMPILED = (
-    "EoRA: an ensemble's weights change from call to call, so that it cannot be compiled. Load one adapter for that."
-)
+if TYPE_CHECKING:
+    from ..cuda.prepare import Compiled
+
 # Fields of `StackedLinears` that the traced operator does not take.
-UNTRACED = ("in_features", "members", "member_of", "launches")
+UNTRACED = ("in_features", "members", "member_of", "compiled", "launches")
+# What was prepared, by its key, as long as somebody holds it.
+_prepared: WeakValueDictionary[int, StackedLinears] = WeakValueDictionary()
+_keys = itertools.count(1)
 # A tile of locks that the shrink kernel zeroes at a time.
 LOCKS = 1024
 # 1.0 as float32 (`codes.mantissa`).
 ONE = 0x3F800000
-# Under Triton's interpreter there are no multiprocessors; with this many, small shapes are split as large ones are.
-INTERPRETED_PROCESSORS = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class StackedLinears:
         in_features: inputs.
         members: how many an ensemble has; 0 for adapters of their own.
         member_of: int32, the member that each component of ``down`` belongs to; None without members.
+        compiled: NVIDIA's compiled kernels over the same tensors; None where Triton's serve.
+        key: by which the operator finds what was prepared.
         launches: what was launched before.
     """
 
@@ -74,6 +79,8 @@ class StackedLinears:
     in_features: int
     members: int = 0
     member_of: torch.Tensor | None = None
+    compiled: Compiled | None = field(default=None, repr=False, compare=False)
+    key: int = 0
     launches: Known = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -107,7 +114,7 @@ class StackedLinears:
         members = counts.pop() if counts else 0
         downs = [_tensors(pair.down) for pair in adapted]
         ups = [(None, None) if pair is None else _tensors(pair.up) for pair in factors]
-        return cls(
+        stacked = cls(
             qweights=[one.qweight.contiguous() for one in weights],
             qzeros=[_zeros(one) for one in weights],
             scales=[one.scales.contiguous() for one in weights],
@@ -125,10 +132,14 @@ class StackedLinears:
             in_features=first.in_features,
             members=members,
             member_of=member_of(*(pair.members for pair in adapted)).to(first.qweight.device) if members else None,
+            key=next(_keys),
         )
+        stacked = replace(stacked, compiled=compiled(stacked))
+        _prepared[stacked.key] = stacked
+        return stacked
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias of every module, in two launches (one without adapters).
+        """y = x Ŵᵀ + ((x Aᵀ) ∘ g) Bᵀ + bias of every module.
 
         Args:
             x: … × in; float16, bfloat16 or float32.
@@ -141,18 +152,16 @@ class StackedLinears:
             LayoutError: for weights of another shape.
             NotImplementedError: for weights while a compiler traces: they change from call to call.
         """
-        rows = x.reshape(-1, self.in_features).contiguous()
-        if weights is not None and self.members:
-            if tuple(weights.shape) != (len(rows), self.members):
-                raise LayoutError(f"weights of members should be {[len(rows), self.members]}, found "
-                                  f"{list(weights.shape)}.")  # fmt: skip
-            if _traced(x):
+        if not self.members:
+            weights = None
+        if weights is not None:
+            rows = x.numel() // self.in_features
+            if tuple(weights.shape) != (rows, self.members):
+                raise LayoutError(f"weights of members should be {[rows, self.members]}, found {list(weights.shape)}.")
+            if traced(x):
                 raise NotImplementedError(UNCOMPILED)
-            ys = _linears(rows, self, weights)
-            return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         # The operator is for those who trace: to call it takes as long as a launch.
-        ys = fused_linears(rows, *_fields(self)) if _traced(x) else _linears(rows, self)
-        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+        return _linears(x, self, weights) if not traced(x) else _operator(x, self)
 
     def dense(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Ŵᵀ of one module after another, in × out, rounded once to ``dtype``."""
@@ -176,13 +185,17 @@ def fused_linears(
     bits: int,
     group_size: int,
     factor_bits: int,
+    key: int,
 ) -> list[torch.Tensor]:
     """y of every module, from x (rows × in, contiguous). The other arguments are the fields of `StackedLinears`."""
-    fused = StackedLinears(
+    known = _prepared.get(key)
+    if known is not None and [one.data_ptr() for one in known.qweights] == [one.data_ptr() for one in qweights]:
+        return _linears(x, known)
+    # Tensors that were moved or copied since.
+    return _linears(x, StackedLinears(
         list(qweights), list(qzeros), list(scales), list(g_idx), list(biases), down, down_scales, list(ups),
         list(up_scales), bits, group_size, factor_bits, x.shape[1],
-    )  # fmt: skip
-    return _linears(x, fused)
+    ))  # fmt: skip
 
 
 @fused_linears.register_fake
@@ -190,9 +203,21 @@ def _(x: torch.Tensor, qweights: Sequence[torch.Tensor], *_: Any) -> list[torch.
     return [x.new_empty(x.shape[0], qweight.shape[1]) for qweight in qweights]
 
 
+def _operator(x: torch.Tensor, fused: StackedLinears) -> list[torch.Tensor]:
+    rows = x.reshape(-1, fused.in_features).contiguous()
+    told = (getattr(fused, one.name) for one in fields(fused) if one.name not in UNTRACED)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in fused_linears(rows, *told)]
+
+
 def _linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """y of every module in x's shape, by whichever kernel takes so many rows."""
+    if fused.compiled is not None and fused.compiled.few is not None:
+        ys = fused.compiled.few(x, weights)
+        if ys is not None:
+            return ys
     with on(x.device):
-        return _launched_linears(x, fused, weights)
+        ys = _launched_linears(x.reshape(-1, fused.in_features).contiguous(), fused, weights)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _launched_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None) -> list[torch.Tensor]:
@@ -201,23 +226,25 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Ten
     bits = fused.bits
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
+    if settings.compiled_rows(rows) and fused.compiled is not None and fused.compiled.many is not None:
+        compiled_ys = fused.compiled.many(x, _components(x, fused, weights))
+        if compiled_ys is not None:
+            return compiled_ys
     if rows > settings.MOST_FUSED_ROWS:
         return _dense_linears(x, fused, weights)
     ys = [x.new_empty(rows, out) for out in outs]
     if rows == 0:
         return ys
-    processors = _processors(x.device)
+    count = processors(x.device)
     ranks = [0 if up is None else up.shape[0] for up in fused.ups]
     if rows == 1:
-        chosen = settings.gemv(outs, in_features, bits, indexed, processors)
+        chosen = settings.gemv(outs, in_features, bits, indexed, count)
     else:
-        chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, processors)
+        chosen = settings.gemm(rows, outs, in_features, block_k, x.dtype, count)
     m_tiles = -(-rows // chosen.block_m)
     tiles = sum(-(-out // chosen.block_n) for out in outs)
     partials, locks = _meeting_place(x, fused, chosen, sum(outs), m_tiles * tiles)
-    parts, part_count = (
-        (partials, 1) if fused.down is None else _shrink(x, fused, fused.down, locks, processors, weights)
-    )
+    parts, part_count = (partials, 1) if fused.down is None else _shrink(x, fused, fused.down, locks, count, weights)
     arguments = (
         x, parts, tuple(ys), tuple(fused.qweights), tuple(fused.qzeros), tuple(fused.scales), tuple(fused.g_idx),
         tuple(fused.biases), tuple(fused.ups), tuple(fused.up_scales), outs, tuple(ranks), partials, locks,
@@ -276,13 +303,7 @@ def _constants(
 
 def _dense_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None) -> list[torch.Tensor]:
     """`_linears` by the vendor's matrix products, on Ŵ in x's dtype, one module's at a time."""
-    in_features = x.shape[1]
-    t, first = None, 0
-    if fused.down is not None:
-        t = x @ _dense_factor(fused.down, fused.down_scales, in_features, fused.factor_bits, x.dtype).T
-        if weights is not None:
-            assert fused.member_of is not None
-            t = (t * weights[:, fused.member_of]).to(x.dtype)
+    t, first = _components(x, fused, weights), 0
     ys = []
     for weight, bias, up, up_scales in zip(fused.dense(x.dtype), fused.biases, fused.ups, fused.up_scales, strict=True):
         out = weight.shape[1]
@@ -293,6 +314,17 @@ def _dense_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor
             first += rank
         ys.append(y)
     return ys
+
+
+def _components(x: torch.Tensor, fused: StackedLinears, weights: torch.Tensor | None) -> torch.Tensor | None:
+    """(x Aᵀ) ∘ g of all modules in x's dtype, by the vendor's product; None without any adapter."""
+    if fused.down is None:
+        return None
+    t = x @ _dense_factor(fused.down, fused.down_scales, x.shape[1], fused.factor_bits, x.dtype).T
+    if weights is None:
+        return t
+    assert fused.member_of is not None
+    return (t * weights[:, fused.member_of]).to(x.dtype)
 
 
 def _dense_factor(
@@ -313,13 +345,13 @@ def _shrink(
     fused: StackedLinears,
     down: torch.Tensor,
     locks: torch.Tensor,
-    processors: int,
+    count: int,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """The first launch: parts of x Aᵀ (splits × rows × rank, float32), and their number; ``locks`` become zero."""
     rows, in_features = x.shape
     rank = down.shape[0]
-    chosen = settings.shrink(rows, rank, in_features, x.dtype, processors)
+    chosen = settings.shrink(rows, rank, in_features, x.dtype, count)
     parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
     constants = {
         "FACTOR_BITS": fused.factor_bits, "FACTOR_GROUP": GROUP_SIZE, "BLOCK_M": chosen.block_m,
@@ -341,111 +373,6 @@ def _key(
 ) -> tuple[Any, ...] | None:
     """What tells apart the launches of one `StackedLinears`, whose tensors are always the same."""
     return (x.dtype, x.shape[0], chosen, part_count, weighed) if aligned(x) else None
-
-
-def add_correction(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    y: torch.Tensor,
-    slot: int,
-    weights: torch.Tensor | None = None,
-    member_of: torch.Tensor | None = None,
-) -> None:
-    """y += ((x Aᵀ) ∘ g) Bᵀ in place: one launch, or for many rows two products.
-
-    Args:
-        x: … × in, float16, bfloat16 or float32, as are all others.
-        down, up: A, rank × in, and Bᵀ, rank × out, both contiguous.
-        y: … × out, contiguous; of as many rows as x, in whatever shape.
-        slot: graphs that were captured with the same one, modulo `correction.COUNTERS`, must not run at the same time.
-        weights: rows × members, float32, on x's device; None weighs all components by 1.
-        member_of: int32, the member of each component, with ``weights``.
-
-    Raises:
-        NotImplementedError: for weights while a compiler traces: they change from call to call.
-    """
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if _traced(x):
-        if weights is not None:
-            raise NotImplementedError(UNCOMPILED)
-        correct(rows, down, up, y.view(-1, y.shape[-1]), slot)
-    else:
-        _correct(rows, down, up, y.view(-1, y.shape[-1]), slot, weights, member_of)
-
-
-_corrections: Known = {}
-
-
-@torch.library.custom_op("gptqmodel_eora_ext::correct", mutates_args=("y",))
-def correct(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, y: torch.Tensor, slot: int) -> None:
-    """y += (x Aᵀ) Bᵀ, on x (rows × in) and y (rows × out); see `add_correction`."""
-    _correct(x, down, up, y, slot)
-
-
-@correct.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
-def _correct(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    y: torch.Tensor,
-    slot: int,
-    weights: torch.Tensor | None = None,
-    member_of: torch.Tensor | None = None,
-) -> None:
-    rows, in_features = x.shape
-    rank, columns = up.shape
-    if rows == 0:
-        return
-    few = rows <= settings.MOST_CORRECTION_ROWS and rank <= settings.most_correction_rank(rows)
-    bank = counters(x.device) if few else None
-    if bank is None:
-        t = x @ down.T
-        y.addmm_(t if weights is None else (t * weights[:, member_of]).to(x.dtype), up)
-        return
-    programs = settings.programs(_at_once(x.device))
-    chosen = settings.correction(rows, rank, in_features, columns, x.dtype, programs)
-    parts = x.new_empty(chosen.splits * rows * rank, dtype=torch.float32)
-    constants = {
-        "PROGRAMS": programs, "PARTS": chosen.splits, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k, "BLOCK_R": chosen.block_r, "UP_RANKS": settings.CORRECTION_RANKS,
-        "MEMBERS": 0 if weights is None else weights.shape[1],
-    }  # fmt: skip
-    kinds = (x.device, x.dtype, chosen, rank, in_features, columns, constants["MEMBERS"])
-    key = kinds if aligned(x, down, up, y) else None
-    with on(x.device):
-        launch(
-            _corrections, key, correction_kernel, (programs, 1, 1),
-            (x, down, up, y, weights, member_of, parts, bank, slot % COUNTERS, rows, rank, in_features, columns,
-             chosen.per_split),
-            constants, {**chosen.options(), "launch_cooperative_grid": True},
-        )  # fmt: skip
-
-
-def _fields(fused: StackedLinears) -> tuple[Any, ...]:
-    """What `fused_linears` takes after x."""
-    return tuple(getattr(fused, one.name) for one in fields(fused) if one.name not in UNTRACED)
-
-
-def _traced(x: torch.Tensor) -> bool:
-    """Whether somebody looks on: a compiler, or a tensor that stands for another."""
-    return torch.compiler.is_compiling() or type(x) is not torch.Tensor
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _at_once(device: torch.device) -> int:
-    """Programs that run at the same time; interpreted ones run one after the other."""
-    return _processors(device) if device.type == "cuda" else 1
 
 
 def _zeros(weight: PackedWeight) -> torch.Tensor | None:

@@ -49,6 +49,8 @@ SHRINK_RANKS = 16
 SHRINK_INPUTS = 128
 # Beyond these rows Ŵ made dense and the vendor's product are faster (measured at 64: slower; at 512: twice as fast).
 MOST_FUSED_ROWS = 64
+# Rows for which the compiled kernel for many rows is taken on Hopper.
+COMPILED_ROWS = range(17, 4097)
 # Beyond these rows and ranks (of one row, of more), two products of the vendor's library add an adapter faster than
 # one launch does.
 MOST_CORRECTION_ROWS = 16
@@ -174,6 +176,11 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
     splits, per_split = _split(in_features, block_k, -(-GEMM_PROGRAMS * processors // tiles), most)
     limit = ALL_REGISTERS if block_m == 64 else None
     return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3, registers=limit)
+
+
+def compiled_rows(rows: int) -> bool:
+    """Whether so many rows are for `kernels.cuda.many_rows`, where it serves."""
+    return rows in COMPILED_ROWS
 
 
 def most_correction_rank(rows: int) -> int:
