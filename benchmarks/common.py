@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,7 @@ def environment(model: Subject | None = None) -> dict[str, Any]:
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "gptqmodel-eora-ext": __version__,
-        **{name: version(name) for name in names},
+        **{name: version(name) for name in names if find_spec(name) is not None},
     }
 
 

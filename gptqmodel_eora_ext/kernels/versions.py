@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; 0 where it does not tell: in inference mode, and while it is traced."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+def versions(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    """How often each tensor was written to; 0 for None and where it does not tell: in inference mode, and while it is
+    traced."""
+    if torch.compiler.is_compiling():
+        return (0,) * len(tensors)
+    return tuple([0 if one is None or one.is_inference() else one._version for one in tensors])
 
 
 def unchanged(known: tuple[Any, ...], now: tuple[Any, ...]) -> bool:

@@ -113,9 +113,7 @@ def test_an_adapter_lies_over_the_exported_model(llama: tuple[Any, Path, Path], 
     for name, update in expected.items():
         pair = (read_tensor(tensors[f"{tensor_of(name)}{suffix}"]) for suffix in (SUFFIX_B, SUFFIX_A))
         lora_B, lora_A = pair
-        np.testing.assert_allclose(
-            (lora_B @ lora_A).numpy(), in_file_order(name, update, model.config), atol=2e-3
-        )
+        np.testing.assert_allclose((lora_B @ lora_A).numpy(), in_file_order(name, update, model.config), atol=2e-3)
     with pytest.raises(ValueError, match="by --base"):
         export(tmp_path / "lora", like, tmp_path / "again.gguf")
 

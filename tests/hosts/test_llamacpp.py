@@ -141,9 +141,7 @@ def test_experts_in_one_tensor_get_their_factors(tmp_path: Path, tokenizer: Any)
 
 def test_experts_of_a_layer_share_a_rank_under_a_budget(tmp_path: Path, tokenizer: Any) -> None:
     file = write_model(make("experts", tmp_path / "base", tokenizer), tmp_path / "model.gguf")
-    lora = read_lora_header(
-        generate(tmp_path / "base", file, budget="2bpw", factor_bits=4, sensitivity="relative")
-    )
+    lora = read_lora_header(generate(tmp_path / "base", file, budget="2bpw", factor_bits=4, sensitivity="relative"))
     assert any("exps" in name for name in lora.ranks) and any("attn" in name for name in lora.ranks)
     spent = sum(info.nbytes for info in lora.header.tensors.values())
     allocation = lora.details["allocation"]

@@ -148,4 +148,3 @@ def test_broken_plans_are_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(AdapterError, match=r"plan\.json"):
         TypePlan.read(path)
-

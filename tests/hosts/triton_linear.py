@@ -20,7 +20,7 @@ from gptqmodel_eora_ext.formats.packed_weights import LayoutError, PackedWeight
 from gptqmodel_eora_ext.hosts.gptqmodel.triton import EoRATritonLinear
 from gptqmodel_eora_ext.kernels.reference import linear
 from gptqmodel_eora_ext.kernels.shared_input import share_inputs
-from gptqmodel_eora_ext.kernels.triton import ops
+from gptqmodel_eora_ext.kernels.triton import adding, ops
 from tests.kernels.on_device import DEVICE, packed_weight, random_factors, random_input
 
 IN = 64
@@ -30,21 +30,21 @@ OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
 class Launches:
     """Counts the calls of one of the plugin's launches."""
 
-    def __init__(self, name: str = "_linears") -> None:
+    def __init__(self, module: Any = ops, name: str = "_linears") -> None:
         self.count = 0
-        self._name = name
-        self._original = getattr(ops, name)
+        self._module, self._name = module, name
+        self._original = getattr(module, name)
 
     def __enter__(self) -> Launches:
         def counting(*args: Any) -> Any:
             self.count += 1
             return self._original(*args)
 
-        setattr(ops, self._name, counting)
+        setattr(self._module, self._name, counting)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        setattr(ops, self._name, self._original)
+        setattr(self._module, self._name, self._original)
 
 
 def kernel(cls: Any, out: int, *, bits: int = 2, rank: int = 5, factor_bits: int = 16, seed: int = 0) -> Any:
@@ -194,7 +194,7 @@ def test_other_kernels_get_their_adapter_in_one_launch(factor_bits: int) -> None
     for x in (random_input(1, IN), random_input(6, IN).reshape(2, 3, IN)):
         out = random_input(x.numel() // IN, 48, seed=4).reshape(*x.shape[:-1], 48)
         wanted = out + (x @ made.adapter.lora_A) @ made.adapter.lora_B
-        with Launches("_correct") as launches:
+        with Launches(adding, "_correct") as launches:
             found = made.adapter.apply(x=x, out=out)
         assert found is out and launches.count == 1
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -217,7 +217,7 @@ def test_what_takes_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
     made = kernel(TorchLinear, 48).adapter
     x, out = random_input(1, IN), torch.zeros(1, 48, device=DEVICE)
     wanted = (x @ made.lora_A) @ made.lora_B
-    with Launches("_correct") as launches:
+    with Launches(adding, "_correct") as launches:
         # Factors that lie otherwise, and an output that does.
         made.lora_A = made.lora_A.contiguous()
         torch.testing.assert_close(made.apply(x=x, out=out.clone()), wanted, rtol=1e-4, atol=1e-5)
@@ -231,3 +231,21 @@ def test_what_takes_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
             trained.apply(x=x, out=out.clone()).sum().backward()
         assert trained.lora_B.grad is not None and trained.lora_B.grad.abs().sum() > 0
     assert launches.count == 0
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+@torch.no_grad()
+def test_a_model_in_cuda_graphs() -> None:
+    """Captured by hand, and by torch.compile with its own graphs: replays compute anew."""
+    model, x = shared(Attention()), random_input(1, IN)
+    model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        x.copy_(random_input(1, IN, seed=seed))
+        graph.replay()
+        wanted = torch.cat([expected(model.get_submodule(name), x) for name in OUTS], -1)
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ import torch
 
 from ...formats.factors import Factors, QuantizedFactor
 from ...kernels.cpu.factors import RepackedFactors, repack_factors, unpack_factors
-from ...kernels.versions import counting_writes, unchanged, version
+from ...kernels.versions import counting_writes, unchanged, versions
 
 
 def _uses(tensor: torch.Tensor) -> int:
@@ -55,7 +55,7 @@ class KeepsFactors:
         self._floats: list[torch.Tensor | None] = [None, None]
         # How often the plain tensors had been written to while they were what the form says; None without a form or
         # without plain tensors.
-        self._same_at: tuple[int, int] | None = None
+        self._same_at: tuple[int, ...] | None = None
         # As of `Factors.members`.
         self._members: tuple[int, ...] = ()
         self._device = torch.device("cpu")
@@ -170,9 +170,8 @@ class KeepsFactors:
         """The form, where it tells what the factors are now."""
         return self._form if self._same_at is None or self._same_at == self._versions() else None
 
-    def _versions(self) -> tuple[int, int]:
-        first, second = (0 if one is None else version(one) for one in self._floats)
-        return first, second
+    def _versions(self) -> tuple[int, ...]:
+        return versions(*self._floats)
 
     def _float(self, index: int) -> torch.Tensor | None:
         if self._floats[index] is None and self._form is not None:

@@ -22,9 +22,9 @@ from ...formats.packed_weights import WEIGHT_BITS
 from ...kernels.dispatch import ALL, DTYPES, SWITCH, TRITON, switched_off
 from ...kernels.shared_input import Joint
 from ...kernels.triton import available, runs_on
-from ...kernels.versions import version
+from ...kernels.versions import versions
 from .adapter import EoRA
-from .fused import EoRAFusedLinear, mixture_of
+from .fused import PACKED, EoRAFusedLinear, mixture_of
 
 
 class EoRATritonLinear(EoRAFusedLinear):
@@ -97,9 +97,12 @@ class EoRATritonLinear(EoRAFusedLinear):
         """As `SharesInput.state`: on a GPU, all tensors and how often they were written to."""
         if not runs_on(self.runtime_device()):
             return super().state()
-        tensors = [self.qweight, self.qzeros, self.scales, self.g_idx, self.bias]
+        # Looked up where they lie: this runs at every call, and to ask the module for them takes longer than a launch.
+        buffers = self._buffers
+        bias = buffers["bias"] if "bias" in buffers else self.__dict__["bias"]
+        tensors = (*map(buffers.__getitem__, PACKED), bias)
         adapter = () if self.adapter is None else self.adapter.state()
-        return (*tensors, *(0 if one is None else version(one) for one in tensors), *adapter)
+        return (*tensors, *versions(*tensors), *adapter)
 
     @classmethod
     def join(cls, modules: Sequence[EoRATritonLinear]) -> Joint:

@@ -90,6 +90,15 @@ def serves(stacked: StackedLinears) -> bool:
     )
 
 
+def warps_of(tiles: int, rows: int, adapted: bool, device: Device) -> tuple[int, int]:
+    """Warps of a block that multiply, if memory allows, and those that serve the adapter: a power of two, or none."""
+    alone = tiles <= device.processors
+    helpers = 0 if not adapted else MANY_HELPERS if alone and rows == 1 else 1
+    if rows == 1:
+        return MANY_WARPS if alone else FEW_WARPS, helpers
+    return MANY_WARPS - helpers if alone and rows <= MOST_ROWS_OF_MANY_WARPS else FEW_WARPS, helpers
+
+
 def plan(stacked: StackedLinears, rows: int, dtype: torch.dtype, device: Device) -> Plan:
     """How ``rows`` of x are multiplied on ``device``.
 
@@ -107,8 +116,7 @@ def plan(stacked: StackedLinears, rows: int, dtype: torch.dtype, device: Device)
     tiles = sum(-(-qweight.shape[1] // COLUMNS) for qweight in stacked.qweights)
     steps = steps_of(bits, group_size, in_features)
     inputs = steps * UNITS_OF_STEP * UNIT_CODES[bits]
-    alone = tiles <= device.processors
-    helpers = 0 if components == 0 else MANY_HELPERS if alone and rows == 1 else 1
+    warps, helpers = warps_of(tiles, rows, components > 0, device)
     # A share for each warp that makes them, if as many blocks run at once as can.
     makers = min(tiles, FEW_BLOCKS * device.processors) * helpers
     most_parts = -(-in_features // SHARE_STEP)
@@ -118,11 +126,8 @@ def plan(stacked: StackedLinears, rows: int, dtype: torch.dtype, device: Device)
         chunks=-(-in_features // inputs),
         group_shift=NO_SHIFT if group_size >= in_features else (group_size // inputs).bit_length() - 1,
         parts=-(-in_features // per_part), inputs_per_part=per_part, adapter_warps=helpers, bits=bits, steps=steps,
-        bf16=int(dtype == torch.bfloat16), rows=rows, blocks=tiles,
-        warps=MANY_WARPS if alone and rows <= MOST_ROWS_OF_MANY_WARPS else FEW_WARPS,
+        bf16=int(dtype == torch.bfloat16), rows=rows, blocks=tiles, warps=warps,
     )  # fmt: skip
-    if rows > 1 and made.warps == MANY_WARPS:
-        made.warps -= helpers
     while made.warps:
         made.bytes = device.library.eora_few_rows_bytes(ctypes.byref(made))
         if 0 < made.bytes <= device.memory:

@@ -1,7 +1,7 @@
 """Weights and adapters of modules that read the same input, multiplied on a GPU: what dispatch and hosts call.
 
-Triton's kernels, or NVIDIA's compiled ones where they are asked for and read the weights (`kernels.cuda`). To a compiler
-it is one operator with a fake implementation: `torch.compile` sees one node, and CUDA-graph capture meets no
+Triton's kernels, or NVIDIA's compiled ones where they are asked for and read the weights (`kernels.cuda`). To a
+compiler it is one operator with a fake implementation: `torch.compile` sees one node, and CUDA-graph capture meets no
 synchronisation and no allocation whose size depends on data. It has no backward; training takes the torch path.
 """
 

@@ -32,9 +32,15 @@ template <int BITS, int STEPS, int MOST_ROWS>
 constexpr int AHEAD = (BITS != 3 && STEPS == 1 ? 8 : 4) / (MOST_ROWS > 8 ? 2 : 1);
 
 // Threads that a block may have, which is what decides how many registers one of them gets: 72 for one row, so that three
-// blocks of nine warps run at once on a multiprocessor; 96 up to 8 rows; 168 beyond.
+// blocks of nine warps run at once on a multiprocessor (96 from Blackwell on, whose assembler spills with fewer); 96 up to
+// 8 rows; 168 beyond.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int ONE_ROW_WARPS = 21;
+#else
+constexpr int ONE_ROW_WARPS = 28;
+#endif
 template <int MOST_ROWS>
-constexpr int MOST_THREADS = MOST_ROWS == 1 ? 28 * WARP : MOST_ROWS == 8 ? 17 * WARP : 9 * WARP;
+constexpr int MOST_THREADS = MOST_ROWS == 1 ? ONE_ROW_WARPS * WARP : MOST_ROWS == 8 ? 17 * WARP : 9 * WARP;
 
 // How the inputs are cut.
 struct Cut {
