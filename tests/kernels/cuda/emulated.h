@@ -290,6 +290,8 @@ T read_from_l2(const T* place) {
 inline void begin_products() {}
 inline void end_products() {}
 inline void wait_products() {}
+inline void hold(const uint32_t&) {}
+inline void hold(float&) {}
 inline void publish_shared() {}
 
 // Of the right operand, the 16-byte piece of a row is found as the instruction does: by exchanging bits of the address.

@@ -220,6 +220,16 @@ struct ManyRows {
         end_products();
     }
 
+    __device__ void wait(const uint32_t (&a)[4][4], float (&sums)[ROWS / 2]) const {
+        wait_products();
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) hold(a[t][i]);
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; ++i) hold(sums[i]);
+    }
+
     // t Bᵀ: components in the place of inputs, 64 at a time, through a stage that nothing is on its way to.
     __device__ void add_adapter(Memory& free, float (&sums)[ROWS / 2]) const {
         for (int first = 0; first < one.rank; first += DEPTH) {
@@ -246,7 +256,7 @@ struct ManyRows {
             publish_shared();
             __syncthreads();
             multiply(free, a, sums);
-            wait_products();
+            wait(a, sums);
             __syncthreads();
         }
     }
@@ -288,7 +298,7 @@ struct ManyRows {
             if (step + STAGES - 1 < end) fetch(stages[stage == 0 ? STAGES - 1 : stage - 1], from);
             close_group();
             if (step + 1 < end) unpack<0>(stages[following], scale, zero, next);
-            wait_products();
+            wait(a, sums);
 #pragma unroll
             for (int t = 0; t < 4; ++t)
 #pragma unroll

@@ -128,6 +128,11 @@ __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
+// Tells the compiler that registers are read or written here: it does not know that the products use them until they are
+// waited for, and might give them to something else, or copy a sum too early.
+__device__ inline void hold(const uint32_t& value) { asm volatile("" ::"r"(value) : "memory"); }
+__device__ inline void hold(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
 // Makes what this thread wrote to shared memory, or waited for, visible to these products of others behind a barrier.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
