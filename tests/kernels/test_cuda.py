@@ -17,6 +17,7 @@ from gptqmodel_eora_ext.formats.packed_weights import PackedWeight
 from gptqmodel_eora_ext.kernels.cuda import few_rows, many_rows
 from gptqmodel_eora_ext.kernels.cuda.few_rows import FewRows
 from gptqmodel_eora_ext.kernels.cuda.many_rows import ManyRows
+from gptqmodel_eora_ext.kernels.cuda.structures import UNIT_CODES
 from gptqmodel_eora_ext.kernels.cuda.workspaces import CAPTURED
 from gptqmodel_eora_ext.kernels.reference import linear, parts_of
 
@@ -89,8 +90,8 @@ def test_few_rows(
     x = random_input(rows, in_features, dtype)
     if not few_rows.serves(made):
         # Groups of fewer inputs than a step has, or units that the inputs end within: Triton's.
-        inputs = 4 * few_rows.UNIT_CODES[bits]
-        assert group_size < min(inputs, in_features) or in_features % few_rows.UNIT_CODES[bits]
+        inputs = 4 * UNIT_CODES[bits]
+        assert group_size < min(inputs, in_features) or in_features % UNIT_CODES[bits]
         return
     launch = FewRows(made, emulation.device())
     for _ in range(2):

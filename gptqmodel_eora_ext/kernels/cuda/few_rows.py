@@ -9,23 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..devices import ALIGNMENT
-from .structures import COLUMNS, MOST_MODULES, described, integers, pointers
+from .structures import COLUMNS, HALF, UNIT_CODES, described, integers, pointers, readable
 from .workspaces import CAPTURED, Workspaces, stream_of
 
 if TYPE_CHECKING:
     from ..triton.ops import StackedLinears
 
-HALF = (torch.float16, torch.bfloat16)
 # As in csrc/few_rows.cuh.
 MOST_ROWS = 16
 SHARE_STEP = 256
 COUNTERS = 4
-UNIT_CODES = {2: 16, 3: 32, 4: 8}
 UNITS_OF_STEP = 4
 # Steps of a chunk that the kernel is compiled for, most first.
 STEPS = {2: (2, 1), 3: (1,), 4: (4, 2, 1)}
-# Features are copied in 16 bytes of 16-bit numbers.
-COPIED = 8
 # Warps of a block that multiply. More where there are no more blocks than multiprocessors: then each has one to itself.
 MANY_WARPS, FEW_WARPS = 16, 8
 # Beyond these rows a thread needs so many registers that only blocks of FEW_WARPS fit.
@@ -77,16 +73,10 @@ def steps_of(bits: int, group_size: int, in_features: int) -> int:
 
 def serves(stacked: StackedLinears) -> bool:
     """Whether the kernel can read these weights and factors; of x it takes float16 and bfloat16."""
-    outs = [qweight.shape[1] for qweight in stacked.qweights]
     return (
-        len(outs) <= MOST_MODULES
+        readable(stacked)
+        and stacked.in_features % UNIT_CODES[stacked.bits] == 0
         and steps_of(stacked.bits, stacked.group_size, stacked.in_features) > 0
-        and all(one is None for one in stacked.g_idx)
-        and stacked.in_features % max(UNIT_CODES[stacked.bits], COPIED) == 0
-        and all(out % COPIED == 0 for out in outs)
-        and {one.dtype for one in stacked.scales} in [{one} for one in HALF]
-        and len({one.dtype for one in stacked.biases if one is not None}) <= 1
-        and (stacked.down is None or stacked.factor_bits < 16 or stacked.down.dtype in HALF)
     )
 
 

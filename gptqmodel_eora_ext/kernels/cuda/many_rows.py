@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..devices import ALIGNMENT
-from .few_rows import HALF, NO_SHIFT, UNIT_CODES, Device
-from .structures import MOST_MODULES, described, integers
+from .few_rows import NO_SHIFT, Device
+from .structures import HALF, MOST_MODULES, described, integers, readable
 from .workspaces import CAPTURED, Workspaces, stream_of
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ OUTPUTS = 128
 DEPTH = 64
 ROW_TILES = (64, 128)
 SMALLEST_GROUP = 16
-# Outputs of scales are copied in 16 bytes.
-COPIED = 8
 # Splits of the inputs at most, and the steps that one has at least: fewer take longer to add than to multiply.
 MOST_SPLITS = 8
 FEWEST_STEPS = 8
@@ -47,18 +45,7 @@ def group_cut(group_size: int, in_features: int) -> tuple[int, int] | None:
 
 def serves(stacked: StackedLinears) -> bool:
     """Whether the kernel can read these weights and factors; of x it takes float16 and bfloat16."""
-    outs = [qweight.shape[1] for qweight in stacked.qweights]
-    return (
-        stacked.bits in UNIT_CODES
-        and len(outs) <= MOST_MODULES
-        and group_cut(stacked.group_size, stacked.in_features) is not None
-        and all(one is None for one in stacked.g_idx)
-        and stacked.in_features % COPIED == 0
-        and all(out % COPIED == 0 for out in outs)
-        and {one.dtype for one in stacked.scales} in [{one} for one in HALF]
-        and len({one.dtype for one in stacked.biases if one is not None}) <= 1
-        and (stacked.down is None or stacked.factor_bits < 16 or stacked.down.dtype in HALF)
-    )
+    return readable(stacked) and group_cut(stacked.group_size, stacked.in_features) is not None
 
 
 def plan(stacked: StackedLinears, rows: int, dtype: torch.dtype, processors: int) -> Plan:

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from ..triton.ops import StackedLinears
 
 MOST_MODULES = 4
+# Codes of a unit, the shortest run that fills whole words.
+UNIT_CODES = {2: 16, 3: 32, 4: 8}
+# Features are copied in 16 bytes of 16-bit numbers.
+COPIED = 8
+HALF = (torch.float16, torch.bfloat16)
 # Outputs of a tile: those of all launches are multiples of it, since modules begin with a tile.
 COLUMNS = 32
 # How 16-bit numbers and factors are stored: `Kind` of the sources.
@@ -45,6 +50,19 @@ class Linears(ctypes.Structure):
         *integers("module_count", "components", "in_features", "group_size", "scale_kind", "bias_kind", "factor_kind",
                   "members"),
     )  # fmt: skip
+
+
+def readable(stacked: StackedLinears) -> bool:
+    """Whether the kernels can read these weights and factors, but for their groups, which each cuts in its own way."""
+    return (
+        stacked.bits in UNIT_CODES
+        and len(stacked.qweights) <= MOST_MODULES
+        and all(one is None for one in stacked.g_idx)
+        and all(features % COPIED == 0 for features in (stacked.in_features, *(q.shape[1] for q in stacked.qweights)))
+        and {one.dtype for one in stacked.scales} in [{one} for one in HALF]
+        and len({one.dtype for one in stacked.biases if one is not None}) <= 1
+        and (stacked.down is None or stacked.factor_bits < 16 or stacked.down.dtype in HALF)
+    )
 
 
 def described(stacked: StackedLinears) -> Linears:

@@ -18,7 +18,7 @@ from pathlib import Path
 import triton
 
 from gptqmodel_eora_ext.kernels.cuda.build import SOURCES, flags
-from gptqmodel_eora_ext.kernels.cuda.few_rows import UNIT_CODES
+from gptqmodel_eora_ext.kernels.cuda.structures import UNIT_CODES
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 COMPILER = shutil.which("nvcc")
