@@ -329,6 +329,8 @@ def _worked_out(
     device: torch.device,
 ) -> list[_Found]:
     """Forecast some modules of a layer."""
+    # Of what is freed glibc keeps holes, into which the next matrices may not fit.
+    release_free_memory()
     leaders = {inputs.leaders[name] for name in names}
     moments = {leader: moment_of(rows, leader) for leader, rows in inputs.rows.items() if leader in leaders}
     columns = _columns(inputs, names, moments, question)
@@ -358,7 +360,13 @@ def _worked_out(
         return _Found(name, forecasts, compensated[0], moment)
 
     largest = max((one.weight.numel() for one in inputs.linears.values()), default=0)
-    return list(side_by_side(found, names, device) if largest <= LARGE else map(found, names))
+    if largest <= LARGE:
+        return list(side_by_side(found, names, device))
+    every = []
+    for name in names:
+        every.append(found(name))
+        release_free_memory()
+    return every
 
 
 def _tell_routing(inputs: LayerInputs, reached: Sequence[str], tokens: int) -> None:

@@ -1,6 +1,7 @@
 """One sweep, a layer at a time, against the whole model: second moments, forecasts, and divergences by kind."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,23 @@ def test_a_layer_at_a_time(tmp_path: Path) -> None:
         present = {name.split(".")[2] for name, one in model.model.named_parameters() if not one.is_meta}
         assert present == {str(layer.index)}
     assert held == [set()] * 3 and TOKENS
+
+
+def test_what_a_large_module_leaves_free_is_given_back_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the peak of a model of many layers is above that of a model of few, by holes in the heap."""
+    steps: list[str] = []
+
+    def rounding(*asked: Any) -> Any:
+        steps.append("rounded")
+        return gptq(*asked)
+
+    monkeypatch.setattr("gptqmodel_eora_ext.plan.sweep.LARGE", 0)
+    monkeypatch.setattr("gptqmodel_eora_ext.plan.sweep.gptq", rounding)
+    monkeypatch.setattr("gptqmodel_eora_ext.plan.sweep.release_free_memory", lambda: steps.append("given back"))
+    modules = list(linears(tiny_model()))
+    sweep(in_memory(tiny_model()), modules, windows(1), None, QUESTION)
+    assert steps.count("rounded") == len(modules)
+    assert all(before == "given back" for before, step in pairwise(steps) if step == "rounded")
 
 
 def test_experts_of_few_tokens_and_of_none_are_told_of_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
