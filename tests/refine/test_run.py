@@ -22,6 +22,7 @@ from gptqmodel_eora_ext.refine import training as training_module
 from gptqmodel_eora_ext.refine.natural import STEPS
 from gptqmodel_eora_ext.refine.outcome import DIVERGENCE, NOT_FINITE
 from gptqmodel_eora_ext.refine.settings import NATURAL, parse_tokens
+from gptqmodel_eora_ext.refine.shared import dealt
 from gptqmodel_eora_ext.system.files import unfinished_folder
 from gptqmodel_eora_ext.system.kept import ResumeError
 
@@ -174,6 +175,22 @@ def test_what_another_run_has_left_is_refused(
     assert again.ended == COMPLETE and len(again.validations) == 1 + 5
 
 
+def test_further_passes_use_each_window_again_in_another_order(
+    trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
+) -> None:
+    once, twice = dealt(WINDOWS, seed=3), dealt(WINDOWS, seed=3, passes=2)
+    count = len(once.training)
+    assert twice.training[:count] == once.training != twice.training[count:]
+    assert sorted(twice.training[count:]) == sorted(once.training)  # type: ignore[type-var]
+    assert (twice.validating, twice.taught) == (once.validating, once.taught)
+    single = refine_adapter(trainee, checkpoint, source, checkpoint / "single", job)
+    asked = dataclasses.replace(job, settings=dataclasses.replace(job.settings, passes=2))
+    double = refine_adapter(trainee, checkpoint, source, checkpoint / "double", asked)
+    assert double.steps == 2 * single.steps and double.ended == COMPLETE
+    assert double.after < single.after
+    assert summarize(checkpoint / "double").details["refinement"]["passes"] == 2
+
+
 def test_another_base_is_refused(
     trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob, tmp_path: Path
 ) -> None:
@@ -206,6 +223,8 @@ def test_wrong_requests_are_refused_before_any_work(
         ({"learning_rate": 0}, "above 0"),
         ({"seed": -1}, "at least 0"),
         ({"window": 1.5}, "integer"),
+        ({"passes": 0}, "at least 1"),
+        ({"passes": 2, "loss": "natural"}, "one step"),
     ],
 )
 def test_settings_out_of_range_are_named(asked: dict[str, object], message: str) -> None:
