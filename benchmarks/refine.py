@@ -17,6 +17,7 @@ PyTorch, with dense Ŵ and factors in bfloat16 as parameters of a transformers m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import resource
@@ -87,6 +88,13 @@ def quantised(base: common.Subject, budget: str, folder: Path) -> Path:
     return checkpoint
 
 
+def fingerprint(checkpoint: Path) -> str:
+    """Of a checkpoint's adapter. Made anew, by another version or on another processor, it is another, from which
+    refinement begins elsewhere."""
+    with (checkpoint / "eora" / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def measure(
     base: common.Subject, cell: Cell, checkpoint: Path, texts: dict[str, torch.Tensor], windows: int
 ) -> dict[str, Any]:
@@ -104,7 +112,13 @@ def measure(
             adapter = folder / "refined"
         with quiet():
             nats = common.losses(common.densified(checkpoint, base, EoRA(path=adapter)), texts, windows)
-    return {**asdict(cell), **told, "nats": nats, "measured": common.measured(base)}
+    return {
+        **asdict(cell),
+        **told,
+        "nats": nats,
+        "began with": fingerprint(checkpoint),
+        "measured": common.measured(base),
+    }
 
 
 @contextmanager
@@ -164,6 +178,9 @@ def benchmark_shares(options: argparse.Namespace, base: common.Subject) -> dict[
     texts = {name: ids for name, ids in common.held_out(base).items() if name in TEXTS}
     for budget in options.budgets:
         checkpoint = quantised(base, budget, options.checkpoints)
+        # Runs that began with another adapter of this budget say nothing beside new ones.
+        begun = fingerprint(checkpoint)
+        runs[:] = [run for run in runs if run["budget"] != budget or run.get("began with") == begun]
         cells = [
             Cell(budget),
             *(Cell(budget, by, tokens, options.passes) for tokens in options.tokens for by in options.losses),
