@@ -17,6 +17,7 @@ PyTorch, with dense Ŵ and factors in bfloat16 as parameters of a transformers m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import resource
@@ -61,15 +62,17 @@ class Cell:
         budget: of the adapter.
         by: the loss that it was trained by; `START` for none.
         tokens: of C4.
+        passes: over them.
     """
 
     budget: str
     by: str = START
     tokens: int = 0
+    passes: int = 1
 
 
 def cell_of(run: dict[str, Any]) -> Cell:
-    return Cell(**{one.name: run[one.name] for one in fields(Cell)})
+    return Cell(**{one.name: run[one.name] for one in fields(Cell) if one.name in run})
 
 
 def quantised(base: common.Subject, budget: str, folder: Path) -> Path:
@@ -85,6 +88,13 @@ def quantised(base: common.Subject, budget: str, folder: Path) -> Path:
     return checkpoint
 
 
+def fingerprint(checkpoint: Path) -> str:
+    """Of a checkpoint's adapter. Made anew, by another version or on another processor, it is another, from which
+    refinement begins elsewhere."""
+    with (checkpoint / "eora" / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def measure(
     base: common.Subject, cell: Cell, checkpoint: Path, texts: dict[str, torch.Tensor], windows: int
 ) -> dict[str, Any]:
@@ -97,12 +107,18 @@ def measure(
             with one_teacher(checkpoint.parent):
                 outcome = refine_checkpoint(checkpoint, str(base.folder), calibration, adapter=adapter,
                                             output=folder / "refined", loss=cell.by, tokens=cell.tokens,
-                                            training=_say(cell))  # fmt: skip
+                                            passes=cell.passes, training=_say(cell))  # fmt: skip
             told = outcome.described()
             adapter = folder / "refined"
         with quiet():
             nats = common.losses(common.densified(checkpoint, base, EoRA(path=adapter)), texts, windows)
-    return {**asdict(cell), **told, "nats": nats, "measured": common.measured(base)}
+    return {
+        **asdict(cell),
+        **told,
+        "nats": nats,
+        "began with": fingerprint(checkpoint),
+        "measured": common.measured(base),
+    }
 
 
 @contextmanager
@@ -143,7 +159,9 @@ def shares(runs: list[dict[str, Any]], full: dict[str, float], plain: dict[str, 
         for run in runs
         for text in common.common_texts(run["nats"], full, plain)
     ]
-    return sorted(rows, key=lambda row: (row["text"], row["budget"], row["by"] != START, row["by"], row["tokens"]))
+    return sorted(
+        rows, key=lambda row: (row["text"], row["budget"], row["by"] != START, row["by"], row["tokens"], row["passes"])
+    )
 
 
 def benchmark_shares(options: argparse.Namespace, base: common.Subject) -> dict[str, Any]:
@@ -160,7 +178,13 @@ def benchmark_shares(options: argparse.Namespace, base: common.Subject) -> dict[
     texts = {name: ids for name, ids in common.held_out(base).items() if name in TEXTS}
     for budget in options.budgets:
         checkpoint = quantised(base, budget, options.checkpoints)
-        cells = [Cell(budget), *(Cell(budget, by, tokens) for tokens in options.tokens for by in options.losses)]
+        # Runs that began with another adapter of this budget say nothing beside new ones.
+        begun = fingerprint(checkpoint)
+        runs[:] = [run for run in runs if run["budget"] != budget or run.get("began with") == begun]
+        cells = [
+            Cell(budget),
+            *(Cell(budget, by, tokens, options.passes) for tokens in options.tokens for by in options.losses),
+        ]
         for cell in cells:
             if cell not in map(cell_of, runs):
                 runs.append(measure(base, cell, checkpoint, texts, windows))
@@ -272,6 +296,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["0.5bpw", "0.25bpw"])
     parser.add_argument("--losses", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--tokens", nargs="+", default=[DEFAULT_TOKENS], type=_tokens, help="as 160k")
+    parser.add_argument("--passes", type=int, default=1, help="over the tokens")
     parser.add_argument("--windows", type=int, default=0, help="held-out windows a text; by default as recovery.py's")
     parser.add_argument("--checkpoints", type=Path, default=cache_folder() / "benchmark-refine")
     parser.add_argument("--repeats", type=int, default=2, help="of the part cost")

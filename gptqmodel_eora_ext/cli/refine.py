@@ -39,6 +39,7 @@ def refine(
     window: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = DEFAULT_WINDOW,
     learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.", min=0)] = 0,
+    passes: Annotated[int, typer.Option(help="How many times each window that trains is used.", min=1)] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,
     restart: Restart = False,
     log_json: LogJson = False,
@@ -48,7 +49,13 @@ def refine(
     the best so far; the same command goes on from there."""
     with errors():
         RefineSettings.settle(
-            loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed, label=as_flag
+            loss=loss,
+            tokens=tokens,
+            window=window,
+            learning_rate=learning_rate,
+            seed=seed,
+            passes=passes,
+            label=as_flag,
         )
         if not (checkpoint / "config.json").is_file():
             fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
@@ -77,6 +84,7 @@ def refine(
             window=window,
             learning_rate=learning_rate,
             seed=seed,
+            passes=passes,
             device=device,
             restart=restart,
             trust_remote_code=trust_remote_code,

@@ -40,6 +40,7 @@ def refine_checkpoint(
     window: int | None = None,
     learning_rate: float | None = None,
     seed: int | None = None,
+    passes: int | None = None,
     device: str | None = None,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -69,6 +70,7 @@ def refine_checkpoint(
         window: tokens in a window; None for 512.
         learning_rate: of Adam's first step; None for 1e-3. "natural" takes none.
         seed: of the order of the windows; None for 0.
+        passes: how many times each window that trains is used; None for 1. Each takes as long as the first.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.
         restart: whether what an interrupted run has left is removed.
         trust_remote_code: whether model code from the hub may run.
@@ -90,7 +92,7 @@ def refine_checkpoint(
     """
     checkpoint = Path(checkpoint)
     settings = RefineSettings.settle(
-        loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed
+        loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed, passes=passes
     )  # fmt: skip
     found = Path(adapter) if adapter is not None else find_adapter(checkpoint)
     assert found is not None

@@ -20,16 +20,19 @@ class Evaluation:
         ids: windows × tokens.
         loss: of `losses.LOSSES`.
         seed: of the order of the windows.
+        passes: how many times each window that trains is used.
 
     Attributes:
         training: of each step the number of the window that teaches; None where several processes share the windows
             out, and this one has none left.
     """
 
-    def __init__(self, student: Student, teacher: Teacher, ids: torch.Tensor, loss: str, seed: int) -> None:
+    def __init__(
+        self, student: Student, teacher: Teacher, ids: torch.Tensor, loss: str, seed: int, passes: int = 1
+    ) -> None:
         self._student, self._teacher, self._ids, self._name = student, teacher, ids, loss
         self._group = current()
-        self._dealt = dealt(len(ids), seed)
+        self._dealt = dealt(len(ids), seed, passes)
         self._places = {window: place for place, window in enumerate(self._dealt.taught)}
         self.training = self._dealt.training
 

@@ -43,6 +43,7 @@ class RefineSettings:
         window: tokens in a window.
         learning_rate: of the first step; None for "natural", whose step is chosen by validation.
         seed: of the order of the windows.
+        passes: how many times each window that trains is used; 1 for "natural".
     """
 
     loss: str = DEFAULT_LOSS
@@ -50,6 +51,7 @@ class RefineSettings:
     window: int = DEFAULT_WINDOW
     learning_rate: float | None = LEARNING_RATE
     seed: int = 0
+    passes: int = 1
 
     @classmethod
     def settle(
@@ -60,6 +62,7 @@ class RefineSettings:
         window: Any = None,
         learning_rate: Any = None,
         seed: Any = None,
+        passes: Any = None,
         label: Callable[[str], str] = in_python,
     ) -> RefineSettings:
         """What was asked, else the defaults. None stands for "not asked".
@@ -76,7 +79,11 @@ class RefineSettings:
                 f"{label('tokens')} must fill at least {LEAST_WINDOWS} windows of {window}, of which one validates; "
                 f"got {tokens}. Name {LEAST_WINDOWS * window} or more."
             )
+        passes = 1 if passes is None else validate_count(passes, what=label("passes"))
         if loss == NATURAL:
+            if passes != 1:
+                raise ValueError(f"{label('passes')} has no meaning with the loss {NATURAL!r}, which takes one step. "
+                                 f"Leave it out.")  # fmt: skip
             if learning_rate is not None:
                 raise ValueError(
                     f"{label('learning_rate')} has no meaning with the loss {NATURAL!r}, which takes one step, whose "
@@ -93,6 +100,7 @@ class RefineSettings:
             window=window,
             learning_rate=float(rate),
             seed=_seed(seed, label),
+            passes=passes,
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +32,24 @@ class Dealt:
         return sorted({one for one in self.training if one is not None} | set(self.validating))
 
 
-def dealt(windows: int, seed: int) -> Dealt:
+def dealt(windows: int, seed: int, passes: int = 1) -> Dealt:
     """Deal windows out. A step of one process takes one window, a step of N processes takes N.
 
     Args:
         windows: number of windows.
         seed: of their order.
+        passes: how many times each window that trains is used, each time in another order.
 
     Raises:
         ValueError: for fewer windows to train on than processes.
     """
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(windows, generator=generator).tolist()
     held = validated(windows)
     validating, training = sorted(order[:held]), order[held:]
     group = current()
     if group is None:
-        return Dealt(training, validating, held)
+        return Dealt(_repeated(training, passes, generator), validating, held)
     if len(training) < group.size:
         raise ValueError(
             f"EoRA: {len(training)} windows to train on cannot be shared out between {group.size} processes: each "
@@ -55,7 +58,17 @@ def dealt(windows: int, seed: int) -> Dealt:
     steps = -(-len(training) // group.size)
     padded = training + [None] * (steps * group.size - len(training))
     some = share(len(validating), group.size, group.rank)
-    return Dealt(padded[group.rank :: group.size], validating[some.start : some.stop], held)
+    mine = _repeated(padded[group.rank :: group.size], passes, generator)
+    return Dealt(mine, validating[some.start : some.stop], held)
+
+
+def _repeated(once: Sequence[int | None], passes: int, generator: torch.Generator) -> list[int | None]:
+    """The windows of a pass, and after them those of further passes. A process keeps its own, in an order that all
+    processes share: what the full-precision model computes of them is enough, and none is left without one early."""
+    found = list(once)
+    for _ in range(passes - 1):
+        found += [once[place] for place in torch.randperm(len(once), generator=generator).tolist()]
+    return found
 
 
 def averaged(group: Group, gradient: torch.Tensor, value: float | None) -> float:

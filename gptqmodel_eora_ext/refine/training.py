@@ -70,12 +70,12 @@ class Training:
         self._factors: TrainedFactors = student.factors
         self._adam = Adam(self._factors)
         self._group = current()
-        self._evaluation = Evaluation(student, teacher, ids, settings.loss, settings.seed)
+        self._evaluation = Evaluation(student, teacher, ids, settings.loss, settings.seed, settings.passes)
         self._progress = Progress(state, self._factors, self._adam)
         self.outcome = Outcome(planned=len(self._evaluation.training))
 
     def run(self) -> Outcome:
-        """Train until all windows were used once, or something ends it."""
+        """Train until all windows were used as often as was asked, or something ends it."""
         begun = time.perf_counter()
         outcome = self.outcome
         spent = 0.0

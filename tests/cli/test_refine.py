@@ -19,6 +19,7 @@ runner = CliRunner()
         (["refine", "{tmp}/out", "--tokens", "1k"], "--tokens must fill at least 5 windows of 512"),
         (["refine", "{tmp}/out", "--loss", "mse"], "--loss must be one of kl, rilq"),
         (["refine", "{tmp}/out", "--learning-rate", "-1"], "--learning-rate must be a number above 0"),
+        (["refine", "{tmp}/out", "--loss", "natural", "--passes", "2"], "--passes has no meaning with the loss"),
         (["refine", "{tmp}/nothing"], "has no config.json"),
         (["refine", "{tmp}/out"], "is neither an adapter"),
         (["refine", "{tmp}/out", "--adapter", "{tmp}/text.txt"], "is neither an adapter"),

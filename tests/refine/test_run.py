@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from gptqmodel_eora_ext.adapter.summary import summarize
 from gptqmodel_eora_ext.formats.names import ADAPTER_WEIGHTS
 from gptqmodel_eora_ext.refine import CHOICES, COMPLETE, INTERRUPTED, RefineJob, RefineSettings, Trainee, refine_adapter
 from gptqmodel_eora_ext.refine import evaluation as evaluation_module
+from gptqmodel_eora_ext.refine import shared as shared_module
 from gptqmodel_eora_ext.refine import training as training_module
 from gptqmodel_eora_ext.refine.natural import STEPS
 from gptqmodel_eora_ext.refine.outcome import DIVERGENCE, NOT_FINITE
 from gptqmodel_eora_ext.refine.settings import NATURAL, parse_tokens
+from gptqmodel_eora_ext.refine.shared import Dealt, dealt
 from gptqmodel_eora_ext.system.files import unfinished_folder
 from gptqmodel_eora_ext.system.kept import ResumeError
 
@@ -174,6 +177,43 @@ def test_what_another_run_has_left_is_refused(
     assert again.ended == COMPLETE and len(again.validations) == 1 + 5
 
 
+def test_further_passes_use_each_window_again_in_another_order(
+    trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob
+) -> None:
+    once, twice = dealt(WINDOWS, seed=3), dealt(WINDOWS, seed=3, passes=2)
+    count = len(once.training)
+    assert twice.training[:count] == once.training != twice.training[count:]
+    assert sorted(twice.training[count:]) == sorted(once.training)  # type: ignore[type-var]
+    assert (twice.validating, twice.taught) == (once.validating, once.taught)
+    single = refine_adapter(trainee, checkpoint, source, checkpoint / "single", job)
+    asked = dataclasses.replace(job, settings=dataclasses.replace(job.settings, passes=2))
+    double = refine_adapter(trainee, checkpoint, source, checkpoint / "double", asked)
+    assert double.steps == 2 * single.steps and double.ended == COMPLETE
+    assert double.after < single.after
+    assert summarize(checkpoint / "double").details["refinement"]["passes"] == 2
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_keep_their_windows_in_further_passes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each needs no more of the full-precision model, and every step has a window in some process."""
+
+    def of(rank: int, passes: int) -> Dealt:
+        monkeypatch.setattr(shared_module, "current", lambda: SimpleNamespace(size=size, rank=rank))
+        return dealt(WINDOWS, seed=3, passes=passes)
+
+    once, thrice = ([of(rank, passes) for rank in range(size)] for passes in (1, 3))
+    assert [one.taught for one in thrice] == [one.taught for one in once]
+    steps = list(zip(*(one.training for one in thrice), strict=True))
+    used = [window for step in steps for window in step if window is not None]
+    assert sorted(used) == sorted(3 * sorted(dealt_alone(monkeypatch)))
+    assert all(any(window is not None for window in step) for step in steps)
+
+
+def dealt_alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr(shared_module, "current", lambda: None)
+    return [window for window in dealt(WINDOWS, seed=3).training if window is not None]
+
+
 def test_another_base_is_refused(
     trainee: Trainee, checkpoint: Path, source: AdapterFolder, job: RefineJob, tmp_path: Path
 ) -> None:
@@ -206,6 +246,8 @@ def test_wrong_requests_are_refused_before_any_work(
         ({"learning_rate": 0}, "above 0"),
         ({"seed": -1}, "at least 0"),
         ({"window": 1.5}, "integer"),
+        ({"passes": 0}, "at least 1"),
+        ({"passes": 2, "loss": "natural"}, "one step"),
     ],
 )
 def test_settings_out_of_range_are_named(asked: dict[str, object], message: str) -> None:
