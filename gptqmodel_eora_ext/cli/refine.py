@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,16 +47,12 @@ def refine(
 ) -> None:
     """Train an adapter's factors together, by what the whole model loses against full precision. Ctrl-C ends it with
     the best so far; the same command goes on from there."""
+    settings: dict[str, Any] = {
+        "loss": loss, "tokens": tokens, "window": window, "learning_rate": learning_rate, "seed": seed,
+        "passes": passes,
+    }  # fmt: skip
     with errors():
-        RefineSettings.settle(
-            loss=loss,
-            tokens=tokens,
-            window=window,
-            learning_rate=learning_rate,
-            seed=seed,
-            passes=passes,
-            label=as_flag,
-        )
+        RefineSettings.settle(**settings, label=as_flag)
         if not (checkpoint / "config.json").is_file():
             fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
         find_adapter(checkpoint if adapter is None else adapter)
@@ -79,12 +75,7 @@ def refine(
             texts,
             adapter=adapter,
             output=output,
-            loss=loss,
-            tokens=tokens,
-            window=window,
-            learning_rate=learning_rate,
-            seed=seed,
-            passes=passes,
+            **settings,
             device=device,
             restart=restart,
             trust_remote_code=trust_remote_code,

@@ -10,7 +10,7 @@ import torch
 
 from ..devices import ALIGNMENT
 from .structures import COLUMNS, HALF, UNIT_CODES, described, integers, pointers, readable
-from .workspaces import CAPTURED, Workspaces, stream_of
+from .workspaces import CAPTURED, Workspaces, place_of
 
 if TYPE_CHECKING:
     from ..triton.ops import StackedLinears
@@ -163,11 +163,9 @@ class FewRows:
         address = x.data_ptr()
         if not 0 < rows <= MOST_ROWS or x.dtype not in HALF or address % ALIGNMENT or not x.is_contiguous():
             return None
-        index = x.get_device()
-        stream = stream_of(index)
-        # Whoever captures a stream may replay the graph on another.
-        place = CAPTURED if index >= 0 and torch.cuda.is_current_stream_capturing() else stream
-        found = self._bound.get((rows, x.dtype, place)) if place != CAPTURED else None
+        place, stream = place_of(x.get_device())
+        # What was bound for a graph is not kept: the stream that it names is captured this once.
+        found = self._bound.get((rows, x.dtype, place))
         if found is None:
             found = self._bind(rows, x.dtype, place, stream, x.device)
             if found is None:

@@ -10,7 +10,7 @@ import torch
 from ..devices import ALIGNMENT
 from .few_rows import NO_SHIFT, Device
 from .structures import HALF, MOST_MODULES, described, integers, readable
-from .workspaces import CAPTURED, Workspaces, stream_of
+from .workspaces import Workspaces, place_of
 
 if TYPE_CHECKING:
     from ..triton.ops import StackedLinears
@@ -93,10 +93,8 @@ class ManyRows:
         if x.dtype not in HALF or x.data_ptr() % ALIGNMENT or not x.is_contiguous():
             return None
         made = plan(self._stacked, rows, x.dtype, self._device.processors)
-        index = x.get_device()
-        stream = stream_of(index)
-        captured = index >= 0 and torch.cuda.is_current_stream_capturing()
-        counters = self._workspaces.at(CAPTURED if captured else stream, x.device)
+        place, stream = place_of(x.get_device())
+        counters = self._workspaces.at(place, x.device)
         if counters is None:
             return None
         partials = None

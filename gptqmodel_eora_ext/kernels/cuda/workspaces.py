@@ -17,6 +17,13 @@ def stream_of(index: int) -> int:
     return _raw_stream(index) if _raw_stream is not None else torch.cuda.current_stream(index).cuda_stream
 
 
+def place_of(index: int) -> tuple[int, int]:
+    """Whose workspace a launch on a device takes now, and the device's current stream. Whoever captures a stream may
+    replay the graph on another."""
+    stream = stream_of(index)
+    return (CAPTURED if index >= 0 and torch.cuda.is_current_stream_capturing() else stream), stream
+
+
 class Workspaces:
     """A workspace for each stream and one for graphs, zero at first; kernels leave their counters at zero.
 

@@ -226,7 +226,7 @@ def _launched_linears(x: torch.Tensor, fused: StackedLinears, weights: torch.Ten
     bits = fused.bits
     indexed = any(one is not None for one in fused.g_idx)
     block_k = 0 if indexed else settings.tile_inputs(bits, fused.group_size, in_features)
-    if settings.compiled_rows(rows) and fused.compiled is not None and fused.compiled.many is not None:
+    if rows in settings.COMPILED_ROWS and fused.compiled is not None and fused.compiled.many is not None:
         compiled_ys = fused.compiled.many(x, _components(x, fused, weights))
         if compiled_ys is not None:
             return compiled_ys

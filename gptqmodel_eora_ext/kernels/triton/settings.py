@@ -178,11 +178,6 @@ def shrink(rows: int, rank: int, in_features: int, dtype: torch.dtype, processor
     return Settings(block_m, 0, block_k, SHRINK_RANKS, splits, per_split, num_warps=4, num_stages=3, registers=limit)
 
 
-def compiled_rows(rows: int) -> bool:
-    """Whether so many rows are for `kernels.cuda.many_rows`, where it serves."""
-    return rows in COMPILED_ROWS
-
-
 def most_correction_rank(rows: int) -> int:
     """Up to which `correction.correction_kernel` adds an adapter of up to `MOST_CORRECTION_ROWS`."""
     return MOST_CORRECTION_RANKS[rows > 1]

@@ -146,7 +146,7 @@ struct AdapterWarp {
         }
     }
 
-    // Bᵀ of components `first` and on, as it is stored or, for codes, as numbers of x's kind.
+    // Bᵀ of components `first` and on, as it is stored or, for codes, as float16.
     __device__ void fetch_up(int first) const {
         const int count = min(mine(), one.rank - first);
         for (int chunk = lane; chunk < count * (COLUMNS / 8); chunk += WARP) {

@@ -17,7 +17,7 @@ constexpr int OUTPUTS = 128;
 // Inputs of a step, one row of which are the 128 bytes over which the instruction exchanges pieces.
 constexpr int DEPTH = 64;
 constexpr int STAGES = 4;
-constexpr int GROUP_THREADS = 128, BLOCK_THREADS = 256;
+constexpr int BLOCK_THREADS = 256;
 // Groups that a step may hold, of 16 inputs and more.
 constexpr int STEP_GROUPS = 4;
 
