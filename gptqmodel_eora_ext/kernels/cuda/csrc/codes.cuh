@@ -94,6 +94,11 @@ __device__ inline float zero_at(const uint32_t* words, int start) {
     return static_cast<float>(funnel(first, second, start % 32) & ((1u << BITS) - 1));
 }
 
+// The scale of a packed factor's value: `at` of a row of `features`.
+__device__ inline float factor_scale(const uint16_t* scales, int64_t row, int at, int features) {
+    return from_half(false, scales[row * ((features + FACTOR_GROUP - 1) / FACTOR_GROUP) + at / FACTOR_GROUP]);
+}
+
 __device__ inline float bias_at(int kind, const void* bias, int column) {
     if (kind == FLOAT32) return static_cast<const float*>(bias)[column];
     return from_half(kind == BFLOAT16, static_cast<const uint16_t*>(bias)[column]);

@@ -5,8 +5,7 @@
 // done however few blocks run at once. When no ticket is left a warp waits until all shares are counted, and multiplies by
 // the block's columns of B. The last to pass sets the counters back for the next launch.
 #pragma once
-#include "linears.h"
-#include "primitives.cuh"
+#include "codes.cuh"
 
 namespace eora {
 
@@ -43,7 +42,7 @@ __device__ inline void factor_values(int kind, const void* factor, const uint16_
             values[i] = from_half(kind == BFLOAT16, i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF);
         return;
     }
-    const float scale = from_half(false, scales[row * ((features + FACTOR_GROUP - 1) / FACTOR_GROUP) + at / FACTOR_GROUP]);
+    const float scale = factor_scale(scales, row, at, features);
     if (kind == CODES8) {
         const uint2 eight = *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(factor) + row * features + at);
 #pragma unroll

@@ -265,8 +265,7 @@ struct ManyRows {
         const int64_t at = static_cast<int64_t>(r) * one.columns + column;
         if (all.factor_kind == FLOAT16 || all.factor_kind == BFLOAT16)
             return from_half(all.factor_kind == BFLOAT16, static_cast<const uint16_t*>(one.up)[at]);
-        const int groups = (one.columns + FACTOR_GROUP - 1) / FACTOR_GROUP;
-        const float scale = from_half(false, one.up_scales[static_cast<int64_t>(r) * groups + column / FACTOR_GROUP]);
+        const float scale = factor_scale(one.up_scales, r, column, one.columns);
         if (all.factor_kind == CODES8) return scale * static_cast<float>(static_cast<const int8_t*>(one.up)[at]);
         const int byte = static_cast<const uint8_t*>(one.up)[static_cast<int64_t>(r) * (one.columns / 2) + column / 2];
         return scale * static_cast<float>((byte >> (4 * (column % 2)) & 15) - 8);
