@@ -3,7 +3,7 @@
 SmolLM2 padded to 768 channels (`padded.py`), quantised by llama-quantize with our importance matrix. `make llamacpp`
 first. Files are kept in a folder (`--work`), so that a run which was interrupted goes on.
 
-    python benchmarks/llamacpp.py [--parts recovery speed logits cost] [--types IQ2_XS Q2_K Q3_K_S] [--chunks 16]
+    python benchmarks/llamacpp.py [--parts recovery refined speed logits cost] [--types IQ2_XS Q2_K Q3_K_S] [--chunks 16]
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import common
 import llamacpp_tools as llama
 
 from gptqmodel_eora_ext.formats.gguf.lora import read_lora_header
+from gptqmodel_eora_ext.refine import DEFAULT_TOKENS
 
 TYPES = ("IQ2_XS", "Q2_K", "Q3_K_S")
 UNIFORM_RANK, FACTOR_BITS = 64, 4
 # Windows of 512 tokens of C4: 8k tokens for adapters, twice as many for the importance matrix.
 SAMPLES, IMATRIX_SAMPLES, SEQLEN = 16, 32, 512
-PARTS = ("recovery", "speed", "logits", "cost")
+PARTS = ("recovery", "refined", "speed", "logits", "cost")
 RESULT = common.RESULTS / "llamacpp.json"
 PROMPT, WRITTEN, REPEATS = "The history of the steam engine begins", 96, 5
 LOGIT_TOKENS = 256
@@ -99,6 +100,14 @@ class Work:
             return path
         return self._generate(kind, path, "--budget", f"{factor_bytes(self.uniform(kind))}b")
 
+    def refined(self, kind: str, tokens: int) -> Path:
+        """The adapter of chosen ranks, its factors trained together."""
+        path = self.folder / f"{kind}-refined-{tokens}.gguf"
+        if not path.is_file():
+            eora("refine", self.quantized(kind), "--base", self.base, "--adapter", self.chosen(kind),
+                 "--calibration", self.calibration, "--tokens", str(tokens), "--out", path)  # fmt: skip
+        return path
+
     def _generate(self, kind: str, path: Path, *rank: str) -> Path:
         eora("generate", self.base, self.quantized(kind), *rank,
              "--factor-bits", str(FACTOR_BITS), *self.data(),
@@ -129,13 +138,34 @@ def recovery(work: Work, types: list[str], chunks: int, previous: dict[str, Any]
         for label, adapter in (("uniform", work.uniform(kind)), ("chosen", work.chosen(kind))):
             row[f"{label} bytes"] = factor_bytes(adapter)
             row[label] = work.nats(model, chunks, adapter)
-            row[f"{label} share"] = {
-                name: (row["plain"][name] - row[label][name]) / (row["plain"][name] - found["full"][name])
-                for name in work.texts
-            }
+            row[f"{label} share"] = won_back(row["plain"], row[label], found["full"])
         row["ratio"] = {name: row["chosen share"][name] / row["uniform share"][name] for name in work.texts}
         found[kind] = row
         print(kind, json.dumps(row), file=sys.stderr, flush=True)
+    return found
+
+
+def won_back(plain: dict[str, float], adapted: dict[str, float], full: dict[str, float]) -> dict[str, float]:
+    """Share of the lost nats that an adapter wins back, of each text."""
+    return {name: (plain[name] - adapted[name]) / (plain[name] - full[name]) for name in plain}
+
+
+def refined(work: Work, types: list[str], chunks: int, tokens: int, previous: dict[str, Any]) -> dict[str, Any]:
+    """Figure 1 again, with the adapter of chosen ranks refined, beside one rank for all that is not."""
+    found: dict[str, Any] = {**previous}
+    full = work.nats(work.whole, chunks)
+    for kind in types:
+        model = work.quantized(kind)
+        plain, start = work.nats(model, chunks), work.nats(model, chunks, work.uniform(kind))
+        adapter = work.refined(kind, tokens)
+        nats = work.nats(model, chunks, adapter)
+        share, uniform = won_back(plain, nats, full), won_back(plain, start, full)
+        found[kind] = {
+            "tokens": tokens, "bytes": factor_bytes(adapter), "nats": nats, "share": share,
+            "ratio": {name: share[name] / uniform[name] for name in share},
+            "refinement": read_lora_header(adapter).details["refinement"], "measured": common.measured(),
+        }  # fmt: skip
+        print(kind, json.dumps(found[kind]), file=sys.stderr, flush=True)
     return found
 
 
@@ -217,6 +247,14 @@ def show(result: dict[str, Any]) -> None:
             rows.append((kind, text, row["plain"][text], row["uniform"][text], row["chosen"][text],
                          row["uniform share"][text], row["chosen share"][text], row["ratio"][text]))  # fmt: skip
     common.table(("type", "text", "plain", "uniform", "chosen", "share", "share", "ratio"), rows)
+    common.table(
+        ("type", "text", "refined on", "nats", "share", "over uniform"),
+        [
+            (kind, text, row["tokens"], row["nats"][text], row["share"][text], row["ratio"][text])
+            for kind, row in result.get("refined", {}).items()
+            for text in row["nats"]
+        ],
+    )
     for part in ("speed", "logits", "cost"):
         if part in result:
             print(part, json.dumps({name: one for name, one in result[part].items() if name != "measured"}))
@@ -227,6 +265,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--chunks", type=int, default=16, help="windows of 512 tokens a text")
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="that the part refined trains on")
     parser.add_argument("--work", type=Path, default=llama.HOME / "benchmark")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -241,6 +280,8 @@ def main() -> None:
     for part in asked.parts:
         if part == "recovery":
             result[part] = recovery(work, list(asked.types), asked.chunks, result.get(part, {}))
+        elif part == "refined":
+            result[part] = refined(work, list(asked.types), asked.chunks, asked.tokens, result.get(part, {}))
         elif part == "cost":
             result[part] = cost(work)
         else:

@@ -89,8 +89,6 @@ def generate(
         check_unplanned(context)
         chosen, ranks = _planned(plan)
     check_model(model, may_be_file=True)
-    if checkpoint.is_file() and refine is not None:
-        fail(f"--refine trains over checkpoints that GPTQModel loads, and `{checkpoint}` is a file. Leave it out.")
     if not checkpoint.is_file():
         if not (checkpoint / "config.json").is_file():
             fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")

@@ -18,7 +18,7 @@ from .show import check_complete, print_summary
 
 
 def refine(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the quantised checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The quantised checkpoint: a folder, or a GGUF file.")],
     base: Annotated[str, typer.Option(help="The full-precision model: a folder, or a name on the Hugging Face hub.")],
     calibration: Calibration,
     tokens: Annotated[
@@ -30,11 +30,18 @@ def refine(
     ] = None,
     loss: Annotated[str, typer.Option(help=f"What is lowered: {', '.join(CHOICES)}.")] = DEFAULT_LOSS,
     adapter: Annotated[
-        Path | None, typer.Option(help="Adapter to begin with; by default the one that the checkpoint names.")
+        Path | None,
+        typer.Option(
+            help="Adapter to begin with; by default the one that the checkpoint names. For a GGUF model its file."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the refined adapter; by default `eora-refined` in the checkpoint."),
+        typer.Option(
+            "--out",
+            help="Folder for the refined adapter; by default `eora-refined` in the checkpoint. For a GGUF model a "
+            "file; by default beside the adapter.",
+        ),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = DEFAULT_WINDOW,
     learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
@@ -53,18 +60,20 @@ def refine(
     }  # fmt: skip
     with errors():
         RefineSettings.settle(**settings, label=as_flag)
-        if not (checkpoint / "config.json").is_file():
-            fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
-        find_adapter(checkpoint if adapter is None else adapter)
-    check_model(base)
-    check_apart(checkpoint, base)
+        if not checkpoint.is_file():
+            if not (checkpoint / "config.json").is_file():
+                fail(f"`{checkpoint}` has no config.json; it is no checkpoint folder.")
+            find_adapter(checkpoint if adapter is None else adapter)
+    check_model(base, may_be_file=checkpoint.is_file())
+    if not checkpoint.is_file():
+        check_apart(checkpoint, base)
     if output is not None:
         check_apart(output, base)
         if output.resolve() == checkpoint.resolve():
             fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
-    from ..hosts.refine import DEFAULT_REFINED, refine_checkpoint
+    from ..hosts.refine import DEFAULT_REFINED, refine_checkpoint, refined_beside
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
@@ -83,5 +92,6 @@ def refine(
             training=bar("refining"),
         )
     if is_first():
-        print_summary(summarize(output or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
+        beside = refined_beside(adapter) if adapter is not None and checkpoint.is_file() else None
+        print_summary(summarize(output or beside or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
     check_complete(outcome)

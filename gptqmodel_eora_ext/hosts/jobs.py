@@ -19,9 +19,12 @@ from ..plan.layered import LayeredModel
 from ..plan.survey import Bar
 from ..plan.sweep import Question, Swept
 from ..plan.types import TypePlan
+from ..refine import Outcome, RefineJob
 
 Windows = Sequence[Mapping[str, Any]]
 Report = Callable[[int, int], None]
+# Refines an adapter: the quantised model's file, the adapter's to begin with, the one to write, the job, the device.
+FileRefiner = Callable[[Path, Path, Path, RefineJob, str | None], Outcome]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ..adapter.errors import AdapterError
 from ..adapter.folder import AdapterFolder
 from ..adapter.naming import DEFAULT_FOLDER
 from ..adapter.summary import find_adapter
 from ..calibration import read_texts, tokenized
 from ..refine import Outcome, RefineJob, RefineSettings, refine_adapter
-from .registry import trainee
+from .registry import base_folder, file_refiner, trainee
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,9 @@ DEFAULT_REFINED = DEFAULT_FOLDER + REFINED
 
 
 def refined_beside(adapter: Path) -> Path:
-    """The folder for what becomes of an adapter, where the user names none."""
+    """The folder for what becomes of an adapter, where the user names none; a file, for one in a file."""
+    if adapter.is_file():
+        return adapter.with_name(f"{adapter.stem}{REFINED}{adapter.suffix}")
     return adapter.with_name(adapter.name + REFINED)
 
 
@@ -57,12 +60,15 @@ def refine_checkpoint(
     kept in a file beside ``output`` until the run is complete: tokens × width in 16 bits.
 
     Args:
-        checkpoint: folder of the quantised model.
-        base: the full-precision model that it was quantised from, a folder or a hub name.
+        checkpoint: folder of the quantised model, or its GGUF file.
+        base: the full-precision model that it was quantised from, a folder or a hub name; an F16, BF16 or F32 GGUF file
+            of it, where the checkpoint is one.
         calibration: a file or data set, as `eora quantize --calibration` takes it; documents; or windows of token ids,
             as `calibration.windows` cuts them.
-        adapter: folder of the adapter to begin with; None for the one that the checkpoint names.
-        output: folder for the refined one; None for `eora-refined` inside the checkpoint, which then names it.
+        adapter: folder of the adapter to begin with; None for the one that the checkpoint names. A GGUF file names
+            none, and has its adapter in a file.
+        output: folder for the refined one; None for `eora-refined` inside the checkpoint, which then names it. For a
+            GGUF file a file; None for one beside the adapter.
         loss: "kl" (divergence of the scores from the full-precision model's), "rilq", or "natural" (one
             natural-gradient step by that divergence, in place of training); None for "kl".
         tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000, or 16,384 for
@@ -94,14 +100,32 @@ def refine_checkpoint(
     settings = RefineSettings.settle(
         loss=loss, tokens=tokens, window=window, learning_rate=learning_rate, seed=seed, passes=passes
     )  # fmt: skip
-    found = Path(adapter) if adapter is not None else find_adapter(checkpoint)
-    assert found is not None
-    source = AdapterFolder.open(found)
+    if checkpoint.is_file():
+        refine, found = file_refiner(checkpoint), _adapter_file(checkpoint, adapter)
+        base = base_folder(base)
+        ids = _ids(calibration, base, settings, trust_remote_code)
+        job = RefineJob(base, ids, settings, trust_remote_code, teaching, training, restart)
+        return refine(checkpoint, found, refined_beside(found) if output is None else Path(output), job, device)
+    folder = Path(adapter) if adapter is not None else find_adapter(checkpoint)
+    assert folder is not None
+    source = AdapterFolder.open(folder)
     target = checkpoint / DEFAULT_REFINED if output is None else Path(output)
     ids = _ids(calibration, base, settings, trust_remote_code)
     opened = trainee(checkpoint)(checkpoint, trust_remote_code=trust_remote_code, device=device)
     job = RefineJob(base, ids, settings, trust_remote_code, teaching, training, restart)
     return refine_adapter(opened, checkpoint, source, target, job)
+
+
+def _adapter_file(checkpoint: Path, adapter: str | Path | None) -> Path:
+    """The file of the adapter to begin with.
+
+    Raises:
+        AdapterError: where none is named, or there is no such file.
+    """
+    if adapter is not None and Path(adapter).is_file():
+        return Path(adapter)
+    what = "names no adapter by itself" if adapter is None else f"needs one in a file, and `{adapter}` is none"
+    raise AdapterError(f"`{checkpoint}` {what}. Make one with `eora generate`, and name its file.")
 
 
 def _ids(

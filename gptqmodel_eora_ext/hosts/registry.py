@@ -1,9 +1,9 @@
 """Which host serves what is asked: commands and the evaluation come here, and name no host.
 
 Every host's folder has a `serves.py` with some of the functions below (`quantizer`, `pruner`, `adapter_maker`,
-`loader`, `planner`, `trainee`, `layer_loop`, `full_precision`, `base_folder`, `imatrix_maker`, `type_planner`,
-`exporter`). Each of them returns what serves the case, or None where the host does not serve it. Hosts are asked in
-the order of `HOSTS`, and a host's library is imported only when the host is asked.
+`loader`, `planner`, `trainee`, `file_refiner`, `layer_loop`, `full_precision`, `base_folder`, `imatrix_maker`,
+`type_planner`, `exporter`). Each of them returns what serves the case, or None where the host does not serve it. Hosts
+are asked in the order of `HOSTS`, and a host's library is imported only when the host is asked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .jobs import (
     Compensated,
     Exported,
     ExportJob,
+    FileRefiner,
     FullPrecision,
     ImatrixJob,
     Loader,
@@ -81,6 +82,15 @@ def trainee(checkpoint: Path) -> Callable[..., Trainee]:
         ValueError: for a checkpoint that no host serves.
     """
     return _first("trainee", checkpoint)
+
+
+def file_refiner(model: Path) -> FileRefiner:
+    """What refines an adapter over a quantised file of a host's own (GGUF).
+
+    Raises:
+        ValueError: for a file that no host serves.
+    """
+    return _first("file_refiner", model)
 
 
 def planner(name: str) -> Callable[[str, Mapping[str, Any], bool], FullPrecision]:

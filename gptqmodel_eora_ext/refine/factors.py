@@ -1,9 +1,10 @@
-"""All factors of an adapter in one tensor, as they are trained: rows of `GROUP_SIZE` values, which share a scale.
+"""All factors of an adapter in one tensor, as they are trained: rows of values that share a scale, 64 in our files.
 
     module 0, A: rank × ceil(in / 64) groups | Bᵀ: rank × ceil(out / 64) groups | module 1, A | …
 
-A row of A, and a row of Bᵀ, is filled up with zeros to whole groups. So one call steps, rounds or saves every factor,
-whatever the ranks are.
+In a GGUF file a group has 32 values, and B's groups run along the rank: B stands there in place of Bᵀ, out × rank / 32
+groups. A row is filled up with zeros to whole groups. So one call steps, rounds or saves every factor, whatever the
+ranks are.
 
     master      float32                      what is trained
     used        the dtype of the activations what the model multiplies with: what would be stored of the master
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.factors import GROUP_SIZE, PACKED_BITS, QuantizedFactor, pack
+from ..formats.factors import PACKED_BITS, PACKED_LAYOUT, FactorLayout, QuantizedFactor, pack
 from ..solve.quantized import quantize_factor
 
 # Groups that are stepped or rounded at a time: temporaries of 4 MB in float32.
@@ -29,7 +30,7 @@ class Stored:
     """Factors as they would be written.
 
     Attributes:
-        values: groups × 64: int8 codes for packed factors, else the values in the dtype they are stored in.
+        values: groups × group_size: int8 codes for packed factors, else the values in the dtype they are stored in.
         scales: of each group, float16; empty for factors that are not packed.
     """
 
@@ -39,15 +40,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a factor lies: from which group on, its rows, and its features."""
+    """Where a factor lies: from which group on, its rows, its features, and how many of them share a scale."""
 
     start: int
     rows: int
     features: int
+    group_size: int
 
     @property
     def groups(self) -> int:
-        return self.rows * -(-self.features // GROUP_SIZE)
+        return self.rows * -(-self.features // self.group_size)
 
     def whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A view of the factor in a tensor of all groups, its rows filled up to whole groups."""
@@ -62,16 +64,19 @@ class TrainedFactors:
     """The factors of all modules, in float32 and in the form that the model uses.
 
     Args:
-        factors: module → A (rank × in) and Bᵀ (rank × out). Ranks are at least 1.
+        factors: module → A (rank × in) and Bᵀ (rank × out); B (out × rank) where the layout's groups run along the
+            rank. Ranks are at least 1.
         bits: of a stored value: 4 or 8 for packed factors, 16 otherwise.
         stored_as: dtype of factors that are stored in 16 bits.
         dtype: of the activations.
+        layout: of the file that they are for.
         device: where the factors are.
 
     Attributes:
-        master: groups × 64, float32.
-        used: groups × 64, what the model multiplies with.
-        gradient: groups × 64, of the loss at ``used``.
+        layout: as it was given.
+        master: groups × group_size, float32.
+        used: groups × group_size, what the model multiplies with.
+        gradient: groups × group_size, of the loss at ``used``.
         shares: which part of a group's largest value its scale covers, groups; packed factors alone. It is searched by
             `choose_scales`, and kept in between, since the search takes seven times as long as rounding.
     """
@@ -83,18 +88,20 @@ class TrainedFactors:
         bits: int,
         stored_as: torch.dtype,
         dtype: torch.dtype,
+        layout: FactorLayout = PACKED_LAYOUT,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.bits, self.stored_as = bits, stored_as
+        self.bits, self.stored_as, self.layout = bits, stored_as, layout
         self._places: dict[str, tuple[_Place, _Place]] = {}
         count = 0
         for name, pair in factors.items():
             places = []
             for factor in pair:
-                places.append(_Place(count, *factor.shape))
+                rows, features = factor.shape
+                places.append(_Place(count, rows, features, layout.group_size))
                 count += places[-1].groups
             self._places[name] = (places[0], places[1])
-        self.master = torch.zeros(count, GROUP_SIZE, device=device)
+        self.master = torch.zeros(count, layout.group_size, device=device)
         self.used = torch.zeros_like(self.master, dtype=dtype)
         self.gradient = torch.zeros_like(self.used)
         self.shares = torch.ones(count, device=device)
@@ -115,9 +122,10 @@ class TrainedFactors:
         return iter(self._places)
 
     def parameters(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A module's A and Bᵀ as leaves of autograd, in `used`, rows filled up to whole groups; None without factors.
+        """A module's factors as leaves of autograd, in `used`, rows filled up to whole groups; None without factors.
 
-        They are views: what is written to `used` is what they hold, and autograd adds their gradients up in `gradient`.
+        These are A and Bᵀ, or A and B where the layout's groups run along the rank. They are views: what is written to
+        `used` is what they hold, and autograd adds their gradients up in `gradient`.
         """
         places = self._places.get(name)
         if places is None:
@@ -132,7 +140,7 @@ class TrainedFactors:
     def of_master(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A module's A (rank × in) and Bᵀ (rank × out) as they are trained, float32: views."""
         first, second = (place.of(self.master) for place in self._places[name])
-        return first, second
+        return first, second.T if self.layout.along_rank else second
 
     def replace(self, name: str, down: torch.Tensor, up: torch.Tensor) -> None:
         """Have a module's A (rank × in) and Bᵀ (rank × out) be these, in place of what was trained."""
@@ -144,7 +152,8 @@ class TrainedFactors:
         if not self.packed:
             return
         for begin, values in self._chunks():
-            scales = quantize_factor(values, self.bits).scales[:, 0].to(torch.float32)
+            rounded = quantize_factor(values, self.bits, group_size=self.layout.group_size)
+            scales = rounded.scales[:, 0].to(torch.float32)
             extreme = _extreme(values)
             share = torch.where(extreme != 0, scales * _lowest(self.bits) / extreme, 1)
             self.shares[begin : begin + len(values)] = share
@@ -160,7 +169,11 @@ class TrainedFactors:
         return Stored(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
     def read(self, stored: Stored, name: str) -> tuple[torch.Tensor | QuantizedFactor, torch.Tensor | QuantizedFactor]:
-        """A module's A (rank × in) and Bᵀ (rank × out) out of `stored`, in the form that adapters have, on the CPU."""
+        """A module's factors out of `stored`, on the CPU.
+
+        Returns:
+            A (rank × in) and Bᵀ (rank × out), or B (out × rank) where the layout's groups run along the rank.
+        """
         first, second = (self._read(stored, place) for place in self._places[name])
         return first, second
 
@@ -169,7 +182,8 @@ class TrainedFactors:
         if not self.packed:
             return values
         scales = stored.scales[place.start : place.start + place.groups].view(place.rows, -1)
-        return QuantizedFactor(pack(values, self.bits), scales.cpu().contiguous(), self.bits, place.features)
+        return QuantizedFactor(pack(values, self.bits), scales.cpu().contiguous(), self.bits, place.features,
+                               self.layout.group_size)  # fmt: skip
 
     def _chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
         for begin in range(0, len(self), CHUNK_GROUPS):

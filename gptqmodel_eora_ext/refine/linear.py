@@ -35,20 +35,23 @@ class TrainedLinear(torch.nn.Module):
         weight: Ŵ.
         factors: A (rank × in or more) and Bᵀ (rank × out or more), of which what is beyond is not used: leaves of
             autograd in the dtype of the activations. None for none.
+        along_rank: whether the second is B (out × rank or more) in place of Bᵀ.
     """
 
-    def __init__(self, weight: FrozenWeight, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def __init__(
+        self, weight: FrozenWeight, factors: tuple[torch.Tensor, torch.Tensor] | None, *, along_rank: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.weight_source, self.factors = weight, factors
+        self.weight_source, self.factors, self.along_rank = weight, factors, along_rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y, … × out, of x, … × in."""
         rows = x.reshape(-1, self.in_features)
         y: torch.Tensor = _FrozenProduct.apply(rows, self.weight_source)
         if self.factors is not None:
-            down, up = self.factors
-            y = torch.addmm(y, rows @ down[:, : self.in_features].T, up[:, : self.out_features])
+            down, up = self.factors[0], self.factors[1].T if self.along_rank else self.factors[1]
+            y = torch.addmm(y, rows @ down[:, : self.in_features].T, up[: len(down), : self.out_features])
         if self.weight_source.bias is not None:
             y = y + self.weight_source.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)

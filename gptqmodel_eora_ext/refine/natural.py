@@ -23,10 +23,13 @@ from pathlib import Path
 
 import torch
 
+from ..formats.factors import PACKED_BITS, PACKED_LAYOUT, FactorLayout
 from ..plan.gradients import gradients_of_outputs
 from ..plan.rows import InputRows, OutputGradients
 from ..plan.survey import memory_limit
 from ..solve import balance, eora, quantize_factors, refit_B
+from ..solve.factors import balance_together
+from ..solve.quantized import stored_B
 from ..system.memory import release_free_memory
 from ..system.spill import spilling
 from .evaluation import Evaluation
@@ -188,6 +191,7 @@ class NaturalStep:
         """Module, step size and new factors, for the modules of a layer that tokens have reached."""
         windows = len(self._numbers)
         tokens = windows * self._evaluation.ids(0).numel()
+        bits, layout = self._factors.bits, self._factors.layout
         for leader in dict.fromkeys(reads.leaders.values()):
             x = reads.rows(leader).to(torch.float32)
             inputs = damped(x.T @ x / tokens)
@@ -200,7 +204,7 @@ class NaturalStep:
                 natural = natural_gradient(gradient, torch.linalg.cholesky(outputs), lower)
                 now = self._factors.of_master(name)
                 for step in STEPS:
-                    yield name, step, stepped(now, step * natural, inputs, outputs, self._factors.bits)
+                    yield name, step, stepped(now, step * natural, inputs, outputs, bits, layout)
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
@@ -221,7 +225,14 @@ def natural_gradient(gradient: torch.Tensor, lower_G: torch.Tensor, lower_C: tor
     return torch.cholesky_solve(torch.cholesky_solve(gradient, lower_G).T, lower_C).T
 
 
-def stepped(now: Pair, change: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor, bits: int) -> Pair:
+def stepped(
+    now: Pair,
+    change: torch.Tensor,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    bits: int,
+    layout: FactorLayout = PACKED_LAYOUT,
+) -> Pair:
     """The best factors for B A − change, of the rank that they have.
 
     Args:
@@ -230,6 +241,7 @@ def stepped(now: Pair, change: torch.Tensor, inputs: torch.Tensor, outputs: torc
         inputs: C, in × in.
         outputs: G, out × out.
         bits: of a stored value; for packed factors B is solved against the rounded A.
+        layout: of the file that packed factors are for.
 
     Returns:
         A and Bᵀ, float32.
@@ -237,8 +249,9 @@ def stepped(now: Pair, change: torch.Tensor, inputs: torch.Tensor, outputs: torc
     target = now[1].T @ now[0] - change
     lora_A, _ = eora(target, inputs, len(now[0]), output_moment=outputs)
     lora_B = refit_B(target, inputs, lora_A)
-    lora_A, lora_B = balance(lora_A.to(torch.float64), lora_B)
-    if bits in (4, 8):
-        down, up = quantize_factors(target, inputs, lora_A.to(torch.float32), bits)
-        return down.dequantize(), up.dequantize()
+    scaled = balance_together if layout.along_rank else balance
+    lora_A, lora_B = scaled(lora_A.to(torch.float64), lora_B)
+    if bits in PACKED_BITS:
+        down, up = quantize_factors(target, inputs, lora_A.to(torch.float32), bits, layout)
+        return down.dequantize(), stored_B(up, layout).T
     return lora_A.to(torch.float32), lora_B.T.to(torch.float32)

@@ -21,7 +21,7 @@ from ..adapter.naming import name_adapter
 from ..adapter.save import save_adapter
 from ..adapter.settings import MODULES, MODULES_BEFORE
 from ..calibration.token_ids import require_token_ids
-from ..formats.factors import QuantizedFactor, to_dense
+from ..formats.factors import PACKED_BITS, PACKED_LAYOUT, FactorLayout, QuantizedFactor, to_dense
 from ..solve import balance, multiplies_bfloat16
 from ..system.distributed import by_first, current, refuse_shared
 from ..system.files import unfinished_folder, write_json
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 TEACHER, STATE, ASKED = "teacher.safetensors", "state.safetensors", "asked.json"
 
-# A module's A (rank × in) and Bᵀ (rank × out) in the form that adapters have.
+# A module's A (rank × in) and Bᵀ (rank × out) in the form that adapters have; A and B (out × rank) in GGUF.
 Pair = tuple[torch.Tensor | QuantizedFactor, torch.Tensor | QuantizedFactor]
 
 
@@ -98,8 +98,7 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
         raise ValueError(f"EoRA: `{output}` is the adapter to begin with, which stays as it is. Name another folder.")
     start, bits, stored_as = read_start(source, trainee)
     work = unfinished_folder(output)
-    _check_same(job, source)
-    by_first(lambda: _prepare(work, source, job))
+    begin(work, source.weights, job)
     outcome, factors = refine_factors(trainee, start, bits, stored_as, job, work)
     known = source.details or {}
     details = {**known, MODULES_BEFORE: known.get(MODULES) or known.get(MODULES_BEFORE, {}),
@@ -118,22 +117,29 @@ def refine_adapter(trainee: Trainee, checkpoint: Path, source: AdapterFolder, ou
 
 
 def refine_factors(
-    trainee: Trainee, start: Mapping[str, Pair], bits: int, stored_as: torch.dtype, job: RefineJob, work: Path
+    trainee: Trainee,
+    start: Mapping[str, Pair],
+    bits: int,
+    stored_as: torch.dtype,
+    job: RefineJob,
+    work: Path,
+    layout: FactorLayout = PACKED_LAYOUT,
 ) -> tuple[Outcome, dict[str, Pair]]:
     """As `refine_adapter`, from factors in memory to factors in memory.
 
     Args:
         trainee: the quantised model, whose modules are replaced meanwhile.
-        start: module → A and Bᵀ, as they are stored.
+        start: module → A and Bᵀ, as they are stored; A and B where groups run along the rank.
         bits: of a stored value: 16, 8 or 4.
         stored_as: dtype of factors in 16 bits.
         job: base, calibration and settings.
-        work: folder for what is kept between runs; what lies there is gone on from.
+        work: folder for what is kept between runs, after `begin`; what lies there is gone on from.
+        layout: of the file that the factors are for.
     """
     device = next(trainee.model.parameters()).device
     dtype = activation_dtype(device)
     dense = {name: (to_dense(a, torch.float32), to_dense(b, torch.float32)) for name, (a, b) in start.items()}
-    if bits not in (4, 8):
+    if bits not in PACKED_BITS:
         # Adam moves every value by about as much, so A and B should have values of one size. Packed factors have, and
         # lie on a grid that scaling would leave.
         dense = {name: _balanced(*pair) for name, pair in dense.items()}
@@ -144,7 +150,7 @@ def refine_factors(
         ids = job.ids[dealt(len(job.ids), job.settings.seed).taught]
         keep_teacher(job.base, list(trainee.weights), ids, taught, dtype, device=device,
                      trust_remote_code=job.trust_remote_code, report=job.teaching)  # fmt: skip
-    factors = TrainedFactors(dense, bits=bits, stored_as=stored_as, dtype=dtype, device=device)
+    factors = TrainedFactors(dense, bits=bits, stored_as=stored_as, dtype=dtype, layout=layout, device=device)
     del dense
     teacher = Teacher(taught)
     student = Student(trainee, factors, dtype)
@@ -174,16 +180,6 @@ def _teacher_file(work: Path) -> Path:
     """Where this process keeps what the full-precision model computes; each of several has its own windows there."""
     group = current()
     return work / (TEACHER if group is None else f"{group.rank}-{TEACHER}")
-
-
-def _check_same(job: RefineJob, source: AdapterFolder) -> None:
-    """Refuse to begin where processes were given different things to refine."""
-    if (group := current()) is not None:
-        group.at("refining")
-        with source.weights.open("rb") as file:
-            adapter = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        group.agree({"the adapter to begin with": adapter, "calibration data": _fingerprint(job.ids)[:16],
-                     "base": job.base, "settings": asdict(job.settings), "version": __version__})  # fmt: skip
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
@@ -235,13 +231,35 @@ def _fingerprint(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
-def _prepare(work: Path, source: AdapterFolder, job: RefineJob) -> None:
-    """Have the folder hold what an interrupted run with the same start, data and settings has left, or nothing."""
-    with source.weights.open("rb") as file:
-        begun_with = hashlib.file_digest(file, "sha256").hexdigest()
-    asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": begun_with,
-             "ids": _fingerprint(job.ids), **_windows_a_step()}  # fmt: skip
-    if (work / ASKED).is_file() and not job.restart:
+def begin(work: Path, adapter: Path, job: RefineJob, **more: str) -> None:
+    """Have the folder hold what an interrupted run of the same has left, or nothing.
+
+    Args:
+        work: the folder.
+        adapter: file of the factors to begin with.
+        job: base, calibration and settings.
+        more: what else tells one run from another.
+
+    Raises:
+        ResumeError: where a run that was asked something else has left its state.
+        ValueError: where processes were given different things to refine.
+    """
+    asked = {"base": job.base, **asdict(job.settings), "version": __version__, "adapter": _digest(adapter),
+             "ids": _fingerprint(job.ids), **more, **_windows_a_step()}  # fmt: skip
+    if (group := current()) is not None:
+        group.at("refining")
+        group.agree({"the adapter to begin with": asked["adapter"][:16], "calibration data": asked["ids"][:16],
+                     "base": job.base, "settings": asdict(job.settings), "version": __version__, **more})  # fmt: skip
+    by_first(lambda: _prepare(work, asked, job.restart))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prepare(work: Path, asked: dict[str, Any], restart: bool) -> None:
+    if (work / ASKED).is_file() and not restart:
         unlike = differences(read_json(work / ASKED), json.loads(json.dumps(asked)))
         if not unlike:
             log.info("EoRA: an interrupted refinement in `%s` is gone on with.", work)

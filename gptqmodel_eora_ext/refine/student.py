@@ -57,7 +57,8 @@ class Student:
         self.layered = LayeredModel(self.model, None, list(trainee.weights), self.device)
         self._layers = [self.model.get_submodule(name) for name in self.layered.layers]
         for name, weight in trainee.weights.items():
-            self.model.set_submodule(name, TrainedLinear(weight, factors.parameters(name)))
+            learned = factors.parameters(name)
+            self.model.set_submodule(name, TrainedLinear(weight, learned, along_rank=factors.layout.along_rank))
         self.model.eval()
         # Parameters alone: buffers, such as the frequencies of rotary embeddings, keep the digits they have.
         self._parameters = [(one, one.data, one.requires_grad) for one in self.model.parameters()]

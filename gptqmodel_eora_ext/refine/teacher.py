@@ -9,18 +9,17 @@ other in the mapped file, tokens × width in the dtype of the activations, which
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from ..formats.mapped import mapped_tensors
 from ..plan.checkpoint import CheckpointWeights, skeleton
 from ..plan.layered import LayeredModel, Window
-from ..system.files import replaced_file, require_space
+from ..system.files import replaced_file
 from ..system.memory import release_free_memory
 from .losses import Head
 from .student import after_layers
@@ -29,8 +28,6 @@ from .student import after_layers
 PROBED = 8
 # Both models compute the scores from the same rows and, in 16 bits, with the same rounding.
 PROBE_TOLERANCE = 2**-5
-# safetensors' names of the dtypes.
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class Teacher:
@@ -151,7 +148,7 @@ def _run_layers(
     vocabulary = int(model.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     probe = (min(PROBED, shape[1]), vocabulary)
     with replaced_file(path) as unfinished, torch.no_grad():
-        kept = _mapped(unfinished, {"probe": (torch.float32, probe), "hidden": (dtype, shape)})
+        kept = mapped_tensors(unfinished, {"probe": (torch.float32, probe), "hidden": (dtype, shape)})
         hidden = kept["hidden"]
         windows: list[Window] = []
         for number, of_window in enumerate(ids):
@@ -188,31 +185,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return one is other or (isinstance(one, (int, float, str)) and one == other)
-
-
-def _mapped(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-    """Make a safetensors file of zeros, and give its tensors mapped into memory: writing to them writes the file.
-
-    Raises:
-        OSError: when there is too little space.
-    """
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    text = json.dumps(header).encode()
-    # Filled up with spaces, so that the data begins at a multiple of 8.
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    require_space(path, begin + end)
-    with path.open("w+b") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(begin + end)
-        memory = torch.frombuffer(mmap.mmap(file.fileno(), begin + end), dtype=torch.uint8)
-    found = {}
-    for name, (dtype, shape) in tensors.items():
-        first, last = header[name]["data_offsets"]
-        found[name] = memory[begin + first : begin + last].view(dtype).view(shape)
-    return found

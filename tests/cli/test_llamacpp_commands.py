@@ -53,6 +53,22 @@ def test_generate_refuses_what_is_no_gguf_file(files: Path) -> None:
     assert code == 2 and "is the checkpoint" in shown
 
 
+def test_refine_asks_for_the_adapters_file(files: Path) -> None:
+    def refine(*more: str | Path) -> tuple[int, str]:
+        return run("refine", files / "lora.gguf", "--base", files / "base", "--calibration", files / "c.txt", *more)
+
+    for more, message in (
+        ((), "names no adapter by itself"),
+        (("--adapter", files / "base"), "is none"),
+        (("--adapter", files / "lora.gguf", "--out", files / "lora.gguf"), "is the checkpoint"),
+    ):
+        code, shown = refine(*more)
+        assert code == 2 and message in shown, (message, shown)
+    code, shown = run("refine", files / "c.txt", "--base", files / "base", "--calibration", files / "c.txt",
+                      "--adapter", files / "lora.gguf")  # fmt: skip
+    assert code == 2 and "No file refiner" in shown
+
+
 def test_a_plan_of_types_refuses_what_it_would_not_read(files: Path) -> None:
     def plan(*more: str | Path) -> tuple[int, str]:
         return run("plan", files / "base", "--calibration", files / "c.txt", *more)

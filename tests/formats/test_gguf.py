@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.formats.gguf import GGUFError
-from gptqmodel_eora_ext.formats.gguf.blocks import GGUF_LAYOUT, to_blocks
+from gptqmodel_eora_ext.formats.gguf.blocks import GGUF_LAYOUT, from_blocks, to_blocks
 from gptqmodel_eora_ext.formats.gguf.header import KEPT_ARRAY, read_header
-from gptqmodel_eora_ext.formats.gguf.lora import LoraPair, read_lora_header, write_lora
+from gptqmodel_eora_ext.formats.gguf.lora import LoraPair, read_lora, read_lora_header, write_lora
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel, read_tensor
 from gptqmodel_eora_ext.formats.sizes import ModuleShape, factor_bytes
 from gptqmodel_eora_ext.solve.quantized import quantize_factor
@@ -182,6 +182,8 @@ def test_blocks_are_those_of_ggml(bits: int) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0 if bits == 8 else gguf.GGMLQuantizationType.Q4_0
     np.testing.assert_array_equal(gguf.quants.dequantize(blocks, kind), factor.dequantize().numpy())
     assert blocks.nbytes == factor.nbytes
+    again = from_blocks(torch.from_numpy(blocks), bits, 96)
+    assert torch.equal(again.codes, factor.codes) and torch.equal(again.scales, factor.scales)
     shape = ModuleShape("m", out_features=40, in_features=64)
     lora_A, lora_B = (quantize_factor(torch.randn(*one), bits, group_size=32) for one in ((32, 64), (40, 32)))
     assert factor_bytes(32, shape, bits, GGUF_LAYOUT) == to_blocks(lora_A).nbytes + to_blocks(lora_B).nbytes
@@ -203,6 +205,8 @@ def test_an_adapter_is_what_llama_cpp_reads(tmp_path: Path) -> None:
     assert header.ranks == {"blk.0.attn_q.weight": 3} and header.factor_bits == 16 and header.details == {"rank": 3}
     stored = read_tensor(header.header.tensors["blk.0.attn_q.weight.lora_a"])
     assert torch.equal(stored, lora_A.half().float())
+    found_A, found_B = read_lora(header)["blk.0.attn_q.weight"]
+    assert torch.equal(found_A, lora_A.half()) and torch.equal(found_B, lora_B.half())  # type: ignore[arg-type]
     with pytest.raises(GGUFError, match="no module has factors"):
         write_lora(path, "qwen2", {}, name="n", details={})
     with pytest.raises(GGUFError, match="too large for float16"):

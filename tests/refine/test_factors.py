@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.formats.factors import QuantizedFactor, to_dense
+from gptqmodel_eora_ext.formats.gguf.blocks import GGUF_LAYOUT
 from gptqmodel_eora_ext.refine.adam import Adam, cosine_rate
 from gptqmodel_eora_ext.refine.factors import TrainedFactors
+from gptqmodel_eora_ext.refine.linear import TrainedLinear
 from gptqmodel_eora_ext.solve.quantized import quantize_factor
+from tests.refine.conftest import DenseWeight
 
 
 def trained(rank: int, features: tuple[int, int], bits: int, seed: int = 0) -> tuple[TrainedFactors, torch.Tensor]:
@@ -33,6 +36,33 @@ def test_what_is_used_is_what_is_stored(rank: int, wide: int, tall: int, bits: i
         assert isinstance(written, QuantizedFactor) == (bits < 16)
         values = to_dense(written, torch.float32)
         assert torch.equal(used[:, : values.shape[1]], values)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_along_the_rank_are_those_of_gguf(bits: int) -> None:
+    """A and B, out × rank, in groups of 32: what is used, what is stored, and what a layer multiplies with."""
+    generator = torch.Generator().manual_seed(0)
+    lora_A, lora_B = torch.randn(64, 96, generator=generator), torch.randn(40, 64, generator=generator)
+    factors = TrainedFactors({"a": (lora_A, lora_B)}, bits=bits, stored_as=torch.float16, dtype=torch.float32,
+                             layout=GGUF_LAYOUT)  # fmt: skip
+    factors.choose_scales()
+    factors.use_rounded()
+    written = factors.read(factors.stored(), "a")
+    for one, values in zip(written, (lora_A, lora_B), strict=True):
+        assert isinstance(one, QuantizedFactor)
+        expected = quantize_factor(values, bits, group_size=GGUF_LAYOUT.group_size)
+        assert torch.equal(one.codes, expected.codes) and torch.equal(one.scales, expected.scales)
+    parameters = factors.parameters("a")
+    assert parameters is not None
+    weight = DenseWeight(torch.randn(40, 96, generator=generator))
+    x = torch.randn(3, 96, generator=generator)
+    product = TrainedLinear(weight, parameters, along_rank=True)(x)
+    down, up = (to_dense(one, torch.float32) for one in written)
+    assert torch.allclose(product, x @ (weight.weight + up @ down).T, atol=1e-4)
+    product.sum().backward()
+    assert torch.allclose(parameters[1].grad, (x @ down.T).sum(0).expand(40, 64), atol=1e-4)  # type: ignore[arg-type]
+    down_again, up_again = factors.of_master("a")
+    assert torch.equal(down_again, lora_A) and torch.equal(up_again, lora_B.T)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..factors import FactorLayout, QuantizedFactor
+from ..factors import FactorLayout, QuantizedFactor, pack
 from ..packed_weights import PackedWeight
 from . import Q2_0, Q2_0_BLOCK, Q2_0_BYTES, GGUFError
 
@@ -23,7 +23,7 @@ BLOCK = 32
 TYPES = {4: "Q4_0", 8: "Q8_0"}
 # In A a row of blocks is a component; in B it is an output, and its blocks run over the components. llama.cpp
 # multiplies whole blocks, so that a rank is a multiple of 32.
-GGUF_LAYOUT = FactorLayout(BLOCK, along_rank=True, multiple=BLOCK, step=BLOCK)
+GGUF_LAYOUT = FactorLayout(BLOCK, along_rank=True, multiple=BLOCK, step=BLOCK, least=int(__import__('os').environ.get('LEAST','32')))
 
 
 def to_blocks(factor: QuantizedFactor) -> np.ndarray:
@@ -48,6 +48,25 @@ def to_blocks(factor: QuantizedFactor) -> np.ndarray:
     codes = factor.integers().cpu().view(rows, -1, BLOCK)
     values = codes.contiguous().view(torch.uint8) if factor.bits == 8 else _nibbles((codes + 8).to(torch.uint8))
     return _joined(scales, values)
+
+
+def from_blocks(data: torch.Tensor, bits: int, features: int) -> QuantizedFactor:
+    """The factor that `to_blocks` made bytes of.
+
+    Args:
+        data: uint8, rows × bytes.
+        bits: 4 or 8.
+        features: values in a row, a multiple of 32.
+    """
+    rows = len(data)
+    blocks = data.view(rows, features // BLOCK, -1)
+    scales = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0]
+    values = blocks[:, :, 2:]
+    if bits == 8:
+        codes = values.contiguous().view(torch.int8)
+    else:
+        codes = torch.cat([values & 15, values >> 4], dim=2).to(torch.int8) - 8
+    return QuantizedFactor(pack(codes.reshape(rows, features), bits), scales.contiguous(), bits, features, BLOCK)
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ import torch
 
 from ..factors import QuantizedFactor
 from . import GGUFError, gguf_package
-from .blocks import TYPES, to_blocks
-from .header import Header, read_header
+from .blocks import TYPES, from_blocks, to_blocks
+from .header import Header, TensorInfo, read_header
+from .model import read_tensor
 from .writing import written
 
 SUFFIX_A, SUFFIX_B = ".lora_a", ".lora_b"
 # Metadata of our own: what was measured, as JSON. llama.cpp reads over it.
 DETAILS_KEY = "eora.details"
+ALPHA_KEY = "adapter.lora.alpha"
+# Types of factors that are no integers.
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+Factor = torch.Tensor | QuantizedFactor
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class LoraPair:
         lora_B: out × rank, likewise.
     """
 
-    lora_A: torch.Tensor | QuantizedFactor | list[QuantizedFactor]
-    lora_B: torch.Tensor | QuantizedFactor | list[QuantizedFactor]
+    lora_A: Factor | list[QuantizedFactor]
+    lora_B: Factor | list[QuantizedFactor]
 
 
 def write_lora(
@@ -70,7 +76,7 @@ def write_lora(
                 writer.add_tensor(f"{tensor}{suffix}", values, raw_dtype=raw)
 
 
-def _stored(factor: torch.Tensor | QuantizedFactor | list[QuantizedFactor], name: str) -> tuple[np.ndarray, str]:
+def _stored(factor: Factor | list[QuantizedFactor], name: str) -> tuple[np.ndarray, str]:
     if isinstance(factor, list):
         return np.stack([to_blocks(one) for one in factor]), TYPES[factor[0].bits]
     if isinstance(factor, QuantizedFactor):
@@ -96,6 +102,47 @@ class LoraHeader:
     ranks: Mapping[str, int]
     details: Mapping[str, Any]
     factor_bits: int
+
+
+def read_lora(lora: LoraHeader) -> dict[str, tuple[Factor, Factor]]:
+    """The factors of an adapter for matrices, B scaled so that B A is what is added.
+
+    Args:
+        lora: of the file, as `read_lora_header` has checked it.
+
+    Returns:
+        Name of the model's tensor → A (rank × in) and B (out × rank): in integers as they are stored, others in their
+        dtype.
+
+    Raises:
+        GGUFError: for factors of experts, or of a type that factors are not stored in.
+    """
+    alpha = float(lora.header.fields.get(ALPHA_KEY) or 0.0)
+    pairs = {}
+    for tensor, rank in lora.ranks.items():
+        lora_A, lora_B = (_factor(lora.header.tensors[f"{tensor}{suffix}"]) for suffix in (SUFFIX_A, SUFFIX_B))
+        pairs[tensor] = (lora_A, _scaled(lora_B, alpha / rank) if alpha else lora_B)
+    return pairs
+
+
+def _factor(info: TensorInfo) -> Factor:
+    if len(info.shape) != 2:
+        raise GGUFError(f"`{info.path}`: {info.name} has {len(info.shape)} dimensions, expected the 2 of a matrix.")
+    if info.type in DTYPES:
+        return read_tensor(info).to(DTYPES[info.type])
+    bits = next((width for width, kind in TYPES.items() if kind == info.type), None)
+    if bits is None:
+        raise GGUFError(f"`{info.path}`: {info.name} is of type {info.type}; factors are read of the types "
+                        f"{', '.join((*DTYPES, *TYPES.values()))}. Make the adapter again.")  # fmt: skip
+    rows, features = info.shape
+    data = np.fromfile(info.path, dtype=np.uint8, count=info.nbytes, offset=info.offset)
+    return from_blocks(torch.from_numpy(data).view(rows, -1), bits, features)
+
+
+def _scaled(factor: Factor, scale: float) -> Factor:
+    if isinstance(factor, QuantizedFactor):
+        return replace(factor, scales=factor.scales * scale)
+    return factor * scale
 
 
 def read_lora_header(path: Path) -> LoraHeader:

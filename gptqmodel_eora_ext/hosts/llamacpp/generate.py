@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +128,20 @@ def lora_pairs(factors: Mapping[str, ModuleFactors], placed: Mapping[str, Placed
             experts.setdefault(at.place.tensor, {})[at.place.expert] = one
         elif one.rank:
             lora_A, lora_B = one.packed or (one.lora_A, one.lora_B)
-            found[at.place.tensor] = LoraPair(lora_A, _reordered(lora_B, at))
+            found[at.place.tensor] = LoraPair(lora_A, reordered(lora_B, at.in_file_order))
     for tensor, members in experts.items():
         if any(one.rank for one in members.values()):
             found[tensor] = _of_experts([members[index] for index in range(len(members))])
     return found
 
 
-def _reordered(lora_B: torch.Tensor | QuantizedFactor, at: Placed) -> torch.Tensor | QuantizedFactor:
+def reordered(
+    lora_B: torch.Tensor | QuantizedFactor, order: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | QuantizedFactor:
+    """B (out × rank) with its rows in another order (`Placed.in_file_order`, `Placed.in_model_order`)."""
     if not isinstance(lora_B, QuantizedFactor):
-        return at.in_file_order(lora_B)
-    codes, scales = at.in_file_order(lora_B.codes), at.in_file_order(lora_B.scales)
-    return QuantizedFactor(codes, scales, lora_B.bits, lora_B.features, lora_B.group_size)
+        return order(lora_B)
+    return replace(lora_B, codes=order(lora_B.codes), scales=order(lora_B.scales))
 
 
 def _of_experts(members: list[ModuleFactors]) -> LoraPair:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...formats.gguf.header import is_gguf
-from ..jobs import AdapterJob, Exported, ExportJob, ImatrixJob, TypePlanJob, TypePlanned
+from ..jobs import AdapterJob, Exported, ExportJob, FileRefiner, ImatrixJob, TypePlanJob, TypePlanned
 from .base import unpacked_base
 from .export import export
 from .generate import generate_adapter
 from .imatrix import measure_imatrix
 from .plan import NAME, plan_types
+from .refine import refine_gguf
 
 SUFFIX = ".gguf"
 
@@ -19,6 +20,11 @@ SUFFIX = ".gguf"
 def adapter_maker(checkpoint: Path) -> Callable[[AdapterJob], Path] | None:
     """GGUF files, by their first bytes or by their name."""
     return generate_adapter if _is_ours(checkpoint) else None
+
+
+def file_refiner(model: Path) -> FileRefiner | None:
+    """GGUF files, as above."""
+    return refine_gguf if _is_ours(model) else None
 
 
 def base_folder(base: Path) -> Callable[[Path], str] | None:
