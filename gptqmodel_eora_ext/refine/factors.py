@@ -20,7 +20,7 @@ import torch
 from ..formats.factors import GROUP_SIZE, PACKED_BITS, QuantizedFactor, pack
 from ..solve.quantized import quantize_factor
 
-# Groups that are stepped or rounded at a time: temporaries of 4 MB in float32.
+# Groups that are rounded at a time: temporaries of 4 MB in float32.
 CHUNK_GROUPS = 1 << 14
 
 
@@ -128,6 +128,10 @@ class TrainedFactors:
             leaf.grad = place.whole(self.gradient)
             leaves.append(leaf)
         return leaves[0], leaves[1]
+
+    def split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Every factor, rows × features, in a tensor of all groups: each module's A and Bᵀ in turn, views."""
+        return (place.of(flat) for places in self._places.values() for place in places)
 
     def of_master(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A module's A (rank × in) and Bᵀ (rank × out) as they are trained, float32: views."""
