@@ -3,7 +3,7 @@
 SmolLM2 padded to 768 channels (`padded.py`), quantised by llama-quantize with our importance matrix. `make llamacpp`
 first. Files are kept in a folder (`--work`), so that a run which was interrupted goes on.
 
-    python benchmarks/llamacpp.py [--parts recovery refined speed logits cost] [--types IQ2_XS Q2_K Q3_K_S] [--chunks 16]
+    python benchmarks/llamacpp.py [--parts recovery refined speed logits cost] [--types IQ2_XS Q2_K Q3_K_S]
 """
 
 from __future__ import annotations

@@ -31,18 +31,16 @@ class FactorLayout:
         along_rank: whether B's groups run along its rows, over the components; else down a column, over the features.
         multiple: integer factors have a rank that this divides.
         step: ranks on offer under a budget are multiples of this.
-        least: the smallest of them, 0 apart.
     """
 
     group_size: int
     along_rank: bool
     multiple: int
     step: int
-    least: int
 
 
 # Ours: each component keeps its own scales, and kernels read factors in tiles of 8 or 16 components.
-PACKED_LAYOUT = FactorLayout(GROUP_SIZE, along_rank=False, multiple=1, step=8, least=8)
+PACKED_LAYOUT = FactorLayout(GROUP_SIZE, along_rank=False, multiple=1, step=8)
 
 
 @dataclass(frozen=True)

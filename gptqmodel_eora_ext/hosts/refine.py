@@ -55,7 +55,7 @@ def refine_checkpoint(
     Ŵ, norms and everything else stay as they are, so that the checkpoint serves the old adapter and the new one. The
     sizes stay, too: ranks, and the bits of the factors, to which they are rounded while they are trained.
 
-    In memory are the packed weights, four times the factors in float32, one layer's activations and its Ŵ, and the
+    In memory are the packed weights, three times the factors in float32, one layer's activations and its Ŵ, and the
     scores of some tokens; before that, one layer of the full-precision model at a time. Its last layer's outputs are
     kept in a file beside ``output`` until the run is complete: tokens × width in 16 bits.
 
@@ -74,7 +74,7 @@ def refine_checkpoint(
         tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000, or 16,384 for
             "natural".
         window: tokens in a window; None for 512.
-        learning_rate: of Adam's first step; None for 1e-3. "natural" takes none.
+        learning_rate: of the first step; None for 7e-4. "natural" takes none.
         seed: of the order of the windows; None for 0.
         passes: how many times each window that trains is used; None for 1. Each takes as long as the first.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.

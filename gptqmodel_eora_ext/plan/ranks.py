@@ -42,8 +42,7 @@ def rank_options(
     fixed: int | None = None,
     layout: FactorLayout = PACKED_LAYOUT,
 ) -> RankOptions:
-    """The ranks on offer to a module: 0 and multiples of the layout's step, from its least one up to ``most``; or a
-    ``fixed`` rank alone.
+    """The ranks on offer to a module: 0 and multiples of the layout's step up to ``most``; or a ``fixed`` rank alone.
 
     Args:
         shape: the module, whose smaller side limits its rank.
@@ -53,7 +52,7 @@ def rank_options(
         layout: of the factors.
     """
     limit = min(shape.in_features, shape.out_features, most)
-    ranks = (0, *range(layout.least, limit + 1, layout.step)) if fixed is None else (fixed,)
+    ranks = (0, *range(layout.step, limit + 1, layout.step)) if fixed is None else (fixed,)
     # A plain PEFT adapter holds rank 1 of zeros where it has nothing to add; other files leave such a module out.
     zeros = factor_bits == 16 and layout == PACKED_LAYOUT
     stored = [max(rank, 1) if zeros else rank for rank in ranks]
@@ -95,7 +94,7 @@ def least_budget(
         fixed_rank: rank of a module, by its name, that does not choose; None for one that does.
         layout: of the factors.
     """
-    options = [rank_options(shape, layout.least, factor_bits, fixed_rank(shape.name), layout) for shape in shapes]
+    options = [rank_options(shape, layout.step, factor_bits, fixed_rank(shape.name), layout) for shape in shapes]
     least = sum(one.nbytes[0] for one in options)
     if any(one.ranks[0] for one in options):
         return least

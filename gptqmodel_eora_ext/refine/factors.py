@@ -21,7 +21,7 @@ import torch
 from ..formats.factors import PACKED_BITS, PACKED_LAYOUT, FactorLayout, QuantizedFactor, pack
 from ..solve.quantized import quantize_factor
 
-# Groups that are stepped or rounded at a time: temporaries of 4 MB in float32.
+# Groups that are rounded at a time: temporaries of 4 MB in float32.
 CHUNK_GROUPS = 1 << 14
 
 
@@ -136,6 +136,12 @@ class TrainedFactors:
             leaf.grad = place.whole(self.gradient)
             leaves.append(leaf)
         return leaves[0], leaves[1]
+
+    def split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Every factor in a tensor of all groups: each module's A (rank × in) and Bᵀ (rank × out) in turn, views."""
+        for first, second in self._places.values():
+            yield first.of(flat)
+            yield second.of(flat).T if self.layout.along_rank else second.of(flat)
 
     def of_master(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A module's A (rank × in) and Bᵀ (rank × out) as they are trained, float32: views."""

@@ -12,27 +12,27 @@ from safetensors import safe_open
 
 from ..system.files import replaced_file
 from ..system.tensor_file import write_tensors
-from .adam import Adam
 from .factors import Stored, TrainedFactors
+from .muon import Muon
 from .outcome import Outcome
 
 OUTCOME = "outcome"
 
 
 class Progress:
-    """Writes and reads the factors, Adam's moments and what was found so far.
+    """Writes and reads the factors, the running means of their gradient and what was found so far.
 
     Args:
         path: the file; None keeps nothing.
         factors: that are trained.
-        adam: that trains them.
+        muon: that trains them.
     """
 
-    def __init__(self, path: Path | None, factors: TrainedFactors, adam: Adam) -> None:
-        self._path, self._factors, self._adam = path, factors, adam
+    def __init__(self, path: Path | None, factors: TrainedFactors, muon: Muon) -> None:
+        self._path, self._factors, self._muon = path, factors, muon
 
     def write(self, outcome: Outcome) -> None:
-        """Write all of it: three times the factors in float32, and the best state.
+        """Write all of it: twice the factors in float32, and the best state.
 
         Raises:
             OSError: when the disk is full; the older file stays.
@@ -61,9 +61,8 @@ class Progress:
         told["validations"] = [(step, loss) for step, loss in told["validations"]]
         for name, value in told.items():
             setattr(outcome, name, value)
-        self._adam.steps = outcome.steps
         return True
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {"master": self._factors.master, "shares": self._factors.shares, "first": self._adam.first,
-                "second": self._adam.second}  # fmt: skip
+        return {"master": self._factors.master, "shares": self._factors.shares, "mean": self._muon.mean,
+                "columns": self._muon.columns}  # fmt: skip

@@ -140,7 +140,7 @@ def refine_factors(
     dtype = activation_dtype(device)
     dense = {name: (to_dense(a, torch.float32), to_dense(b, torch.float32)) for name, (a, b) in start.items()}
     if bits not in PACKED_BITS:
-        # Adam moves every value by about as much, so A and B should have values of one size. Packed factors have, and
+        # A step moves the values of A and of B by about as much, so they should be of one size. Packed factors are, and
         # lie on a grid that scaling would leave.
         dense = {name: _balanced(*pair) for name, pair in dense.items()}
     require_token_ids(job.ids, int(trainee.model.get_input_embeddings().weight.shape[0]))

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..system.distributed import by_first, current
-from .adam import Adam, cosine_rate
 from .evaluation import Evaluation
 from .factors import TrainedFactors
+from .muon import Muon, linear_rate
 from .outcome import COMPLETE, DIVERGENCE, INTERRUPTED, NOT_FINITE, RESUMABLE, STALE, Outcome
 from .progress import Progress
 from .settings import RefineSettings
@@ -68,10 +68,10 @@ class Training:
         self._student, self._rate = student, settings.learning_rate
         self._interrupted, self._report = interrupted, report
         self._factors: TrainedFactors = student.factors
-        self._adam = Adam(self._factors)
+        self._muon = Muon(self._factors)
         self._group = current()
         self._evaluation = Evaluation(student, teacher, ids, settings.loss, settings.seed, settings.passes)
-        self._progress = Progress(state, self._factors, self._adam)
+        self._progress = Progress(state, self._factors, self._muon)
         self.outcome = Outcome(planned=len(self._evaluation.training))
 
     def run(self) -> Outcome:
@@ -141,7 +141,7 @@ class Training:
         return found
 
     def _step(self, step: int) -> float:
-        """A window in each process forward and back, and one step of Adam. Returns the mean loss of the windows."""
+        """A window in each process forward and back, and one step. Returns the mean loss of the windows."""
         if step % SCALES_EVERY == 0:
             self._factors.choose_scales()
         # From the first step on: rounding at the end alone gives 40 % of what was won back (SmolLM2, 4-bit factors).
@@ -153,7 +153,7 @@ class Training:
             self._group.at(f"refining, step {step + 1} of {self.outcome.planned}")
             value = averaged(self._group, self._factors.gradient, found)
         if math.isfinite(value):
-            self._adam.step(cosine_rate(self._rate, step, self.outcome.planned))
+            self._muon.step(linear_rate(self._rate, step, self.outcome.planned))
         return value
 
     def _window(self, window: int) -> float:

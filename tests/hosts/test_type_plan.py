@@ -29,7 +29,7 @@ from tests.hosts.test_llamacpp import linears, make, windows
 
 KINDS = ("Q4_0", "Q5_0", "Q8_0")
 # Four components a step, so that small cases have several ranks.
-LAYOUT = FactorLayout(4, along_rank=True, multiple=4, step=4, least=4)
+LAYOUT = FactorLayout(4, along_rank=True, multiple=4, step=4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -23,7 +23,7 @@ BLOCK = 32
 TYPES = {4: "Q4_0", 8: "Q8_0"}
 # In A a row of blocks is a component; in B it is an output, and its blocks run over the components. llama.cpp
 # multiplies whole blocks, so that a rank is a multiple of 32.
-GGUF_LAYOUT = FactorLayout(BLOCK, along_rank=True, multiple=BLOCK, step=BLOCK, least=int(__import__('os').environ.get('LEAST','32')))
+GGUF_LAYOUT = FactorLayout(BLOCK, along_rank=True, multiple=BLOCK, step=BLOCK)
 
 
 def to_blocks(factor: QuantizedFactor) -> np.ndarray:
