@@ -36,6 +36,8 @@ from gptqmodel_eora_ext.evaluate.models import smollm2
 STARTS = ("zero", "svd", "eora", "refined")
 PAIR = re.compile(r"Question: (?P<question>.*?)\nAnswer: (?P<answer>.*?)(?=\n\nQuestion: |\Z)", re.DOTALL)
 HELD_OUT = 64
+# Evaluations of a training beside the one before it; its rate grows up to the second of them.
+EVALUATIONS = 20
 CALIBRATION = 64
 PACKED_BITS = 4
 
@@ -102,10 +104,10 @@ def train(name: str, options: argparse.Namespace, checkpoint: Path, rows: Datase
         found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         return found
     folder, run = options.out / f"trained-{name}", options.out / f"run-{name}"
-    every = max(options.steps // 10, 1)
+    every = max(options.steps // EVALUATIONS, 1)
     arguments = SFTConfig(
         output_dir=str(run), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=every, max_length=512,
+        learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=2 * every, max_length=512,
         eval_strategy="steps", eval_steps=every, eval_on_start=True, save_strategy="steps", save_steps=every,
         save_total_limit=1, logging_steps=every, report_to=[], seed=0, bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), per_device_eval_batch_size=options.batch_size,

@@ -53,10 +53,12 @@ def written(kind: str, folder: Path, tokenizer: Any) -> tuple[Path, Path]:
     return base, write_model(model, folder / "model.gguf")
 
 
-def refine(base: Path, file: Path, adapter: Path, output: Path | None = None, **more: Any) -> Any:
+def refine(
+    base: Path, file: Path, adapter: Path, output: Path | None = None, rate: float | None = 1e-4, **more: Any
+) -> Any:
     with quiet():
         return refine_checkpoint(file, str(base), windows(), adapter=adapter, output=output, window=WINDOW,
-                                 tokens=WINDOWS * WINDOW, learning_rate=1e-4, **more)  # fmt: skip
+                                 tokens=WINDOWS * WINDOW, learning_rate=rate, **more)  # fmt: skip
 
 
 def in_model_order(name: str, rows: torch.Tensor, config: Any) -> torch.Tensor:
@@ -99,6 +101,14 @@ def test_what_validates_is_what_the_files_hold(kind: str, bits: int, tmp_path: P
     assert abs(one.bytes - other.bytes) < 20_000  # reports of modules apart
     assert other.details["refinement"]["after"] == outcome.after and not other.modules
     assert start.read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_a_natural_gradient_step_is_rounded_as_the_file_holds_it(tmp_path: Path, tokenizer: Any) -> None:
+    base, file = written("llama", tmp_path, tokenizer)
+    start = generate(base, file, tmp_path / "eora.gguf", rank=RANK, factor_bits=4, objective="svd")
+    outcome = refine(base, file, start, rate=None, loss="natural")
+    assert outcome.after < outcome.before
+    assert divergence(base, file, tmp_path / "eora-refined.gguf") == pytest.approx(outcome.after, rel=1e-3)
 
 
 def test_an_adapter_that_is_not_better_stays_as_it_was(

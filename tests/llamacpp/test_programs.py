@@ -25,6 +25,7 @@ from transformers import (
 
 from gptqmodel_eora_ext.formats.gguf.model import GGUFModel
 from gptqmodel_eora_ext.hosts.jobs import AdapterJob, ExportJob, ImatrixJob, TypePlanJob
+from gptqmodel_eora_ext.hosts.refine import refine_checkpoint
 from gptqmodel_eora_ext.hosts.registry import adapter_maker, base_folder, exporter, imatrix_maker, type_planner
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from tests.gguf_files import tensor_of
@@ -145,8 +146,14 @@ def test_llama_cpp_computes_what_was_solved_for(
     with quiet():
         job = AdapterJob(str(base), file, windows, {"rank": 64, "factor_bits": bits}, tmp_path / "l.gguf", batch_size=4)
         adapter = adapter_maker(file)(job)
-    found = llamacpp_logits.differences(base, file, adapter, "The history of the steam engine. " * 40, TOKENS)
-    assert found["with adapter"]["rms"] < 1.5 * found["plain"]["rms"], found
+    refined = tmp_path / "refined.gguf"
+    with quiet():
+        outcome = refine_checkpoint(file, str(base), windows, adapter=adapter, output=refined, window=TOKENS,
+                                    tokens=TOKENS * len(windows))  # fmt: skip
+    assert outcome.best is not None
+    for one in (adapter, refined):
+        found = llamacpp_logits.differences(base, file, one, "The history of the steam engine. " * 40, TOKENS)
+        assert found["with adapter"]["rms"] < 1.5 * found["plain"]["rms"], found
 
 
 def test_an_importance_matrix_and_a_plan_are_taken(
