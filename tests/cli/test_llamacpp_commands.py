@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from gptqmodel_eora_ext import cli
-from gptqmodel_eora_ext.formats.gguf.lora import LoraPair, write_lora
+from gptqmodel_eora_ext.formats.gguf.lora import LoraPair, read_lora_header, write_lora
+from tests.gguf_files import write_model
 
 runner = CliRunner()
 CALIBRATION = "The history of the steam engine begins in the first century. " * 40
@@ -51,6 +54,24 @@ def test_generate_refuses_what_is_no_gguf_file(files: Path) -> None:
     assert code == 2 and "No adapter maker" in shown
     code, shown = generate(files / "lora.gguf", "--out", files / "lora.gguf")
     assert code == 2 and "is the checkpoint" in shown
+
+
+def test_generate_makes_an_adapter_and_refines_it(tmp_path: Path, tokenizer: Any) -> None:
+    """One command, two files: the adapter, and beside it what became of it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = write_model(model, tmp_path / "model.gguf")
+    (tmp_path / "long.txt").write_text(CALIBRATION * 8)
+    code, shown = run("generate", tmp_path / "base", file, "--rank", "32", "--factor-bits", "4", "--samples", "4",
+                      "--seqlen", "64", "--calibration", tmp_path / "long.txt", "--refine", "2560",
+                      "--out", tmp_path / "eora.gguf")  # fmt: skip
+    assert code == 0, shown
+    assert "by kl on 2560 tokens" in shown
+    assert read_lora_header(tmp_path / "eora.gguf").ranks == read_lora_header(tmp_path / "eora-refined.gguf").ranks
 
 
 def test_refine_asks_for_the_adapters_file(files: Path) -> None:

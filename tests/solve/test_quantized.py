@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptqmodel_eora_ext.formats.factors import GROUP_SIZE, pack, unpack
-from gptqmodel_eora_ext.solve.quantized import quantize_factor
+from gptqmodel_eora_ext.formats.gguf.blocks import GGUF_LAYOUT
+from gptqmodel_eora_ext.solve import eora, weighted_energy
+from gptqmodel_eora_ext.solve.factors import balance_together
+from gptqmodel_eora_ext.solve.quantized import quantize_factor, quantize_factors, stored_B
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,6 +42,22 @@ def test_property_error_is_bounded_by_the_grid(features: int, bits: int, seed: i
         most = step / 2 + group.abs() * 2**-10
         clipped = (group.abs() > (1 - 2.0 ** (1 - bits)) * group.abs().amax(1, keepdim=True)) * step
         assert ((found - group).square().sum(1) <= torch.maximum(most, clipped).square().sum(1)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 48), side=st.sampled_from([32, 64]), bits=st.sampled_from([8, 4]), seed=st.integers(0, 99))
+def test_property_components_without_effect_are_packed_beside_the_others(
+    tokens: int, side: int, bits: int, seed: int
+) -> None:
+    """Ranks come in whole blocks of GGUF, so that there may be more components than calibration has directions. Those
+    are rounded to nothing, and no factor becomes infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, side, generator=generator)
+    second_moment, delta = x.T @ x / tokens, 1e-3 * torch.randn(side, side, generator=generator)
+    lora_A, lora_B = balance_together(*eora(delta, second_moment, side))
+    packed_A, packed_B = quantize_factors(delta, second_moment, lora_A, bits, GGUF_LAYOUT)
+    left = delta - stored_B(packed_B, GGUF_LAYOUT) @ packed_A.dequantize()
+    assert weighted_energy(left, second_moment) < weighted_energy(delta, second_moment)
 
 
 def test_values_on_the_grid_are_kept() -> None:
