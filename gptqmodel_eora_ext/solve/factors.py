@@ -100,8 +100,8 @@ class NormalEquations:
 def _solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``matrix⁺ right`` for a small positive semidefinite matrix, float64."""
     diagonal = matrix.diagonal()
-    # A row of zeros has no scale: the noise of the eigenvectors would be multiplied by it. B has a column of zeros where
-    # components share a scale in it and one of them is too small for that.
+    # A row of zeros has no scale: the noise of the eigenvectors would be multiplied by it. B has a column of zeros
+    # where components share a scale in it and one of them is too small for that.
     scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt(), 0)
     values, vectors = eigh(matrix * scale[:, None] * scale[None, :])
     inverse = torch.where(values > REFIT_CUTOFF * values[-1].clamp_min(0), 1 / values, torch.zeros_like(values))
