@@ -37,7 +37,7 @@ def refine(
         typer.Option("--out", help="Folder for the refined adapter; by default `eora-refined` in the checkpoint."),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = DEFAULT_WINDOW,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.0007 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.", min=0)] = 0,
     passes: Annotated[int, typer.Option(help="How many times each window that trains is used.", min=1)] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,

@@ -19,8 +19,8 @@ import torch
 
 from .factors import TrainedFactors
 
-# Of the gradient's running mean, over some five windows. With 0.9 a run of 64 steps ended 0.01 nats higher, with 0.95
-# 0.06: orthogonalised, an old gradient is stepped along as far as a new one.
+# Of the gradient's running mean, over some five windows. Orthogonalised, an old gradient is stepped along as far as a
+# new one: of 64 steps, those with 0.95 ended far above those with 0.9.
 MOMENTUM = 0.8
 # Of the running mean of each column's squared gradient, over the rows of A.
 COLUMNS = 0.95
@@ -92,6 +92,9 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return product @ found
 
 
-def linear_rate(rate: float, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0: from ``rate`` in a straight line to zero after the last."""
-    return rate * (1 - step / steps)
+def rate_of(rate: float, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0: from ``rate`` by a parabola to zero after the last.
+
+    Steps are as long for a gradient that is all noise as for another, so the rate alone lets the noise fade.
+    """
+    return rate * (1 - step / steps) ** 2

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from gptqmodel_eora_ext.refine.factors import TrainedFactors
-from gptqmodel_eora_ext.refine.muon import Muon, linear_rate, orthogonal
+from gptqmodel_eora_ext.refine.muon import Muon, orthogonal, rate_of
 
 RANK, FEATURES, RATE = 6, (96, 70), 0.01
 
@@ -101,6 +99,4 @@ def test_steps_are_the_same_for_a_gradient_of_any_size(factors: TrainedFactors) 
 
 
 def test_the_rate_falls_to_zero() -> None:
-    rates = [linear_rate(1.0, step, 4) for step in range(4)]
-    assert rates == [1.0, 0.75, 0.5, 0.25]
-    assert math.isclose(linear_rate(2.0, 1, 4), 1.5)
+    assert [rate_of(2.0, step, 4) for step in range(4)] == [2.0, 2 * 0.75**2, 0.5, 2 * 0.25**2]
