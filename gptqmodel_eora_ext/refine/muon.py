@@ -6,9 +6,9 @@ With M the running mean of a factor's gradient, W diagonal, and orth(X) = (X X�
     Bᵀ (rank × out)    orth(M) √out
 
 Along every direction that M has, the step is as long as along any other, where Adam's is long along the few of them
-that a window's gradient is full of. W divides each column of A by the root of its mean squared gradient, relative to
-the median column's: a few inputs of a transformer's layers are a hundred times as large as the others, and a step of
-one size in their column is one of a hundred times the size in the output. A value moves by about the learning rate.
+that a window's gradient is full of. W divides the columns of A whose mean squared gradient is above the median, by the
+root of how far: a few inputs of a transformer's layers are a hundred times as large as the others, and a step of one
+size in their column is one of a hundred times the size in the output. A value moves by about the learning rate.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from .factors import TrainedFactors
 MOMENTUM = 0.8
 # Of the running mean of each column's squared gradient, over the rows of A.
 COLUMNS = 0.95
-# A column's mean squared gradient, relative to the median's, is taken for at least this much: inputs that hardly ever
-# are anything but zero would else be stepped along without end.
-LEAST_COLUMN = 1e-3
 # Of the polynomial a x + b x³ + c x⁵ that takes singular values from 1e-3 to 1 between 0.7 and 1.2 when it is applied
 # five times (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 POLYNOMIAL, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -69,7 +66,8 @@ class Muon:
             else:
                 # Of both running means the proportions alone matter, so neither is divided by its weights' sum so far.
                 columns.lerp_(now.square().mean(0), 1 - COLUMNS)
-                even = (columns / columns.median().clamp_min(TINY)).clamp_min_(LEAST_COLUMN).rsqrt_()
+                # Columns below the median are not stepped further: one that runs away coarsens its whole group of 64.
+                even = (columns / columns.median().clamp_min(TINY)).clamp_min_(1).rsqrt_()
                 step = orthogonal(mean * even).mul_(even)
             value.sub_(step, alpha=rate * math.sqrt(max(value.shape)))
         factors.gradient.zero_()
