@@ -2,13 +2,15 @@
 
 With M the running mean of a factor's gradient, W diagonal, and orth(X) = (X Xᵀ)^-½ X:
 
-    A  (rank × in)     orth(M W) W √in
-    Bᵀ (rank × out)    orth(M) √out
+    A  (rank × in)     orth(M W) W √(16 in / rank)
+    Bᵀ (rank × out)    orth(M) √(16 out / rank)
 
 Along every direction that M has, the step is as long as along any other, where Adam's is long along the few of them
-that a window's gradient is full of. W divides the columns of A whose mean squared gradient is above the median, by the
-root of how far: a few inputs of a transformer's layers are a hundred times as large as the others, and a step of one
-size in their column is one of a hundred times the size in the output. A value moves by about the learning rate.
+that a window's gradient is full of. W divides each column of A by the root of its mean squared gradient, relative to
+the median column's: a few inputs of a transformer's layers are a hundred times as large as the others, and a step of
+one size in their column is one of a hundred times the size in the output. A value moves by about the learning rate where
+the rank is 16. Most directions of a window's gradient are noise, the more the higher the rank: with steps as long in
+every direction for any rank, the modules with most of a budget drown the others.
 """
 
 from __future__ import annotations
@@ -24,9 +26,14 @@ from .factors import TrainedFactors
 MOMENTUM = 0.8
 # Of the running mean of each column's squared gradient, over the rows of A.
 COLUMNS = 0.95
+# A column's mean squared gradient, relative to the median's, is taken for at least this much: inputs that hardly ever
+# are anything but zero would else be stepped along without end.
+LEAST_COLUMN = 1e-3
 # Of the polynomial a x + b x³ + c x⁵ that takes singular values from 1e-3 to 1 between 0.7 and 1.2 when it is applied
 # five times (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 POLYNOMIAL, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+# The rank at which a value moves by about the learning rate; SmolLM2's with half a bit are 8 to 328.
+RANK = 16
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -66,10 +73,9 @@ class Muon:
             else:
                 # Of both running means the proportions alone matter, so neither is divided by its weights' sum so far.
                 columns.lerp_(now.square().mean(0), 1 - COLUMNS)
-                # Columns below the median are not stepped further: one that runs away coarsens its whole group of 64.
-                even = (columns / columns.median().clamp_min(TINY)).clamp_min_(1).rsqrt_()
+                even = (columns / columns.median().clamp_min(TINY)).clamp_min_(LEAST_COLUMN).rsqrt_()
                 step = orthogonal(mean * even).mul_(even)
-            value.sub_(step, alpha=rate * math.sqrt(max(value.shape)))
+            value.sub_(step, alpha=rate * math.sqrt(value.shape[1] * RANK / len(value)))
         factors.gradient.zero_()
 
 
