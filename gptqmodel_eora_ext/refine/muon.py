@@ -8,9 +8,11 @@ With M the running mean of a factor's gradient, W diagonal, and orth(X) = (X Xáµ
 Along every direction that M has, the step is as long as along any other, where Adam's is long along the few of them
 that a window's gradient is full of. W divides each column of A by the root of its mean squared gradient, relative to
 the median column's: a few inputs of a transformer's layers are a hundred times as large as the others, and a step of
-one size in their column is one of a hundred times the size in the output. A value moves by about the learning rate where
-the rank is 16. Most directions of a window's gradient are noise, the more the higher the rank: with steps as long in
-every direction for any rank, the modules with most of a budget drown the others.
+one size in their column is one of a hundred times the size in the output.
+
+A value moves by about the learning rate where the rank is 16, and a step is as long in all for any rank. Most
+directions of a window's gradient are noise, the more the higher the rank: were steps as long in each of them for any
+rank, modules with most of a budget would drown the others.
 """
 
 from __future__ import annotations
