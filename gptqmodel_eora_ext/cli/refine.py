@@ -44,7 +44,7 @@ def refine(
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = DEFAULT_WINDOW,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.0007 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the first step; 0.001 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.", min=0)] = 0,
     passes: Annotated[int, typer.Option(help="How many times each window that trains is used.", min=1)] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0; by default the host's choice.")] = None,

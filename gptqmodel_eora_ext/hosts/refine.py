@@ -74,7 +74,7 @@ def refine_checkpoint(
         tokens: of calibration, as 160000 or "160k", a fifth of which validates; None for 160,000, or 16,384 for
             "natural".
         window: tokens in a window; None for 512.
-        learning_rate: of the first step; None for 7e-4. "natural" takes none.
+        learning_rate: of the first step; None for 1e-3. "natural" takes none.
         seed: of the order of the windows; None for 0.
         passes: how many times each window that trains is used; None for 1. Each takes as long as the first.
         device: "cpu", "cuda" or "cuda:0"; None leaves it to the host.

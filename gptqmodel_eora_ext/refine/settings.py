@@ -26,7 +26,7 @@ VALIDATED_SHARE, MOST_VALIDATED = 5, 24
 # Of which a smaller number of windows could not be split.
 LEAST_WINDOWS = VALIDATED_SHARE
 # About how far a value moves in the first step; the grid of 4-bit factors is some 0.03 wide.
-LEARNING_RATE = 7e-4
+LEARNING_RATE = 1e-3
 NUMBER = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[kKmM]?)")
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 FORM = "a number such as 160000, `160k` or `1.5M`"

@@ -14,7 +14,7 @@ import torch
 from ..system.distributed import by_first, current
 from .evaluation import Evaluation
 from .factors import TrainedFactors
-from .muon import Muon, linear_rate
+from .muon import Muon, rate_of
 from .outcome import COMPLETE, DIVERGENCE, INTERRUPTED, NOT_FINITE, RESUMABLE, STALE, Outcome
 from .progress import Progress
 from .settings import RefineSettings
@@ -153,7 +153,7 @@ class Training:
             self._group.at(f"refining, step {step + 1} of {self.outcome.planned}")
             value = averaged(self._group, self._factors.gradient, found)
         if math.isfinite(value):
-            self._muon.step(linear_rate(self._rate, step, self.outcome.planned))
+            self._muon.step(rate_of(self._rate, step, self.outcome.planned))
         return value
 
     def _window(self, window: int) -> float:
