@@ -99,8 +99,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rate_of(rate: float, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0: from ``rate`` by a parabola to zero after the last.
+    """The learning rate of a step, counted from 0: from ``rate`` in a straight line to zero after the last.
 
     Steps are as long for a gradient that is all noise as for another, so the rate alone lets the noise fade.
     """
-    return rate * (1 - step / steps) ** 2
+    return rate * (1 - step / steps)

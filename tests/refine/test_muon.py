@@ -103,4 +103,4 @@ def test_steps_are_the_same_for_a_gradient_of_any_size(factors: TrainedFactors) 
 
 
 def test_the_rate_falls_to_zero() -> None:
-    assert [rate_of(2.0, step, 4) for step in range(4)] == [2.0, 2 * 0.75**2, 0.5, 2 * 0.25**2]
+    assert [rate_of(2.0, step, 4) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]

@@ -170,8 +170,8 @@ def test_what_another_run_has_left_is_refused(
     output = checkpoint / "parts"
     stop = dataclasses.replace(job, training=lambda *_: signal.raise_signal(signal.SIGINT))
     assert refine_adapter(trainee, checkpoint, source, output, stop).steps == 1
-    other = with_rate(job, 0.01)
-    with pytest.raises(ResumeError, match=r"learning_rate: [0-9.]+ then, 0\.01 now.*--restart"):
+    other = with_rate(job, 0.002)
+    with pytest.raises(ResumeError, match=r"learning_rate: [0-9.]+ then, 0\.002 now.*--restart"):
         refine_adapter(trainee, checkpoint, source, output, other)
     again = refine_adapter(trainee, checkpoint, source, output, dataclasses.replace(other, restart=True))
     assert again.ended == COMPLETE and len(again.validations) == 1 + 5
