@@ -116,7 +116,7 @@ def test_an_adapter_that_is_not_better_stays_as_it_was(
 ) -> None:
     base, file = written("llama", tmp_path, tokenizer)
     start = generate(base, file, tmp_path / "eora.gguf", rank=RANK, factor_bits=4)
-    monkeypatch.setattr("gptqmodel_eora_ext.refine.training.linear_rate", lambda rate, step, steps: 10.0)
+    monkeypatch.setattr("gptqmodel_eora_ext.refine.training.rate_of", lambda rate, step, steps: 10.0)
     outcome = refine(base, file, start)
     assert outcome.after == outcome.before
     for one, other in zip(updates(start).values(), updates(tmp_path / "eora-refined.gguf").values(), strict=True):
