@@ -47,7 +47,7 @@ class Muon:
         factors: what is stepped.
 
     Attributes:
-        mean: running mean of the gradient, groups × 64, float32.
+        mean: running mean of the gradient, groups × group_size, float32.
         columns: running mean of the squared gradient of A's columns, one module after another, float32.
     """
 

@@ -17,6 +17,7 @@ from gptqmodel_eora_ext.formats.gguf.model import GGUFModel
 from gptqmodel_eora_ext.hosts.refine import refine_checkpoint
 from gptqmodel_eora_ext.hosts.terminal import quiet
 from gptqmodel_eora_ext.refine.shared import dealt
+from gptqmodel_eora_ext.solve.quantized import quantize_factor
 from tests.gguf_files import interleaved, tensor_of, write_model
 from tests.hosts.test_llamacpp import VOCABULARY, generate, linears, make, updates
 from tests.refine.conftest import rounded
@@ -146,13 +147,17 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, tokenizer: Any) ->
     base, file = written("llama", tmp_path, tokenizer)
     lora = generate(base, file, tmp_path / "eora.gguf", rank=RANK, factor_bits=4)
 
-    def adapter(name: str, tensor: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> Path:
-        write_lora(tmp_path / name, "llama", {tensor: LoraPair(lora_A, lora_B)}, name="n", details={})
+    def adapter(name: str, tensor: str, lora_A: torch.Tensor, lora_B: torch.Tensor, **more: LoraPair) -> Path:
+        write_lora(tmp_path / name, "llama", {tensor: LoraPair(lora_A, lora_B), **more}, name="n", details={})
         return tmp_path / name
+
+    four_bits = [quantize_factor(torch.ones(*shape), 4, group_size=32) for shape in ((32, 64), (64, 32))]
+    mixed = {"blk.0.attn_output.weight": LoraPair(*four_bits)}
 
     for wrong, message in (
         (adapter("a.gguf", "blk.9.attn_q.weight", torch.ones(2, 64), torch.ones(64, 2)), "no quantised matrix"),
         (adapter("b.gguf", "blk.0.attn_q.weight", torch.ones(2, 32), torch.ones(64, 2)), "out × in = 64 × 32"),
+        (adapter("c.gguf", "blk.0.attn_q.weight", torch.ones(2, 64), torch.ones(64, 2), **mixed), "in one width"),
         (file, "expected an adapter"),
     ):
         with pytest.raises(GGUFError, match=message):

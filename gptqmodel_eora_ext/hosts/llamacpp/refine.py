@@ -98,11 +98,15 @@ def _start(source: Path, lora: LoraHeader, placed: Mapping[str, Placed]) -> dict
             raise GGUFError(f"`{source}`: the factors of {tensor} are for a weight of out × in = {shape[0]} × "
                             f"{shape[1]}, the model's is {expected[0]} × {expected[1]}. Name the adapter that was made "
                             f"for this file.")  # fmt: skip
-        if isinstance(lora_A, QuantizedFactor) != isinstance(lora_B, QuantizedFactor):
-            raise GGUFError(f"`{source}`: of {tensor} one factor is in integers and the other is not. Make the adapter "
-                            f"again.")  # fmt: skip
+        if {_bits(lora_A), _bits(lora_B)} != {lora.factor_bits}:
+            raise GGUFError(f"`{source}`: the factors of {tensor} have {_bits(lora_A)} and {_bits(lora_B)} bits, "
+                            f"others {lora.factor_bits}. Make the adapter again, in one width.")  # fmt: skip
         found[modules[tensor]] = (lora_A, lora_B if isinstance(lora_B, QuantizedFactor) else lora_B.T)
     return found
+
+
+def _bits(factor: Factor) -> int:
+    return factor.bits if isinstance(factor, QuantizedFactor) else FACTOR_BITS[0]
 
 
 def _shape(factor: Factor) -> tuple[int, int]:
