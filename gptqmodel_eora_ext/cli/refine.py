@@ -73,7 +73,7 @@ def refine(
             fail(f"`{output}` is the checkpoint; name a folder of its own for the adapter, inside or outside.")
     texts = read_calibration(calibration)
 
-    from ..hosts.refine import DEFAULT_REFINED, refine_checkpoint, refined_beside
+    from ..hosts.refine import refine_checkpoint, refined_output
     from ..hosts.terminal import quiet
 
     start = time.perf_counter()
@@ -92,6 +92,5 @@ def refine(
             training=bar("refining"),
         )
     if is_first():
-        beside = refined_beside(adapter) if adapter is not None and checkpoint.is_file() else None
-        print_summary(summarize(output or beside or checkpoint / DEFAULT_REFINED), time.perf_counter() - start)
+        print_summary(summarize(refined_output(checkpoint, adapter, output)), time.perf_counter() - start)
     check_complete(outcome)

@@ -31,6 +31,13 @@ def refined_beside(adapter: Path) -> Path:
     return adapter.with_name(adapter.name + REFINED)
 
 
+def refined_output(checkpoint: Path, adapter: str | Path | None, output: str | Path | None) -> Path:
+    """Where the refined adapter is written; see `refine_checkpoint`."""
+    if output is not None:
+        return Path(output)
+    return refined_beside(_adapter_file(checkpoint, adapter)) if checkpoint.is_file() else checkpoint / DEFAULT_REFINED
+
+
 def refine_checkpoint(
     checkpoint: str | Path,
     base: str,
@@ -105,11 +112,11 @@ def refine_checkpoint(
         base = base_folder(base)
         ids = _ids(calibration, base, settings, trust_remote_code)
         job = RefineJob(base, ids, settings, trust_remote_code, teaching, training, restart)
-        return refine(checkpoint, found, refined_beside(found) if output is None else Path(output), job, device)
+        return refine(checkpoint, found, refined_output(checkpoint, found, output), job, device)
     folder = Path(adapter) if adapter is not None else find_adapter(checkpoint)
     assert folder is not None
     source = AdapterFolder.open(folder)
-    target = checkpoint / DEFAULT_REFINED if output is None else Path(output)
+    target = refined_output(checkpoint, adapter, output)
     ids = _ids(calibration, base, settings, trust_remote_code)
     opened = trainee(checkpoint)(checkpoint, trust_remote_code=trust_remote_code, device=device)
     job = RefineJob(base, ids, settings, trust_remote_code, teaching, training, restart)

@@ -139,13 +139,16 @@ class TrainedFactors:
 
     def split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Every factor in a tensor of all groups: each module's A (rank × in) and Bᵀ (rank × out) in turn, views."""
-        for first, second in self._places.values():
-            yield first.of(flat)
-            yield second.of(flat).T if self.layout.along_rank else second.of(flat)
+        for name in self._places:
+            yield from self._pair(name, flat)
 
     def of_master(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A module's A (rank × in) and Bᵀ (rank × out) as they are trained, float32: views."""
-        first, second = (place.of(self.master) for place in self._places[name])
+        return self._pair(name, self.master)
+
+    def _pair(self, name: str, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A module's A (rank × in) and Bᵀ (rank × out) in a tensor of all groups: views, whatever the layout."""
+        first, second = (place.of(flat) for place in self._places[name])
         return first, second.T if self.layout.along_rank else second
 
     def replace(self, name: str, down: torch.Tensor, up: torch.Tensor) -> None:
